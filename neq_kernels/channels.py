@@ -35,7 +35,8 @@ class NeuronLayout:
             return tensor.unsqueeze(0)
         if self.groups == 1:
             return tensor.movedim(self.axis, 0)
-        return tensor.unflatten(0, (self.groups, -1)).movedim(self.axis + 1, 1)
+        parts: Tensor = tensor.unflatten(0, (self.groups, -1))
+        return parts.movedim(self.axis + 1, 1)
 
     def gather(self, tensor: Tensor, neurons: Tensor) -> Tensor:
         """Copy of the given neurons (int64 indices), shape ``[len(neurons), ...]``."""
@@ -106,6 +107,8 @@ class ActiveChannels:
         self._mask = torch.ones(n_channels, dtype=torch.bool, device="cpu")
         self._generation = 0
         self._n_active = n_channels
+        # Apart from the count: compiled code may be specialised on it, and on nothing else.
+        self._stopped = False
         self._host_count = torch.tensor([n_channels, 0], dtype=torch.int32, device="cpu")
         cpu = torch.device("cpu")
         self._order = {cpu: torch.arange(n_channels, dtype=torch.int64, device="cpu")}
@@ -126,6 +129,11 @@ class ActiveChannels:
     def n_active(self) -> int:
         """K', the number of active channels."""
         return self._n_active
+
+    @property
+    def stopped(self) -> bool:
+        """Whether no channel is active."""
+        return self._stopped
 
     @property
     def generation(self) -> int:
@@ -187,8 +195,9 @@ class ActiveChannels:
         is_run = n > 0 and int(active[-1]) - int(active[0]) == n - 1
         self._mask = mask
         self._n_active = n
+        self._stopped = n == 0
         self._generation += 1
-        self._host_count.copy_(torch.tensor([n, int(active[0]) if is_run else -1]))
+        self._host_count.copy_(torch.tensor([n, int(active[0]) if is_run else -1], device="cpu"))
         order = torch.cat([active, frozen])
         for tensor in self._order.values():
             tensor.copy_(order)

@@ -1,0 +1,97 @@
+"""The oracle: the dense gradient, then zeros over the frozen neurons. It defines correctness."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from neq_kernels.channels import NeuronLayout
+
+
+def unavailable() -> str | None:
+    """The oracle runs on every device that torch runs on."""
+    return None
+
+
+def linear_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    input_size: Sequence[int],
+    weight: Tensor,
+    order: Tensor,
+    n_active: int,
+    output_mask: Sequence[bool],
+    active_dgrad: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    k, c = weight.shape
+    frozen = order[n_active:]
+    dy = grad_output.reshape(-1, k)
+    grad_input = grad_weight = grad_bias = None
+    if output_mask[0]:
+        propagated = dy.index_fill(1, frozen, 0) if active_dgrad else dy
+        grad_input = (propagated @ weight).reshape(input_size)
+    if output_mask[1]:
+        assert input is not None or n_active == 0
+        if input is None:
+            grad_weight = torch.zeros_like(weight)
+        else:
+            grad_weight = (dy.t() @ input.reshape(-1, c)).index_fill(0, frozen, 0)
+    if output_mask[2]:
+        grad_bias = dy.sum(0).index_fill(0, frozen, 0)
+    return grad_input, grad_weight, grad_bias
+
+
+def conv_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    input_size: Sequence[int],
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    order: Tensor,
+    n_active: int,
+    output_mask: Sequence[bool],
+    active_dgrad: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    frozen = order[n_active:]
+    layout = NeuronLayout(groups, axis=1) if transposed else NeuronLayout()
+
+    def backward(dy: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+        x = dy.new_zeros(input_size) if input is None else input
+        result: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+            dy,
+            x,
+            weight,
+            [dy.shape[1]],
+            stride,
+            padding,
+            dilation,
+            transposed,
+            output_padding,
+            groups,
+            wanted,
+        )
+        return result
+
+    grad_input = grad_weight = grad_bias = None
+    if output_mask[0]:
+        propagated = grad_output.index_fill(1, frozen, 0) if active_dgrad else grad_output
+        grad_input = backward(propagated, [True, False, False])[0]
+    if output_mask[1]:
+        grad_weight = backward(grad_output, [False, True, False])[1].clone()
+        layout.fill_(grad_weight, frozen, 0)
+    if output_mask[2]:
+        grad_bias = grad_output.transpose(0, 1).flatten(1).sum(1).index_fill(0, frozen, 0)
+    return grad_input, grad_weight, grad_bias
+
+
+def channel_similarity(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    a = a.detach().movedim(dim, 0).flatten(1).double()
+    b = b.detach().movedim(dim, 0).flatten(1).double()
+    return torch.stack([(a * b).sum(1), (a * a).sum(1), (b * b).sum(1)])

@@ -1,0 +1,432 @@
+"""Linear layers and convolutions whose backward computes weight gradients of active channels only.
+
+Validation and the autograd Functions. The forward is PyTorch's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from neq_kernels import ops
+from neq_kernels.channels import ActiveChannels
+
+GradInput = Literal["exact", "active"]
+
+_CONV = (F.conv1d, F.conv2d, F.conv3d)
+_CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    channels: ActiveChannels,
+    *,
+    grad_input: GradInput = "exact",
+) -> Tensor:
+    """``F.linear`` whose backward computes weight and bias gradients of the active features only.
+
+    Args:
+        input: ``[..., Cin]``, floating point.
+        weight: ``[K, Cin]``, the dtype of ``input`` (autocast's casts apply).
+        bias: ``[K]`` or None.
+        channels: the active output features; frozen rows get a gradient of exactly 0. With none
+            active the weight and the bias get no gradient at all, and the input is not saved.
+        grad_input: ``"exact"``: the dense input gradient. ``"active"``: the approximation that
+            only active features propagate.
+
+    Returns:
+        ``[..., K]``.
+
+    Raises:
+        TypeError: integer input or mismatched dtypes.
+        ValueError: ``channels`` does not fit ``weight``, or an unknown ``grad_input``.
+        RuntimeError: in backward, when ``channels`` was changed after the forward.
+    """
+    if _plain(input, weight, bias):
+        return F.linear(input, weight, bias)
+    _validate(input, weight, bias, channels, weight.shape[0], grad_input)
+    if not torch.compiler.is_compiling() and channels.n_active == 0 and not input.requires_grad:
+        return F.linear(input, weight.detach(), _detached(bias))
+    out: Tensor = _Linear.apply(
+        input, weight, bias, *_selection(channels, weight), grad_input == "active"
+    )
+    return out
+
+
+def conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    channels: ActiveChannels,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    transposed: bool = False,
+    output_padding: int | Sequence[int] = 0,
+    grad_input: GradInput = "exact",
+) -> Tensor:
+    """``F.conv{1,2,3}d`` or ``F.conv_transpose{1,2,3}d`` whose backward computes weight and bias
+    gradients of the active output channels only.
+
+    Args:
+        input: ``[N, Cin, *spatial]`` or unbatched ``[Cin, *spatial]``, floating point.
+        weight: ``[K, Cin/groups, *kernel]``; transposed ``[Cin, K/groups, *kernel]``.
+        bias: ``[K]`` or None.
+        channels: the active output channels; frozen ones get a gradient of exactly 0. With none
+            active the weight and the bias get no gradient at all, and the input is not saved.
+        stride, padding, dilation, groups, output_padding: as in ``torch.nn.functional``; padding
+            may be ``"same"`` or ``"valid"`` when not transposed.
+        transposed: a transposed convolution.
+        grad_input: ``"exact"`` or the approximation ``"active"``, as in :func:`linear`.
+
+    Returns:
+        ``[N, K, *spatial']`` or unbatched ``[K, *spatial']``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`linear`.
+    """
+    spatial = weight.dim() - 2
+    if not 1 <= spatial <= 3:
+        raise ValueError(f"weight: expected 3 to 5 dimensions, got shape {tuple(weight.shape)}")
+    arguments = (
+        _expand("stride", stride, spatial),
+        padding if isinstance(padding, str) else _expand("padding", padding, spatial),
+        _expand("dilation", dilation, spatial),
+        groups,
+        transposed,
+        _expand("output_padding", output_padding, spatial),
+    )
+    if _plain(input, weight, bias):
+        return _convolve(input, weight, bias, *arguments)
+    k = weight.shape[1] * groups if transposed else weight.shape[0]
+    _validate(input, weight, bias, channels, k, grad_input)
+    if not torch.compiler.is_compiling() and channels.n_active == 0 and not input.requires_grad:
+        return _convolve(input, weight.detach(), _detached(bias), *arguments)
+    batched = input.dim() != spatial + 1
+    x = input if batched else input.unsqueeze(0)
+    if isinstance(padding, str):
+        x, symmetric = _string_padding(x, weight, padding, arguments[0], arguments[2], transposed)
+        arguments = (arguments[0], symmetric, *arguments[2:])
+    out: Tensor = _Conv.apply(
+        x, weight, bias, *_selection(channels, weight), grad_input == "active", *arguments
+    )
+    return out if batched else out.squeeze(0)
+
+
+def affine(
+    weight: Tensor | None, bias: Tensor | None, channels: ActiveChannels
+) -> tuple[Tensor | None, Tensor | None]:
+    """The scale and shift of a norm layer, unchanged, with gradients of active entries only.
+
+    Args:
+        weight, bias: ``[K]`` or None.
+        channels: the active entries. With none active the results need no gradient.
+    """
+    parameters = [p for p in (weight, bias) if p is not None]
+    if (
+        not torch.is_grad_enabled()
+        or not any(p.requires_grad for p in parameters)
+        or _transformed()
+    ):
+        return weight, bias
+    if not torch.compiler.is_compiling() and channels.n_active == 0:
+        return _detached(weight), _detached(bias)
+    order, _, host_count, live = _selection(channels, parameters[0])
+    out: tuple[Tensor | None, Tensor | None] = _Affine.apply(weight, bias, order, host_count, live)
+    return out
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        order: Tensor | None,
+        count: Tensor | None,
+        host_count: Tensor | None,
+        channels: ActiveChannels | None,
+        active_dgrad: bool,
+    ) -> Tensor:
+        x, w, b = _autocast(input, weight, bias)
+        _save(ctx, x, w, order, count, host_count, channels, active_dgrad)
+        ctx.dtypes = (input.dtype, weight.dtype)
+        return F.linear(x, w, b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        x, weight, selection, output_mask = _restore(ctx)
+        with _no_autocast(grad_output):
+            grads = ops.linear_backward(
+                grad_output, x, ctx.input_size, weight, *selection, output_mask, ctx.active_dgrad
+            )
+        return *_wanted(grads, output_mask, ctx.dtypes), None, None, None, None, None
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        order: Tensor | None,
+        count: Tensor | None,
+        host_count: Tensor | None,
+        channels: ActiveChannels | None,
+        active_dgrad: bool,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        transposed: bool,
+        output_padding: Sequence[int],
+    ) -> Tensor:
+        x, w, b = _autocast(input, weight, bias)
+        _save(ctx, x, w, order, count, host_count, channels, active_dgrad)
+        ctx.dtypes = (input.dtype, weight.dtype)
+        ctx.geometry = (stride, padding, dilation, transposed, output_padding, groups)
+        return _convolve(x, w, b, stride, padding, dilation, groups, transposed, output_padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        x, weight, selection, output_mask = _restore(ctx)
+        with _no_autocast(grad_output):
+            grads = ops.conv_backward(
+                grad_output,
+                x,
+                ctx.input_size,
+                weight,
+                *ctx.geometry,
+                *selection,
+                output_mask,
+                ctx.active_dgrad,
+            )
+        return *_wanted(grads, output_mask, ctx.dtypes), *(None,) * 11
+
+
+class _Affine(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        order: Tensor | None,
+        host_count: Tensor | None,
+        channels: ActiveChannels | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        ctx.channels = channels
+        if channels is None:
+            ctx.save_for_backward(order, host_count)
+        else:
+            ctx.generation = channels.generation
+        return (
+            None if weight is None else weight.view_as(weight),
+            None if bias is None else bias.view_as(bias),
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return *(_mask_entries(ctx, grad) for grad in grads), None, None, None
+
+
+def _plain(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """No gradient of a parameter is wanted here, or a functorch transform asks for other rules."""
+    learns = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return not learns or not torch.is_grad_enabled() or _transformed()
+
+
+def _transformed() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def _selection(channels: ActiveChannels, weight: Tensor) -> tuple[Any, ...]:
+    """(order, count, host_count, channels): the tensors under compile, where the op decides at run
+    time; the object in eager, where backward can tell whether it was changed."""
+    if torch.compiler.is_compiling():
+        device = weight.device
+        return channels.order(device), channels.count(device), channels.host_count, None
+    return None, None, None, channels
+
+
+def _save(
+    ctx: Any,
+    x: Tensor,
+    weight: Tensor,
+    order: Tensor | None,
+    count: Tensor | None,
+    host_count: Tensor | None,
+    channels: ActiveChannels | None,
+    active_dgrad: bool,
+) -> None:
+    ctx.channels, ctx.active_dgrad, ctx.input_size = channels, active_dgrad, x.shape
+    if channels is None:
+        ctx.save_for_backward(x, weight, order, count, host_count)
+        return
+    ctx.generation = channels.generation
+    reads_input = channels.n_active > 0 and ctx.needs_input_grad[1]
+    ctx.save_for_backward(x if reads_input else None, weight)
+
+
+def _restore(ctx: Any) -> tuple[Tensor | None, Tensor, tuple[Tensor, Tensor, Tensor], list[bool]]:
+    wanted = list(ctx.needs_input_grad[:3])
+    if ctx.channels is None:
+        x, weight, order, count, host_count = ctx.saved_tensors
+        return x, weight, (order, count, host_count), wanted
+    channels = _unchanged(ctx)
+    x, weight = ctx.saved_tensors
+    if channels.n_active == 0:
+        wanted[1:] = [False, False]
+    device = weight.device
+    return x, weight, (channels.order(device), channels.count(device), channels.host_count), wanted
+
+
+def _unchanged(ctx: Any) -> ActiveChannels:
+    channels: ActiveChannels = ctx.channels
+    if channels.generation != ctx.generation:
+        raise RuntimeError(
+            "the active channels of a layer were changed between its forward and its backward: "
+            f"expected generation {ctx.generation}, got {channels.generation}; call set(), reset() "
+            "and controller.step() only after backward"
+        )
+    return channels
+
+
+def _mask_entries(ctx: Any, grad: Tensor | None) -> Tensor | None:
+    if ctx.channels is None:
+        order, host_count = ctx.saved_tensors
+        if grad is None:
+            return None
+        entry = torch.empty_like(order).scatter(
+            0, order, torch.arange(len(order), device=order.device)
+        )
+        return grad.masked_fill(entry >= host_count[0].to(order.device), 0)
+    channels = _unchanged(ctx)
+    if grad is None or channels.n_active == len(channels):
+        return grad
+    return grad.index_fill(0, channels.order(grad.device)[channels.n_active :], 0)
+
+
+def _wanted(
+    grads: Sequence[Tensor], mask: Sequence[bool], dtypes: tuple[torch.dtype, torch.dtype]
+) -> tuple[Tensor | None, ...]:
+    targets = (dtypes[0], dtypes[1], dtypes[1])
+    return tuple(
+        grad.to(dtype) if wanted else None
+        for grad, wanted, dtype in zip(grads, mask, targets, strict=True)
+    )
+
+
+def _autocast(
+    input: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    device_type = input.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return input, weight, bias
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(t: Tensor) -> Tensor:
+        return t if t.dtype == torch.float64 else t.to(dtype)
+
+    return cast(input), cast(weight), None if bias is None else cast(bias)
+
+
+def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A backward called inside autocast must not cast what the forward did not."""
+    device_type = tensor.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def _convolve(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int] | str,
+    dilation: Sequence[int],
+    groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
+) -> Tensor:
+    which = weight.dim() - 3
+    if transposed:
+        function = _CONV_TRANSPOSE[which]
+        assert not isinstance(padding, str)
+        return function(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    out: Tensor = _CONV[which](input, weight, bias, stride, padding, dilation, groups)
+    return out
+
+
+def _string_padding(
+    input: Tensor,
+    weight: Tensor,
+    padding: str,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The input, padded where "same" is asymmetric, and the symmetric rest of the padding."""
+    spatial = weight.dim() - 2
+    if transposed or padding not in ("same", "valid"):
+        raise ValueError(
+            f"padding: expected numbers{'' if transposed else ', same or valid'}, got {padding!r}"
+        )
+    if padding == "valid":
+        return input, (0,) * spatial
+    if any(s != 1 for s in stride):
+        raise ValueError(f"padding: 'same' expects stride 1, got {tuple(stride)}")
+    total = [d * (size - 1) for d, size in zip(dilation, weight.shape[2:], strict=True)]
+    odd = [t % 2 for t in total]
+    if any(odd):
+        input = F.pad(input, [p for extra in reversed(odd) for p in (0, extra)])
+    return input, tuple(t // 2 for t in total)
+
+
+def _expand(name: str, value: int | Sequence[int], spatial: int) -> tuple[int, ...]:
+    values = (value,) * spatial if isinstance(value, int) else tuple(value)
+    if len(values) == 1:
+        values *= spatial
+    if len(values) != spatial:
+        raise ValueError(f"{name}: expected {spatial} numbers, got {values}")
+    return values
+
+
+def _validate(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    channels: ActiveChannels,
+    k: int,
+    grad_input: str,
+) -> None:
+    if grad_input not in ("exact", "active"):
+        raise ValueError(f"grad_input: expected 'exact' or 'active', got {grad_input!r}")
+    if len(channels) != k:
+        raise ValueError(f"channels: expected {k} channels, got {len(channels)}")
+    if not input.is_floating_point():
+        raise TypeError(f"input: expected a floating-point tensor, got {input.dtype}")
+    if torch.is_autocast_enabled(input.device.type):
+        return
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != input.dtype:
+            raise TypeError(f"{name}: expected the input's dtype {input.dtype}, got {tensor.dtype}")

@@ -1,0 +1,1 @@
+"""Support for particular libraries, imported only when they are."""
