@@ -1,0 +1,5 @@
+#ifdef __x86_64__
+#define NEQ_ISA avx2
+#define NEQ_TARGET __attribute__((target("avx2,fma")))
+#include "kernels/table.h"
+#endif

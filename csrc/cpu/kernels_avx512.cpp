@@ -1,0 +1,5 @@
+#ifdef __x86_64__
+#define NEQ_ISA avx512
+#define NEQ_TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")))
+#include "kernels/table.h"
+#endif

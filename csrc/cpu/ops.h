@@ -1,0 +1,33 @@
+// The private leaf ops, registered in library.cpp under the schemas given there.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+
+namespace neq {
+
+std::string capability();
+
+Tensor pack(const Tensor& tensor, const Tensor& order, int64_t n, int64_t dim);
+
+Tensor scatter_rows(const Tensor& rows, const Tensor& like, const Tensor& order, int64_t n,
+                    int64_t groups, int64_t outer, int64_t per_group, int64_t inner);
+
+Tensor channel_similarity(const Tensor& a, const Tensor& b, int64_t dim);
+
+void sgd_rows_(const Tensor& param, const Tensor& grad, const std::optional<Tensor>& buffer,
+               const std::optional<Tensor>& steps, const Tensor& order, int64_t n, int64_t groups,
+               int64_t outer, int64_t per_group, int64_t inner, double lr, double momentum,
+               double dampening, double weight_decay, bool nesterov, bool maximize);
+
+void adam_rows_(const Tensor& param, const Tensor& grad, const Tensor& exp_avg,
+                const Tensor& exp_avg_sq, const std::optional<Tensor>& max_exp_avg_sq,
+                const Tensor& steps, const Tensor& order, int64_t n, int64_t groups, int64_t outer,
+                int64_t per_group, int64_t inner, double lr, double beta1, double beta2, double eps,
+                double weight_decay, bool decoupled, bool maximize);
+
+}  // namespace neq

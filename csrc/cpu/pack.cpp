@@ -1,0 +1,149 @@
+// Gather the active channels of a tensor; write rows back into a whole gradient.
+#include <cstring>
+
+#include "ops.h"
+#include "runs.h"
+#include "strides.h"
+
+namespace neq {
+namespace {
+
+// inner == 1: channels lie side by side and each row of `channels` gives a row of n.
+template <class Word>
+void gather_columns(const Word* source, Word* target, const int64_t* order, int64_t n,
+                    int64_t channels, int64_t rows) {
+  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / n);
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const Word* from = source + row * channels;
+      Word* to = target + row * n;
+      for (int64_t i = 0; i < n; ++i) to[i] = from[order[i]];
+    }
+  });
+}
+
+void gather_runs(const char* source, char* target, const ChannelView& view, int64_t item_bytes,
+                 const std::vector<Run>& runs, int64_t n) {
+  const Blocks blocks{1, view.outer, view.channels, view.inner};
+  for_each_piece(blocks, runs,
+                 [&](const Run& run, int64_t o, int64_t begin, int64_t at, int64_t count) {
+                   const int64_t to = (o * n + run.slot) * view.inner + begin;
+                   std::memcpy(target + to * item_bytes, source + at * item_bytes,
+                               static_cast<size_t>(count * item_bytes));
+                 });
+}
+
+template <class To, class From>
+void convert(To* to, const From* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    if constexpr (std::is_same_v<To, double> || std::is_same_v<From, double>) {
+      to[i] = static_cast<To>(static_cast<double>(from[i]));
+    } else {
+      to[i] = static_cast<To>(static_cast<float>(from[i]));
+    }
+  }
+}
+
+void require_permutation(const int64_t* order, int64_t neurons) {
+  std::vector<bool> seen(neurons, false);
+  for (int64_t i = 0; i < neurons; ++i) {
+    require(!seen[order[i]], "order: expected every neuron once, got ", order[i], " twice");
+    seen[order[i]] = true;
+  }
+}
+
+}  // namespace
+
+Tensor pack(const Tensor& tensor, const Tensor& order, int64_t n, int64_t dim) {
+  require_cpu(tensor, "tensor");
+  dim = checked_dim(tensor, dim);
+  const int64_t* channels = checked_order(order, n, tensor.size(dim));
+  std::vector<int64_t> dims = memory_order(tensor);
+  Tensor source = tensor;
+  if (!is_dense(tensor, dims)) {
+    source = torch::stable::contiguous(tensor);
+    dims = memory_order(source);
+  }
+  std::vector<int64_t> sizes = sizes_of(source);
+  sizes[dim] = n;
+  Tensor target = empty_in_order(sizes, dims, source.scalar_type());
+  if (target.numel() == 0) return target;
+
+  const ChannelView view = channel_view(source, dims, dim);
+  const void* from = source.const_data_ptr();
+  void* to = target.mutable_data_ptr();
+  const auto item_bytes = static_cast<int64_t>(source.element_size());
+  const auto columns = [&](auto word) {
+    using Word = decltype(word);
+    gather_columns(static_cast<const Word*>(from), static_cast<Word*>(to), channels, n,
+                   view.channels, view.outer);
+  };
+  if (view.inner == 1 && item_bytes == 2) {
+    columns(uint16_t{});
+  } else if (view.inner == 1 && item_bytes == 4) {
+    columns(uint32_t{});
+  } else if (view.inner == 1 && item_bytes == 8) {
+    columns(uint64_t{});
+  } else {
+    gather_runs(static_cast<const char*>(from), static_cast<char*>(to), view, item_bytes,
+                find_runs(channels, 0, n, view.channels, nullptr, n), n);
+  }
+  return target;
+}
+
+Tensor scatter_rows(const Tensor& rows, const Tensor& like, const Tensor& order, int64_t n,
+                    int64_t groups, int64_t outer, int64_t per_group, int64_t inner) {
+  const Blocks blocks = checked_blocks(like, "like", groups, outer, per_group, inner);
+  const int64_t neurons = blocks.neurons();
+  require_cpu(rows, "rows");
+  require(order.numel() == neurons, "order: expected length ", neurons, ", got ", order.numel());
+  const int64_t* all = checked_order(order, neurons, neurons);
+  require_permutation(all, neurons);
+  require(0 <= n && n <= neurons, "n: expected 0 <= n <= ", neurons, ", got ", n);
+  require(rows.numel() == n * outer * inner, "rows: expected ", n, " neurons of ", outer * inner,
+          " elements, got shape ", shape(rows));
+
+  // Rows come one neuron after the other when there are groups (or one part per neuron), else with
+  // the neurons where like has them.
+  const bool neuron_first = groups > 1;
+  std::vector<int64_t> dims = memory_order(like);
+  Tensor source = rows;
+  if (neuron_first) {
+    source = torch::stable::contiguous(rows);
+  } else {
+    require(rows.dim() == like.dim(), "rows: expected ", like.dim(), " dimensions, got shape ",
+            shape(rows));
+    source = in_order(rows, dims);
+  }
+  const int64_t slot_stride = neuron_first ? outer * inner : inner;
+  const int64_t outer_stride = neuron_first ? inner : n * inner;
+  const bool joins = slot_stride == inner;
+  const int64_t max_run = joins ? neurons : 1;
+
+  Tensor target = empty_in_order(sizes_of(like), dims, like.scalar_type());
+  dispatch_floating(like.scalar_type(), "like", [&](auto to_zero) {
+    using To = decltype(to_zero);
+    To* to = static_cast<To*>(target.mutable_data_ptr());
+    dispatch_floating(source.scalar_type(), "rows", [&](auto from_zero) {
+      using From = decltype(from_zero);
+      const From* from = static_cast<const From*>(source.const_data_ptr());
+      for_each_piece(blocks, find_runs(all, 0, n, per_group, nullptr, max_run),
+                     [&](const Run& run, int64_t o, int64_t begin, int64_t at, int64_t count) {
+                       const From* row = from + run.slot * slot_stride + o * outer_stride + begin;
+                       if constexpr (std::is_same_v<To, From>) {
+                         std::memcpy(to + at, row, static_cast<size_t>(count) * sizeof(To));
+                       } else {
+                         convert(to + at, row, count);
+                       }
+                     });
+    });
+    for_each_piece(blocks, find_runs(all, n, neurons, per_group, nullptr, neurons),
+                   [&](const Run&, int64_t, int64_t, int64_t at, int64_t count) {
+                     std::memset(static_cast<void*>(to + at), 0,
+                                 static_cast<size_t>(count) * sizeof(To));
+                   });
+  });
+  return target;
+}
+
+}  // namespace neq

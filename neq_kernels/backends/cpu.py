@@ -1,0 +1,178 @@
+"""The C++ extension's leaf ops: the primitives of ``backends.aten``, faster, for CPU tensors.
+
+``NEQ_KERNELS_LIBRARY`` names another build of the extension to load (the sanitizer tests do).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from neq_kernels.channels import NeuronLayout
+
+ENVIRONMENT_VARIABLE = "NEQ_KERNELS_LIBRARY"
+_LIBRARY = Path(__file__).parent.parent / "_C.so"
+
+_leaf = torch.ops.neq_kernels_cpu
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """None when the extension is loaded, else why it is not."""
+    library = os.environ.get(ENVIRONMENT_VARIABLE)
+    if library is None and not _LIBRARY.exists():
+        return "the C++ extension was not built when neq_kernels was installed"
+    try:
+        torch.ops.load_library(library or str(_LIBRARY))
+    except OSError as error:
+        return f"the C++ extension cannot be loaded: {error}"
+    return None
+
+
+def capability() -> str:
+    """The instruction set in use: ``"default"``, ``"avx2"`` or ``"avx512"``."""
+    name: str = _leaf.capability()
+    return name
+
+
+def pack(t: Tensor, order: Tensor, n: int, dim: int) -> Tensor:
+    """Channels ``order[:n]`` of ``t`` along ``dim``, in ``t``'s own memory format.
+
+    Raises:
+        ValueError: an index, ``n`` or ``dim`` out of range, ``order`` no int64 vector, or a tensor
+            that is not on the CPU.
+    """
+    packed: Tensor = _leaf.pack(t, order, n, dim)
+    return packed
+
+
+def scatter_rows(rows: Tensor, like: Tensor, order: Tensor, n: int, layout: NeuronLayout) -> Tensor:
+    """A tensor like ``like``: neurons ``order[:n]`` hold ``rows``, the others are 0.
+
+    Args:
+        rows: as ``like`` but with n neurons, or, for ``layout.groups > 1``, ``layout.gather``'s
+            shape; any floating dtype and strides.
+        like: gives shape, strides and dtype.
+        order: int64[K], every neuron once.
+
+    Raises:
+        ValueError: ``order`` is no permutation, or a shape or dtype that does not fit.
+    """
+    blocks = layout.blocks(like)
+    if blocks is None:
+        dense = like.new_empty(like.shape)
+        return torch.empty_like(like).copy_(scatter_rows(rows, dense, order, n, layout))
+    scattered: Tensor = _leaf.scatter_rows(rows, like, order, n, *blocks)
+    return scattered
+
+
+def channel_similarity(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    """float64 ``[3, K]``: sums of ``a*b``, ``a*a``, ``b*b`` over every dimension but ``dim``.
+
+    The bits do not depend on the number of threads.
+    """
+    sums: Tensor = _leaf.channel_similarity(a, b, dim)
+    return sums
+
+
+def sgd_rows_(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None,
+    steps: Tensor | None,
+    order: Tensor,
+    n: int,
+    layout: NeuronLayout,
+    *,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+) -> None:
+    """``optim.rows.sgd_rows_`` for dense CPU tensors of equal strides and dtype.
+
+    Raises:
+        ValueError: anything else, or a bad ``order``; nothing has been written then.
+    """
+    _leaf.sgd_rows_(
+        param,
+        grad,
+        momentum_buffer,
+        steps,
+        order,
+        n,
+        *_blocks(layout, param),
+        lr,
+        momentum,
+        dampening,
+        weight_decay,
+        nesterov,
+        maximize,
+    )
+    _count_write(param, momentum_buffer, steps)
+
+
+def adam_rows_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    steps: Tensor,
+    order: Tensor,
+    n: int,
+    layout: NeuronLayout,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+) -> None:
+    """``optim.rows.adam_rows_`` for dense CPU tensors of equal strides and dtype.
+
+    Raises:
+        ValueError: anything else, or a bad ``order``; nothing has been written then.
+    """
+    _leaf.adam_rows_(
+        param,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        max_exp_avg_sq,
+        steps,
+        order,
+        n,
+        *_blocks(layout, param),
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        decoupled,
+        maximize,
+    )
+    _count_write(param, exp_avg, exp_avg_sq, max_exp_avg_sq, steps)
+
+
+def _blocks(layout: NeuronLayout, param: Tensor) -> tuple[int, int, int, int]:
+    blocks = layout.blocks(param)
+    if blocks is None:
+        raise ValueError(
+            "param: expected a contiguous or channels_last tensor, got strides "
+            f"{param.stride()} for shape {tuple(param.shape)}"
+        )
+    return blocks
+
+
+def _count_write(*tensors: Tensor | None) -> None:
+    # The leaf ops write behind autograd's back; it must see that saved tensors went stale.
+    torch.autograd.graph.increment_version([t for t in tensors if t is not None])
