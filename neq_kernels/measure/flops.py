@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from neq_kernels.channels import ActiveChannels
+from neq_kernels.layers import NeuronLayer, unwrap
 from neq_kernels.measure.recorder import Call, Recorder, batch_size
 
 Convention = Literal["paper", "executed"]
@@ -142,7 +142,7 @@ def count(model: nn.Module, example: Any) -> FlopCount:
         raise TypeError(
             f"example: expected a tensor, tuple, list or dict, got {type(example).__name__}"
         )
-    model = _unwrapped(model)
+    model = unwrap(model)
     images = batch_size(example)
     recorder = Recorder(model)
     with _undisturbed(model), torch.enable_grad(), recorder.watching():
@@ -165,7 +165,7 @@ def frozen_fraction(model: nn.Module, flop_count: FlopCount) -> float:
         model: the model of :func:`count`, with any masks.
         flop_count: its count; the masks at that time do not matter.
     """
-    modules = dict(_unwrapped(model).named_modules())
+    modules = dict(unwrap(model).named_modules())
     layers = [layer for layer in flop_count.layers if layer.neurons]
     total = sum(layer.macs for layer in layers)
     active = sum(layer.macs * _share_now(modules.get(layer.name), layer) for layer in layers)
@@ -189,7 +189,7 @@ def _rows(calls: Sequence[Call], images: int) -> Iterator[LayerFlops]:
         neurons, active = _neurons(first.owner, first.weight)
         macs = sum(call.macs for call in same)
         dgrad = sum(call.macs - call.bias_macs for call in same if call.input_needs_grad)
-        if neurons and getattr(first.owner, "grad_input", "exact") == "active":
+        if isinstance(first.owner, NeuronLayer) and first.owner.grad_input == "active":
             dgrad = dgrad * active // neurons
         yield LayerFlops(
             name=name,
@@ -217,9 +217,8 @@ def _neurons(owner: nn.Module | None, weight: Tensor | None) -> tuple[int, int]:
         weight = own
     if weight is None:
         return 0, 0
-    channels = getattr(owner, "channels", None)
-    if isinstance(channels, ActiveChannels):
-        return len(channels), channels.n_active if weight.requires_grad else 0
+    if isinstance(owner, NeuronLayer):
+        return len(owner.channels), owner.channels.n_active if weight.requires_grad else 0
     neurons = getattr(owner, "out_channels", weight.shape[0])
     return neurons, neurons if weight.requires_grad else 0
 
@@ -239,17 +238,6 @@ def _not_called(model: nn.Module, calls: Iterable[Call]) -> Iterator[str]:
         counted = isinstance(module, COUNTED_MODULES) and weight is not None
         if counted and id(module) not in called and id(weight) not in called:
             yield name
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Without DistributedDataParallel and ``torch.compile`` around it."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def _call(model: nn.Module, example: Any) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import neq_kernels as neq
 from benchmarks.models import build
 from neq_kernels.measure import flops
 
@@ -224,3 +227,69 @@ def test_unknown_convention_raises():
 )
 def test_human_figures(value, text):
     assert flops.human(value) == text
+
+
+def freeze(model: nn.Module, active: dict[str, list[int]]) -> nn.Module:
+    neq.convert(model)
+    for name, neurons in active.items():
+        model.get_submodule(name).channels.set(neurons)
+    return model
+
+
+def test_masks_decide_wgrad_and_the_paper_figure():
+    x = torch.randn(1, 2, 6, 6)
+    model = freeze(Tiny(), {"conv": [0, 3], "norm": [1], "grouped": [0], "head": [0, 1, 2, 3]})
+    count = flops.count(model, x)
+    layer = rows(count)
+    shares = {"conv": 2 / 4, "norm": 1 / 4, "grouped": 1 / 8, "head": 4 / 5}
+    assert {name: row.active_share for name, row in layer.items()} == shares
+    assert {name: row.macs for name, row in layer.items()} == TINY_MACS
+    for name in ("conv", "grouped", "head"):
+        assert layer[name].wgrad_macs == TINY_MACS[name] * shares[name]
+    assert layer["norm"].wgrad_macs == TINY_MACS["norm"]
+    active = sum(TINY_MACS[name] * share for name, share in shares.items())
+    assert count.paper == pytest.approx(2 * active)
+    assert flops.frozen_fraction(model, count) == pytest.approx(1 - active / count.macs)
+
+
+def test_frozen_fraction_follows_the_masks_without_counting_again():
+    model = neq.convert(Tiny())
+    count = flops.count(model, torch.randn(1, 2, 6, 6))
+    assert flops.frozen_fraction(model, count) == 0
+    model.head.channels.set([])
+    assert flops.frozen_fraction(model, count) == pytest.approx(TINY_MACS["head"] / count.macs)
+
+
+def test_dgrad_stops_below_a_wholly_frozen_prefix_and_only_there():
+    x = torch.randn(1, 2, 6, 6)
+    prefix = rows(flops.count(freeze(Tiny(), {"conv": [], "norm": []}), x))
+    assert [row.dgrad_macs for row in prefix.values()] == [0, 0, 0, TINY_MACS["head"]]
+    assert prefix["conv"].wgrad_macs == prefix["norm"].wgrad_macs == 0
+    middle = rows(flops.count(freeze(Tiny(), {"norm": [], "grouped": []}), x))
+    assert middle["norm"].dgrad_macs == TINY_MACS["norm"]
+    assert middle["grouped"].dgrad_macs == TINY_MACS["grouped"]
+    assert middle["grouped"].wgrad_macs == middle["norm"].wgrad_macs == 0
+
+
+def test_the_approximate_mode_propagates_active_channels_only():
+    model = neq.convert(Tiny(), grad_input="active")
+    model.grouped.channels.set([0, 1])
+    layer = rows(flops.count(model, torch.randn(1, 2, 6, 6)))
+    assert layer["grouped"].dgrad_macs == TINY_MACS["grouped"] / 4
+
+
+@pytest.mark.parametrize("name", ["resnet20", "torchvision:swin_t"])
+def test_a_converted_model_counts_as_the_plain_one(name):
+    model = build(name, 10)
+    x = torch.randn(1, 3, 32, 32)
+    assert flops.count(neq.convert(copy.deepcopy(model)), x) == flops.count(model, x)
+
+
+def test_half_the_neurons_of_every_layer_are_half_the_paper_figure():
+    model = neq.convert(build("resnet20"))
+    x = torch.randn(1, 3, 32, 32)
+    dense = flops.count(model, x).paper
+    for layer in model.modules():
+        if isinstance(layer, neq.layers.NeuronLayer):
+            layer.channels.set(range(len(layer.channels) // 2))
+    assert flops.count(model, x).paper == pytest.approx(dense / 2)
