@@ -1,0 +1,47 @@
+# Every target is complete on a fresh machine: it makes the environment it needs, and reuses it.
+#   make demo    trains five small networks and writes runs/demo/report.html
+#   make test    the whole test suite
+#   make lint    ruff, mypy, clang-format
+# VENV=path uses (or makes) a virtual environment elsewhere; PYTHON=path chooses the interpreter.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+BUILD_INPUTS := constraints.txt pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
+STAMP := $(VENV)/.neq_kernels_installed
+JOBS ?= 2
+
+.PHONY: demo demo-quick test lint install clean
+
+demo: install
+	$(PY) -m benchmarks.demo
+
+demo-quick: install
+	$(PY) -m benchmarks.demo --quick --out runs/demo-quick
+
+test: install
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+lint: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	find csrc -name '*.cpp' -o -name '*.h' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+
+install: $(STAMP)
+
+$(STAMP): $(BUILD_INPUTS) | $(PY)
+	$(PY) -m pip install --quiet -c constraints.txt setuptools wheel ninja torch torchvision
+	$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[bench,test,lint,energy]'
+	touch $@
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is missing or older than 3.11; name another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || \
+	  { echo "error: $(PYTHON) has no venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf build *.egg-info neq_kernels/*.so

@@ -1,0 +1,251 @@
+"""One model trained under one policy, an epoch at a time, with a clock on every phase."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import models
+from benchmarks.datasets import Dataset
+from benchmarks.policies import active_counts, apply_policy
+from benchmarks.settings import Settings
+from neq_kernels.measure import EnergyMeter, flops
+
+STEP_PHASES = ("forward", "backward", "optimizer")
+EVAL_BATCH = 500
+
+
+class Arm:
+    """A training run in memory: model, optimizer, controller, schedule and RNG.
+
+    Arms may take turns in one process: each keeps an RNG state of its own.
+
+    Args:
+        settings: what to train and how.
+        data: the images.
+
+    Raises:
+        ValueError: settings that cannot be served (unknown model, weights that do not fit, ...).
+    """
+
+    def __init__(self, settings: Settings, data: Dataset) -> None:
+        self.settings = settings
+        self.data = data
+        self.device = _device(settings.device)
+        self.epoch = 0
+        self._format = torch.channels_last if settings.channels_last else torch.contiguous_format
+        torch.manual_seed(settings.seed)
+        self.model = models.build(
+            settings.model, data.n_classes, data.shape[0], pretrained_path=settings.init
+        ).to(self.device, memory_format=self._format)
+        self._rng = _RngState()
+        with self._rng.mine():
+            self.optimizer, self.controller = apply_policy(
+                self.model, settings, list(self._probe_batches())
+            )
+        self.schedule = _schedule(self.optimizer, settings)
+        self._example = self._place(data.normalise(data.probe.x[:1]))
+        self._energy = EnergyMeter()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.data.n_batches(self.settings.batch)
+
+    def train_epoch(self, on_step: Callable[[float], None] = lambda loss: None) -> dict[str, Any]:
+        """Train one epoch, let the controller measure, evaluate.
+
+        Args:
+            on_step: called after each step with its loss; an exception from it leaves the arm in
+                mid-epoch, to be thrown away or loaded from a checkpoint.
+
+        Returns:
+            The epoch's record, ready for ``metrics.jsonl``.
+        """
+        with self._rng.mine():
+            record: dict[str, Any] = {
+                "epoch": self.epoch,
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "active": active_counts(self.model),
+                **self._work(),
+            }
+            clock = _Clock(self.device)
+            with self._energy as energy:
+                record |= self._train(clock, on_step)
+                self._control(clock)
+            record["joules"], record["joules_source"] = energy.joules, energy.source
+            record |= self._evaluate(clock)
+            self.schedule.step()
+            self.epoch += 1
+        return record | {"seconds": clock.totals(), "step_ms": clock.quantiles_ms()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "controller": None if self.controller is None else self.controller.state_dict(),
+            "rng": self._rng.state,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.controller is not None:
+            self.controller.load_state_dict(state["controller"])
+        self._rng.state = state["rng"]
+        self.epoch = state["epoch"]
+
+    def _work(self) -> dict[str, Any]:
+        """Frozen share (weighted by MACs) and FLOPs per image, with the masks of this epoch."""
+        count = flops.count(self.model, self._example)
+        return {
+            "frozen": flops.frozen_fraction(self.model, count),
+            "flops": {
+                name: getattr(count, name) for name in ("paper", "forward", "dgrad", "wgrad")
+            },
+        }
+
+    def _train(self, clock: _Clock, on_step: Callable[[float], None]) -> dict[str, Any]:
+        s = self.settings
+        self.model.train()
+        loss_sum, correct, images = 0.0, 0, 0
+        batches = self.data.training_batches(s.batch, s.seed, self.epoch, s.augment)
+        for _ in range(self.steps_per_epoch):
+            with clock.phase("data"):
+                x, y = next(batches)
+                x, y = self._place(x), y.to(self.device)
+            with clock.phase("forward"):
+                output = self._forward(x)
+                loss = F.cross_entropy(output, y)
+            with clock.phase("backward"):
+                loss.backward()
+            with clock.phase("optimizer"):
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            value = loss.item()
+            loss_sum += value * len(y)
+            correct += int((output.argmax(1) == y).sum())
+            images += len(y)
+            on_step(value)
+        return {
+            "steps": self.steps_per_epoch,
+            "images": images,
+            "train_loss": loss_sum / images,
+            "train_accuracy": correct / images,
+        }
+
+    def _control(self, clock: _Clock) -> None:
+        with clock.phase("controller"):
+            if self.controller is not None:
+                self.controller.step()
+
+    def _evaluate(self, clock: _Clock) -> dict[str, Any]:
+        loss_sum, correct, images = 0.0, 0, self.data.test
+        self.model.eval()
+        with clock.phase("eval"), torch.no_grad():
+            for x, y in self.data.batches(images, EVAL_BATCH):
+                output, y = self._forward(self._place(x)), y.to(self.device)
+                loss_sum += F.cross_entropy(output, y, reduction="sum").item()
+                correct += int((output.argmax(1) == y).sum())
+        return {"test_loss": loss_sum / len(images), "test_accuracy": correct / len(images)}
+
+    def _forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp == "bf16"):
+            output = self.model(x)
+        output = getattr(output, "logits", output)  # inception and googlenet, when training
+        return output.float()
+
+    def _probe_batches(self) -> Iterator[Tensor]:
+        for x, _ in self.data.batches(self.data.probe, self.settings.batch):
+            yield self._place(x)
+
+    def _place(self, x: Tensor) -> Tensor:
+        return x.to(self.device, memory_format=self._format)
+
+
+class _Clock:
+    """Seconds by phase; on a GPU it waits for the device at every phase's ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds: dict[str, list[float]] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self._seconds.setdefault(name, []).append(self._now() - start)
+
+    def totals(self) -> dict[str, float]:
+        return {name: sum(values) for name, values in self._seconds.items()}
+
+    def quantiles_ms(self) -> dict[str, list[float]]:
+        """``{phase: [p20, median, p80]}`` over the epoch's steps, and their sum as ``step``."""
+        phases = {name: torch.tensor(self._seconds[name]) * 1e3 for name in ("data", *STEP_PHASES)}
+        phases["step"] = sum((phases[name] for name in STEP_PHASES), torch.zeros(1))
+        levels = torch.tensor([0.2, 0.5, 0.8])
+        return {name: values.quantile(levels).tolist() for name, values in phases.items()}
+
+    def _now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class _RngState:
+    """An RNG state that is swapped in while its owner computes."""
+
+    def __init__(self) -> None:
+        self.state = self._read()
+
+    @contextmanager
+    def mine(self) -> Iterator[None]:
+        outside = self._read()
+        self._write(self.state)
+        try:
+            yield
+        finally:
+            self.state = self._read()
+            self._write(outside)
+
+    @staticmethod
+    def _read() -> dict[str, Any]:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+    @staticmethod
+    def _write(state: dict[str, Any]) -> None:
+        torch.set_rng_state(state["cpu"])
+        if state["cuda"]:
+            torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {name!r} cannot be used ({error})") from error
+    return device
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, settings: Settings
+) -> torch.optim.lr_scheduler.LRScheduler:
+    from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, MultiStepLR
+
+    if settings.schedule == "cosine":
+        return CosineAnnealingLR(optimizer, settings.epochs)
+    if settings.schedule == "step":
+        return MultiStepLR(optimizer, list(settings.milestones))
+    return ConstantLR(optimizer, factor=1.0)

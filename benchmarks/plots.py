@@ -1,0 +1,195 @@
+"""The pictures of a run or a comparison, drawn from :mod:`benchmarks.accounting` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from benchmarks.accounting import TRAIN_PHASES, Comparison, Result
+
+COLORS = {"dense": "#6b7280", "neq": "#0f766e", "stochastic": "#d97706", "fixed": "#7c3aed"}
+PHASE_COLORS = {
+    "data": "#d1d5db",
+    "forward": "#94a3b8",
+    "backward": "#0f766e",
+    "optimizer": "#d97706",
+    "controller": "#be123c",
+}
+INK, FAINT = "#1f2937", "#e5e7eb"
+FROZEN_MAP = LinearSegmentedColormap.from_list("frozen", ["#f8fafc", "#99c9d6", "#0e4a6b"])
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.edgecolor": "#9ca3af",
+    "axes.labelcolor": INK,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "grid.color": FAINT,
+    "legend.frameon": False,
+    "figure.dpi": 160,
+    "savefig.bbox": "tight",
+}
+Scenes = Sequence[tuple[str, Sequence[Result]]]
+
+
+def color(result: Result) -> str:
+    return COLORS.get(result.policy, INK)
+
+
+def frozen_heat_map(panels: Sequence[tuple[str, Result]], path: Path) -> None:
+    """Frozen share of each layer (rows, input at the top) in each epoch (columns)."""
+    with plt.rc_context(STYLE):
+        names = [list(result.epochs[0]["active"]) for _, result in panels]
+        height = 0.9 + 0.155 * max(map(len, names))
+        figure, axes = plt.subplots(
+            1,
+            len(panels),
+            figsize=(1.6 + 3.4 * len(panels), height),
+            squeeze=False,
+            layout="constrained",
+        )
+        for axis, layers, (title, result) in zip(axes[0], names, panels, strict=True):
+            image = _heat_map(axis, layers, result)
+            axis.set_title(title)
+            axis.set_yticks(range(len(layers)), layers, fontsize=6.5)
+        bar = figure.colorbar(image, ax=list(axes[0]), fraction=0.035, pad=0.02)
+        bar.set_label("frozen share of the layer's neurons")
+        bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+        bar.outline.set_visible(False)
+        _save(figure, path)
+
+
+def _heat_map(axis: Axes, layers: list[str], result: Result) -> object:
+    share = np.array(
+        [
+            [1 - record["active"][name][0] / record["active"][name][1] for record in result.epochs]
+            for name in layers
+        ]
+    )
+    last = len(result.epochs) + 0.5
+    axis.grid(False)
+    axis.tick_params(length=0)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_xlabel("epoch")
+    return axis.imshow(
+        share,
+        cmap=FROZEN_MAP,
+        vmin=0,
+        vmax=1,
+        aspect="auto",
+        interpolation="nearest",
+        extent=(0.5, last, len(layers) - 0.5, -0.5),
+    )
+
+
+def step_time(scenes: Scenes, path: Path) -> None:
+    """Median step per epoch with its p20-p80 band; dashed: what the bound allows at best."""
+    with plt.rc_context(STYLE):
+        figure, axes = _panels(scenes)
+        for axis, (title, results) in zip(axes, scenes, strict=True):
+            dense = next((r for r in results if r.policy == "dense"), None)
+            for result in results:
+                _step_time_line(axis, result, dense)
+            axis.set_title(title)
+            axis.set_xlabel("epoch")
+            axis.set_ylim(bottom=0)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.legend(loc="lower left", fontsize=8.5)
+        axes[0].set_ylabel("step, ms (forward + backward + optimizer)")
+        _save(figure, path)
+
+
+def _step_time_line(axis: Axes, result: Result, dense: Result | None) -> None:
+    epochs = np.arange(1, len(result.epochs) + 1)
+    low, middle, high = np.array([record["step_ms"]["step"] for record in result.epochs]).T
+    axis.fill_between(epochs, low, high, color=color(result), alpha=0.15, linewidth=0)
+    axis.plot(epochs, middle, "o-", color=color(result), markersize=3, label=result.name)
+    if dense is None or result is dense:
+        return
+    pair = Comparison(result, dense)
+    bounds = [pair.bound(epoch) for epoch in range(pair.epochs)]
+    if None in bounds:
+        return
+    best = [dense.step_ms(epoch) / (bound or 1) for epoch, bound in enumerate(bounds)]
+    axis.plot(
+        epochs[: len(best)], best, "--", color=color(result), lw=1.2, label=f"{result.name}, bound"
+    )
+
+
+def accuracy(scenes: Scenes, path: Path) -> None:
+    """Test accuracy against seconds of training, controller included, evaluation not."""
+    with plt.rc_context(STYLE):
+        figure, axes = _panels(scenes)
+        for axis, (title, results) in zip(axes, scenes, strict=True):
+            for result in results:
+                values = [record["test_accuracy"] for record in result.epochs]
+                axis.plot(
+                    result.elapsed(),
+                    values,
+                    "o-",
+                    color=color(result),
+                    markersize=3,
+                    label=result.name,
+                )
+            axis.set_title(title)
+            axis.set_xlabel("seconds of training")
+            axis.set_xlim(left=0)
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+            axis.legend(loc="lower right", fontsize=8.5)
+        axes[0].set_ylabel("test accuracy")
+        _save(figure, path)
+
+
+def phases(scenes: Scenes, path: Path) -> None:
+    """Where the training seconds went, one bar per run."""
+    bars = [(f"{title}: {r.name}", r) for title, results in scenes for r in results]
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(8.6, 1.0 + 0.36 * len(bars)), layout="constrained")
+        left = np.zeros(len(bars))
+        for phase in (*TRAIN_PHASES, "controller"):
+            width = np.array([result.seconds(phase) for _, result in bars])
+            axis.barh(
+                range(len(bars)),
+                width,
+                left=left,
+                color=PHASE_COLORS[phase],
+                label=phase,
+                height=0.7,
+            )
+            left += width
+        axis.set_yticks(range(len(bars)), [label for label, _ in bars])
+        axis.invert_yaxis()
+        axis.grid(axis="y", visible=False)
+        axis.set_xlabel("seconds")
+        figure.legend(loc="outside upper center", ncols=len(PHASE_COLORS), fontsize=8.5)
+        _save(figure, path)
+
+
+def _panels(scenes: Scenes) -> tuple[Figure, Sequence[Axes]]:
+    figure, axes = plt.subplots(
+        1, len(scenes), figsize=(4.4 * len(scenes) + 0.4, 3.4), squeeze=False, layout="constrained"
+    )
+    return figure, axes[0]
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path)
+    plt.close(figure)
