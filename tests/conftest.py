@@ -1,0 +1,52 @@
+"""What every test gets: fixed seeds, poisoned allocations, and the choice of backend."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from tests.oracle import forced_backend, usable_backends
+
+settings.register_profile(
+    "neq",
+    database=None,
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("neq")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_allocations():
+    """What is allocated and never written is NaN (integers: the largest), in C++ too."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warned)
+
+
+@pytest.fixture
+def stock_algorithms(_poisoned_allocations):
+    """The algorithms a user gets who asks for nothing; allocations are not poisoned."""
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=usable_backends())
+def backend(request):
+    """The test runs once on every backend this machine has for CPU tensors."""
+    with forced_backend(request.param):
+        yield request.param
