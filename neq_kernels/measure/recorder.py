@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 TRANSPOSED_CONVOLUTIONS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+PRODUCTS = (F.linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
 NORMS = (F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm, F.rms_norm)
 
 
@@ -41,11 +42,20 @@ class Call:
     input_needs_grad: bool
 
 
-class Recorder(TorchFunctionMode):
-    """Within it, ``calls`` collects what ``model`` computes by conv, linear and norm functions."""
+OnCall = Callable[[Call, Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], None]
 
-    def __init__(self, model: nn.Module) -> None:
+
+class Recorder(TorchFunctionMode):
+    """Within it, ``calls`` collects what ``model`` computes by conv, linear and norm functions.
+
+    Args:
+        model: whose layers give the names.
+        on_call: called with each :class:`Call`, the function, its arguments and its output.
+    """
+
+    def __init__(self, model: nn.Module, on_call: OnCall | None = None) -> None:
         super().__init__()
+        self._on_call = on_call
         self.calls: list[Call] = []
         self._module_names = {module: name for name, module in model.named_modules()}
         self._owners = {
@@ -85,6 +95,7 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
+        already = len(self.calls)
         if func is F.linear:
             self._linear(output, *args, **kwargs)
         elif func in CONVOLUTIONS:
@@ -95,6 +106,9 @@ class Recorder(TorchFunctionMode):
             self._norm(func, *args, **kwargs)
         elif func is F.multi_head_attention_forward:
             self._multi_head_attention(*args, **kwargs)
+        if self._on_call is not None:
+            for call in self.calls[already:]:
+                self._on_call(call, func, args, kwargs, output)
         return output
 
     def _linear(self, output: Tensor, input: Tensor, weight: Tensor, bias: Any = None) -> None:

@@ -1,0 +1,287 @@
+"""Where the time of a dense step goes, layer by layer, and how much of it freezing can save.
+
+A layer's backward costs its weight gradient (wgrad) and everything else from the moment the
+gradient of its output arrives to the moment the next layer's does: its input gradient (dgrad), and
+the activations and additions below. Freezing neurons saves wgrad; only where nothing below learns
+the rest goes too.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from neq_kernels.convert import revert
+from neq_kernels.layers import neuron_owners, unwrap
+from neq_kernels.measure.flops import FlopCount
+from neq_kernels.measure.machine import Machine, machine
+from neq_kernels.measure.recorder import PRODUCTS, Call, Recorder
+from neq_kernels.measure.timing import Loss, PhaseClock, Quantiles, Variant, run_step
+
+OPERANDS = ("input", "weight", "bias")
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+@dataclass(frozen=True)
+class LayerShare:
+    """Shares of the dense step: ``wgrad``, and ``dgrad``, all the rest of the layer's backward
+    that a stop of backprop would save (0 for a layer that has no input gradient anyway)."""
+
+    name: str
+    wgrad: float
+    dgrad: float
+
+
+@dataclass(frozen=True)
+class StepShares:
+    """Medians of one dense step, as shares of it. ``seconds`` are its absolute time."""
+
+    seconds: Quantiles
+    forward: float
+    backward: float
+    optimizer: float
+    layers: tuple[LayerShare, ...]
+    machine: Machine = field(default_factory=machine)
+
+    @property
+    def wgrad(self) -> float:
+        """Share of all weight gradients."""
+        return sum(layer.wgrad for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON; :meth:`from_dict` is the way back."""
+        return asdict(self) | {"wgrad": self.wgrad}
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> StepShares:
+        """The shares that :meth:`to_dict` wrote."""
+        return cls(
+            seconds=Quantiles(**saved["seconds"]),
+            layers=tuple(LayerShare(**layer) for layer in saved["layers"]),
+            machine=Machine(**saved["machine"]),
+            **{name: saved[name] for name in ("forward", "backward", "optimizer")},
+        )
+
+
+def backward_shares(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss: Loss,
+    make_optimizer: MakeOptimizer | None = None,
+    *,
+    warmup: int = 2,
+    repeats: int = 10,
+) -> StepShares:
+    """Measure the shares of a dense training step.
+
+    Works on a plain copy of ``model`` (converted layers reverted, wrappers removed) in the mode the
+    model is in, so neither the model nor its masks are touched; that takes the memory of a second
+    model and of two more sets of activations. Every round times a step as it is, the layers' weight
+    gradients by themselves, and the arrival of each layer's gradient; shares are ratios of medians.
+
+    Args:
+        model: plain or converted.
+        batches: inputs on the model's device; they rotate.
+        loss: ``loss(model, batch)`` runs the forward and returns a scalar.
+        make_optimizer: called with the copy's parameters; without it the optimizer's share is 0.
+        warmup: rounds thrown away.
+        repeats: rounds recorded.
+
+    Raises:
+        ValueError: no batches, ``warmup`` < 0, ``repeats`` < 1, or no layer with a gradient.
+    """
+    if len(batches) == 0:
+        raise ValueError("batches: expected at least one, got none")
+    if warmup < 0 or repeats < 1:
+        raise ValueError(f"expected warmup >= 0 and repeats >= 1, got {warmup} and {repeats}")
+    plain = revert(copy.deepcopy(unwrap(model)))
+    parameters = [p for p in plain.parameters() if p.requires_grad]
+    optimizer = None if make_optimizer is None else make_optimizer(parameters)
+    variant = Variant("dense", plain, loss, optimizer)
+    cuda = [variant.device] if variant.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        return _measure(variant, batches, warmup, repeats)
+
+
+def bound(shares: StepShares, now: FlopCount, frozen_parameters: float = 0.0) -> float:
+    """The most that the present masks can speed a step up, by measured shares of the dense step:
+    ``1 / (1 - sum(wgrad * frozen share) - sum(dgrad where backprop stops) - optimizer * f)``.
+
+    Args:
+        shares: of the dense step.
+        now: :func:`neq_kernels.flops.count` of the same model with the masks in question.
+        frozen_parameters: ``f``, the share of parameters the optimizer need not touch
+            (:func:`frozen_parameter_fraction`).
+
+    Raises:
+        ValueError: the two do not describe the same layers, or ``frozen_parameters`` is not in
+            0..1.
+    """
+    if not 0 <= frozen_parameters <= 1:
+        raise ValueError(f"frozen_parameters: expected 0..1, got {frozen_parameters}")
+    counted = {layer.name: layer for layer in now.layers}
+    unknown = [layer.name for layer in shares.layers if layer.name not in counted]
+    if unknown:
+        raise ValueError(f"now: expected a count of the measured model, has no layer {unknown[0]}")
+    saved = shares.optimizer * frozen_parameters
+    for layer in shares.layers:
+        row = counted[layer.name]
+        saved += layer.wgrad * (1 - row.active_share)
+        if row.dgrad_macs == 0:
+            saved += layer.dgrad
+    return 1 / (1 - saved)
+
+
+def frozen_parameter_fraction(model: nn.Module) -> float:
+    """Share of the model's parameter elements that are frozen now: 0 (all active) to 1. A weight
+    shared by several layers is active where any of them is."""
+    total = frozen = 0.0
+    owners = neuron_owners(model)
+    for parameter in unwrap(model).parameters():
+        total += parameter.numel()
+        sharing = owners.get(parameter, [])
+        if sharing:
+            active = torch.stack([channels.mask for channels, _ in sharing]).any(dim=0)
+            frozen += parameter.numel() * (1 - float(active.double().mean()))
+    return frozen / total if total else 0.0
+
+
+def _measure(variant: Variant, batches: Sequence[Any], warmup: int, repeats: int) -> StepShares:
+    steps, layers = PhaseClock(variant.device), PhaseClock(variant.device)
+    arrivals: list[dict[str, float]] = []
+    has_dgrad: dict[str, bool] = {}
+    for i in range(warmup + repeats):
+        if i == warmup:
+            steps, layers = PhaseClock(variant.device), PhaseClock(variant.device)
+            arrivals.clear()
+        batch = batches[i % len(batches)]
+        run_step(variant, batch, steps)
+        traced = _TracedStep(variant, batch)
+        arrivals.append(traced.backward_by_layer())
+        traced.replay_weight_gradients(layers)
+        has_dgrad = traced.has_dgrad
+    if not has_dgrad:
+        raise ValueError("model: no convolution, linear or norm layer got a gradient")
+    medians = {phase: Quantiles.of(samples).median for phase, samples in steps.samples.items()}
+    step = Quantiles.of([sum(s) for s in zip(*steps.samples.values(), strict=True)])
+    total = sum(medians.values())
+    traced_total = sum(_median(arrivals, name) for name in arrivals[0])
+    # The hooks of the traced backward take time too: its layers share the time of the clean one.
+    scale = medians["backward"] / traced_total
+    shares = []
+    for name, propagates in has_dgrad.items():
+        whole = scale * _median(arrivals, name)
+        alone = Quantiles.of(layers.samples[name]).median if name in layers.samples else 0.0
+        wgrad = min(alone, whole) if propagates else whole
+        shares.append(LayerShare(name, wgrad / total, (whole - wgrad) / total))
+    return StepShares(
+        seconds=step,
+        forward=medians["forward"] / total,
+        backward=medians["backward"] / total,
+        optimizer=medians["optimizer"] / total,
+        layers=tuple(shares),
+    )
+
+
+def _median(rounds: Sequence[dict[str, float]], name: str) -> float:
+    return Quantiles.of([seconds.get(name, 0.0) for seconds in rounds]).median
+
+
+class _TracedStep:
+    """A forward whose layers are known: when their gradients arrive, and what their wgrads read."""
+
+    def __init__(self, variant: Variant, batch: Any) -> None:
+        self._clock = PhaseClock(variant.device)
+        self._model = variant.model
+        self._arrived: list[tuple[str, float]] = []
+        self._products: list[_Product] = []
+        self.has_dgrad: dict[str, bool] = {}
+        recorder = Recorder(variant.model, on_call=self._watch)
+        with recorder.watching():
+            self._loss = variant.loss(variant.model, batch)
+
+    def backward_by_layer(self) -> dict[str, float]:
+        """Seconds from the arrival of each layer's output gradient to the next arrival; what comes
+        before the first one is under the empty name."""
+        start = self._clock.now()
+        self._loss.backward()
+        end = self._clock.now()
+        self._model.zero_grad(set_to_none=True)
+        events = [("", start), *self._arrived, ("", end)]
+        seconds: dict[str, float] = {}
+        for (name, at), (_, until) in itertools.pairwise(events):
+            seconds[name] = seconds.get(name, 0.0) + until - at
+        return seconds
+
+    def replay_weight_gradients(self, clock: PhaseClock) -> None:
+        """Each product's weight (and bias) gradient by itself, from the last layer to the first."""
+        seconds: dict[str, float] = {}
+        for product in reversed(self._products):
+            output, learned = product.again()
+            grad = torch.randn_like(output)
+            start = clock.now()
+            torch.autograd.grad(output, learned, grad)
+            seconds[product.name] = seconds.get(product.name, 0.0) + clock.now() - start
+        for name, spent in seconds.items():
+            clock.samples.setdefault(name, []).append(spent)
+
+    def _watch(
+        self,
+        call: Call,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        if not output.requires_grad:
+            return
+
+        def arrived(grad: Tensor) -> None:
+            self._arrived.append((call.name, self._clock.now()))
+
+        output.register_hook(arrived)
+        self.has_dgrad[call.name] = self.has_dgrad.get(call.name, False) or call.input_needs_grad
+        learns = call.weight is not None and call.weight.requires_grad
+        if func in PRODUCTS and learns:
+            self._products.append(_Product(call.name, func, args, kwargs, _autocast_dtype(output)))
+
+
+@dataclass(frozen=True)
+class _Product:
+    """One call of a linear or convolution function. ``autocast`` is the dtype it ran in."""
+
+    name: str
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    autocast: torch.dtype | None
+
+    def again(self) -> tuple[Tensor, list[Tensor]]:
+        """The call once more, on the same values, with a graph to its weight and bias only: its
+        output, and the two."""
+        named = dict(zip(OPERANDS, self.args, strict=False)) | self.kwargs
+        operands: list[Tensor | None] = [named.pop(name, None) for name in OPERANDS]
+        wanted = [False, *(t is not None and t.requires_grad for t in operands[1:])]
+        fresh = [
+            None if tensor is None else tensor.detach().requires_grad_(want)
+            for tensor, want in zip(operands, wanted, strict=True)
+        ]
+        device_type = next(t.device.type for t in fresh if t is not None)
+        with torch.autocast(device_type, self.autocast, enabled=self.autocast is not None):
+            output = self.func(*fresh, *self.args[len(OPERANDS) :], **named)
+        return output, [t for t in fresh if t is not None and t.requires_grad]
+
+
+def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    device_type = tensor.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)

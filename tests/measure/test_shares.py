@@ -1,0 +1,179 @@
+"""Shares of the dense step and the bound. Time is replaced by FLOPs, so shares are exact."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import neq_kernels as neq
+from benchmarks.models import CifarResNet
+from neq_kernels.measure import flops
+from neq_kernels.measure.flops import FlopCount, LayerFlops
+from neq_kernels.measure.shares import (
+    LayerShare,
+    StepShares,
+    backward_shares,
+    bound,
+    frozen_parameter_fraction,
+)
+from neq_kernels.measure.timing import PhaseClock, Quantiles
+
+BATCHES = [(torch.randn(2, 3, 8, 8), torch.tensor([1, 2])) for _ in range(2)]
+
+
+def cross_entropy(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.fixture
+def flops_as_seconds(monkeypatch):
+    """Every operation takes as long as it has FLOPs."""
+    with FlopCounterMode(display=False) as counter:
+        monkeypatch.setattr(PhaseClock, "now", lambda self: float(counter.get_total_flops()))
+        yield
+
+
+def freeze_all_but_head(model: nn.Module, share: float) -> None:
+    for name, layer in neq.layers.named_neuron_layers(model):
+        if name != "linear":
+            layer.channels.set(range(round(share * len(layer.channels))))
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_shares_are_those_of_the_flops(flops_as_seconds, converted):
+    model = CifarResNet(8)
+    if converted:
+        neq.convert(model)
+        freeze_all_but_head(model, 0.25)
+    dense = flops.count(CifarResNet(8), BATCHES[0])
+    shares = backward_shares(model, BATCHES, cross_entropy, warmup=1, repeats=1)
+    products = [row for row in dense.layers if row.kind != "norm"]
+    step = sum(row.macs + row.dgrad_macs + row.wgrad_macs for row in products)
+    by_name = {layer.name: layer for layer in shares.layers}
+    for row in products:
+        assert by_name[row.name].wgrad == pytest.approx(row.wgrad_macs / step)
+        assert by_name[row.name].dgrad == pytest.approx(row.dgrad_macs / step)
+    assert shares.forward == pytest.approx(sum(row.macs for row in products) / step)
+    assert shares.forward + shares.backward + shares.optimizer == pytest.approx(1)
+
+
+def test_the_bound_is_that_of_the_flops(flops_as_seconds):
+    shares = backward_shares(CifarResNet(8), BATCHES, cross_entropy, warmup=0, repeats=1)
+    model = neq.convert(CifarResNet(8))
+
+    def executed(count):
+        rows = [row for row in count.layers if row.kind != "norm"]
+        return sum(row.macs + row.dgrad_macs + row.wgrad_macs for row in rows)
+
+    dense = flops.count(model, BATCHES[0])
+    assert bound(shares, dense) == pytest.approx(1)
+    for share in (0.5, 0.0):  # 0: backprop stops at the head
+        freeze_all_but_head(model, share)
+        now = flops.count(model, BATCHES[0])
+        assert bound(shares, now) == pytest.approx(executed(dense) / executed(now))
+
+
+def test_the_model_and_its_masks_are_left_alone():
+    model = neq.convert(CifarResNet(8))
+    freeze_all_but_head(model, 0.5)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    random = torch.get_rng_state()
+    make = lambda parameters: torch.optim.SGD(parameters, lr=0.1)  # noqa: E731
+    shares = backward_shares(model, BATCHES, cross_entropy, make, warmup=0, repeats=1)
+    assert shares.optimizer > 0
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert model.conv1.channels.n_active == 8
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_autocast_steps_are_replayed_in_their_own_dtype(monkeypatch):
+    seen = []
+    real = torch.autograd.grad
+
+    def spy(outputs, inputs, grad_outputs):
+        seen.append(outputs.dtype)
+        return real(outputs, inputs, grad_outputs)
+
+    monkeypatch.setattr("torch.autograd.grad", spy)
+
+    def loss(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return cross_entropy(model, batch)
+
+    backward_shares(CifarResNet(8), BATCHES, loss, warmup=0, repeats=1)
+    assert set(seen) == {torch.bfloat16}
+    assert len(seen) == 8
+
+
+SHARES = StepShares(
+    seconds=Quantiles(0.9, 1.0, 1.1),
+    forward=0.3,
+    backward=0.6,
+    optimizer=0.1,
+    layers=(LayerShare("a", 0.1, 0.0), LayerShare("b", 0.2, 0.1), LayerShare("c", 0.1, 0.1)),
+)
+
+
+def counted(active: dict[str, int], stopped: str = "a") -> FlopCount:
+    return FlopCount(
+        tuple(
+            LayerFlops(name, "linear", 1, 10, n, 100, 0 if name in stopped else 100, 10 * n)
+            for name, n in active.items()
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("active", "stopped", "frozen_parameters", "expected"),
+    [
+        ({"a": 10, "b": 10, "c": 10}, "a", 0.0, 1.0),
+        ({"a": 10, "b": 5, "c": 10}, "a", 0.0, 1 / (1 - 0.1)),
+        ({"a": 0, "b": 5, "c": 10}, "ab", 0.0, 1 / (1 - 0.1 - 0.1 - 0.1)),
+        ({"a": 0, "b": 0, "c": 10}, "abc", 0.5, 1 / (1 - 0.1 - 0.2 - 0.1 - 0.1 - 0.05)),
+    ],
+)
+def test_hand_worked_bounds(active, stopped, frozen_parameters, expected):
+    assert bound(SHARES, counted(active, stopped), frozen_parameters) == pytest.approx(expected)
+
+
+def test_bound_wants_the_same_model_and_a_fraction():
+    with pytest.raises(ValueError, match="has no layer c"):
+        bound(SHARES, counted({"a": 1, "b": 1}))
+    with pytest.raises(ValueError, match="frozen_parameters"):
+        bound(SHARES, counted({"a": 1, "b": 1, "c": 1}), 1.5)
+
+
+def test_shares_survive_json():
+    saved = json.loads(json.dumps(SHARES.to_dict()))
+    assert StepShares.from_dict(saved) == SHARES
+    assert saved["wgrad"] == pytest.approx(0.4)
+
+
+def test_frozen_parameter_fraction_counts_elements():
+    model = neq.convert(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2, bias=False)))
+    assert frozen_parameter_fraction(model) == 0
+    model[0].channels.set([0])
+    assert frozen_parameter_fraction(model) == pytest.approx(12 / 24)
+    assert frozen_parameter_fraction(nn.Linear(2, 2)) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"batches": []}, "batches"), ({"repeats": 0}, "repeats"), ({"warmup": -1}, "warmup")],
+)
+def test_bad_arguments_raise(arguments, message):
+    arguments = {"model": CifarResNet(8), "batches": BATCHES, "loss": cross_entropy} | arguments
+    with pytest.raises(ValueError, match=message):
+        backward_shares(**arguments)
+
+
+def test_a_model_without_layers_raises():
+    model = nn.Sequential(nn.Flatten(), nn.PReLU())
+    with pytest.raises(ValueError, match="no convolution, linear or norm layer got a gradient"):
+        backward_shares(model, BATCHES, lambda m, b: m(b[0]).sum())
