@@ -1,6 +1,7 @@
 """What training costs: FLOPs by a stated convention, seconds by phase, joules by counter."""
 
 from neq_kernels.measure import flops
+from neq_kernels.measure.energy import EnergyMeter, EnergyReading
 from neq_kernels.measure.shares import (
     StepShares,
     backward_shares,
@@ -10,6 +11,8 @@ from neq_kernels.measure.shares import (
 from neq_kernels.measure.timing import PhaseClock, Variant, step_time
 
 __all__ = [
+    "EnergyMeter",
+    "EnergyReading",
     "PhaseClock",
     "StepShares",
     "Variant",
