@@ -35,8 +35,11 @@ class Missing:
 
 @dataclass(frozen=True)
 class RaplPackage:
-    """One processor package; ``read`` gives joules, modulo ``wraps_at`` (None: unknown). Cores, and the platform's sum, would be counted twice; memory is a
-    domain of its own and not in it."""
+    """One processor package; ``read`` gives joules, modulo ``wraps_at`` (None: unknown).
+
+    Cores, and the platform's sum, would be counted twice; memory is a domain of its own and not in
+    it.
+    """
 
     name: str
     file: Path
