@@ -6,8 +6,14 @@
 >>> controller = neq.NEqController(model, probe)
 """
 
-from neq_kernels import functional
+from neq_kernels import functional, measure
 from neq_kernels.channels import ActiveChannels, NeuronLayout
+from neq_kernels.controllers import (
+    Controller,
+    FixedController,
+    NEqController,
+    StochasticController,
+)
 from neq_kernels.convert import (
     conversion_report,
     convert,
@@ -15,15 +21,24 @@ from neq_kernels.convert import (
     specialize,
     verify,
 )
+from neq_kernels.measure import flops
+from neq_kernels.optim import attach
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ActiveChannels",
+    "Controller",
+    "FixedController",
+    "NEqController",
     "NeuronLayout",
+    "StochasticController",
+    "attach",
     "conversion_report",
     "convert",
+    "flops",
     "functional",
+    "measure",
     "revert",
     "specialize",
     "verify",
