@@ -7,9 +7,9 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks.runs import RunFolder
+from neq_kernels.measure.timing import PHASES
 
-STEP_PHASES = ("forward", "backward", "optimizer")
-TRAIN_PHASES = ("data", *STEP_PHASES)
+TRAIN_PHASES = ("data", *PHASES)
 MEDIAN = 1  # position in [p20, median, p80]
 
 
@@ -19,7 +19,7 @@ class Result:
 
     name: str
     settings: dict[str, Any]
-    environment: dict[str, Any]
+    machine: dict[str, Any]
     epochs: list[dict[str, Any]]
     profile: dict[str, Any] | None
 
@@ -29,7 +29,7 @@ class Result:
         config = folder.config()
         profile = folder.read_json("profile.json") if folder.has("profile.json") else None
         name = name or config["settings"]["policy"]
-        return cls(name, config["settings"], config["environment"], folder.metrics(), profile)
+        return cls(name, config["settings"], config["machine"], folder.metrics(), profile)
 
     @property
     def policy(self) -> str:

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import models
 from benchmarks.datasets import Dataset
-from benchmarks.policies import active_counts, apply_policy
+from benchmarks.policies import active_counts, apply_policy, make_optimizer
 from benchmarks.settings import Settings
-from neq_kernels.measure import EnergyMeter, flops
+from neq_kernels.measure import (
+    EnergyMeter,
+    PhaseClock,
+    StepShares,
+    backward_shares,
+    bound,
+    flops,
+    frozen_parameter_fraction,
+)
+from neq_kernels.measure.timing import PHASES, Quantiles
 
-STEP_PHASES = ("forward", "backward", "optimizer")
 EVAL_BATCH = 500
+SHARES_BATCHES = 4
+FLOP_PARTS = ("paper", "forward", "dgrad", "wgrad")
 
 
 class Arm:
     """A training run in memory: model, optimizer, controller, schedule and RNG.
 
-    Arms may take turns in one process: each keeps an RNG state of its own.
+    Arms may take turns in one process: each keeps an RNG state of its own. Once ``shares`` of the
+    dense step are known, each epoch's record holds the bound on its speed-up.
 
     Args:
         settings: what to train and how.
@@ -52,6 +63,7 @@ class Arm:
         self.schedule = _schedule(self.optimizer, settings)
         self._example = self._place(data.normalise(data.probe.x[:1]))
         self._energy = EnergyMeter()
+        self.shares: StepShares | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -74,7 +86,7 @@ class Arm:
                 "active": active_counts(self.model),
                 **self._work(),
             }
-            clock = _Clock(self.device)
+            clock = PhaseClock(self.device)
             with self._energy as energy:
                 record |= self._train(clock, on_step)
                 self._control(clock)
@@ -82,7 +94,20 @@ class Arm:
             record |= self._evaluate(clock)
             self.schedule.step()
             self.epoch += 1
-        return record | {"seconds": clock.totals(), "step_ms": clock.quantiles_ms()}
+        return record | {"seconds": clock.totals(), "step_ms": _quantiles_ms(clock)}
+
+    def measure_shares(self) -> StepShares:
+        """Where the time of this arm's dense step goes; nothing of the arm changes."""
+        s = self.settings
+        first = islice(self.data.training_batches(s.batch, s.seed, 0, s.augment), SHARES_BATCHES)
+        batches = [(self._place(x), y.to(self.device)) for x, y in first]
+        self.model.train()
+        return backward_shares(
+            self.model,
+            batches,
+            lambda model, batch: F.cross_entropy(self._forward(batch[0], model), batch[1]),
+            lambda parameters: make_optimizer(parameters, s),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -106,14 +131,16 @@ class Arm:
     def _work(self) -> dict[str, Any]:
         """Frozen share (weighted by MACs) and FLOPs per image, with the masks of this epoch."""
         count = flops.count(self.model, self._example)
-        return {
+        record: dict[str, Any] = {
             "frozen": flops.frozen_fraction(self.model, count),
-            "flops": {
-                name: getattr(count, name) for name in ("paper", "forward", "dgrad", "wgrad")
-            },
+            "flops": {part: getattr(count, part) for part in FLOP_PARTS},
         }
+        if self.shares is not None:
+            frozen_parameters = frozen_parameter_fraction(self.model)
+            record["bound"] = bound(self.shares, count, frozen_parameters)
+        return record
 
-    def _train(self, clock: _Clock, on_step: Callable[[float], None]) -> dict[str, Any]:
+    def _train(self, clock: PhaseClock, on_step: Callable[[float], None]) -> dict[str, Any]:
         s = self.settings
         self.model.train()
         loss_sum, correct, images = 0.0, 0, 0
@@ -142,12 +169,12 @@ class Arm:
             "train_accuracy": correct / images,
         }
 
-    def _control(self, clock: _Clock) -> None:
+    def _control(self, clock: PhaseClock) -> None:
         with clock.phase("controller"):
             if self.controller is not None:
                 self.controller.step()
 
-    def _evaluate(self, clock: _Clock) -> dict[str, Any]:
+    def _evaluate(self, clock: PhaseClock) -> dict[str, Any]:
         loss_sum, correct, images = 0.0, 0, self.data.test
         self.model.eval()
         with clock.phase("eval"), torch.no_grad():
@@ -157,9 +184,9 @@ class Arm:
                 correct += int((output.argmax(1) == y).sum())
         return {"test_loss": loss_sum / len(images), "test_accuracy": correct / len(images)}
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, model: nn.Module | None = None) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp == "bf16"):
-            output = self.model(x)
+            output = (model or self.model)(x)
         output = getattr(output, "logits", output)  # inception and googlenet, when training
         return output.float()
 
@@ -171,33 +198,12 @@ class Arm:
         return x.to(self.device, memory_format=self._format)
 
 
-class _Clock:
-    """Seconds by phase; on a GPU it waits for the device at every phase's ends."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._seconds: dict[str, list[float]] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = self._now()
-        yield
-        self._seconds.setdefault(name, []).append(self._now() - start)
-
-    def totals(self) -> dict[str, float]:
-        return {name: sum(values) for name, values in self._seconds.items()}
-
-    def quantiles_ms(self) -> dict[str, list[float]]:
-        """``{phase: [p20, median, p80]}`` over the epoch's steps, and their sum as ``step``."""
-        phases = {name: torch.tensor(self._seconds[name]) * 1e3 for name in ("data", *STEP_PHASES)}
-        phases["step"] = sum((phases[name] for name in STEP_PHASES), torch.zeros(1))
-        levels = torch.tensor([0.2, 0.5, 0.8])
-        return {name: values.quantile(levels).tolist() for name, values in phases.items()}
-
-    def _now(self) -> float:
-        if self._cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
+def _quantiles_ms(clock: PhaseClock) -> dict[str, list[float]]:
+    """``{phase: [p20, median, p80]}`` over the epoch's steps, and their sum as ``step``."""
+    samples = {name: clock.samples[name] for name in ("data", *PHASES)}
+    samples["step"] = [sum(step) for step in zip(*(samples[name] for name in PHASES), strict=True)]
+    found = {name: Quantiles.of(values) for name, values in samples.items()}
+    return {name: [1e3 * q.p20, 1e3 * q.median, 1e3 * q.p80] for name, q in found.items()}
 
 
 class _RngState:

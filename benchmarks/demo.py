@@ -144,6 +144,7 @@ def _train_in_turns(
     profile_run(folders["dense"], running["dense"])
     for name in arms:
         folders[name].write_json("profile.json", folders["dense"].read_json("profile.json"))
+        profile_run(folders[name], running[name])
     epochs = arms["dense"].epochs
     total = epochs * sum(arm.steps_per_epoch for arm in running.values())
     with tqdm(total=total, unit="step", desc=scene, disable=None) as bar:

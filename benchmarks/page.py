@@ -6,9 +6,9 @@ import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-__all__ = ["definitions", "escape", "facts", "figure", "html", "table"]
+__all__ = ["escape", "facts", "figure", "html", "table"]
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --accent: #0f766e; }
@@ -21,21 +21,23 @@ h2 { font-size: 20px; margin: 44px 0 8px; padding-top: 20px; border-top: 1px sol
 p { max-width: 76ch; margin: 8px 0; }
 .verdict { border-left: 4px solid var(--accent); background: #fff; padding: 12px 16px;
   margin: 16px 0; border-radius: 0 8px 8px 0; }
-.scroll { overflow-x: auto; background: #fff; border: 1px solid var(--line); border-radius: 8px; }
-table { border-collapse: collapse; width: 100%; font-size: 13.5px;
+.scroll { overflow-x: auto; background: #fff; border: 1px solid var(--line); border-radius: 8px;
+  margin: 16px 0; }
+table { border-collapse: collapse; width: 100%; font-size: 14.5px;
   font-variant-numeric: tabular-nums; }
-th { text-align: right; font-weight: 600; color: var(--soft); padding: 10px 12px; line-height: 1.25;
-  vertical-align: bottom; border-bottom: 1px solid var(--line); }
-td { text-align: right; padding: 9px 12px; border-bottom: 1px solid var(--line); }
-tr:last-child td { border-bottom: 0; }
-th:first-child, td:first-child { text-align: left; font-weight: 600; color: var(--ink); }
+thead th { text-align: right; color: var(--soft); padding: 12px 18px; }
+thead th:first-child { width: 46%; }
+tbody tr { border-top: 1px solid var(--line); }
+tbody th { text-align: left; font-weight: 600; padding: 8px 18px; line-height: 1.35; }
+tbody th small { display: block; font-weight: 400; font-size: 12.5px; color: var(--soft); }
+td { text-align: right; padding: 8px 18px; vertical-align: top; }
+tr.part { border-top: 0; }
+tr.part th { font-weight: 400; padding: 1px 18px 6px 34px; color: #374151; }
+tr.part td { padding-top: 1px; padding-bottom: 6px; color: #374151; }
 figure { margin: 20px 0 28px; background: #fff; border: 1px solid var(--line); border-radius: 8px;
   padding: 18px; }
 figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 figcaption { color: var(--soft); font-size: 14px; margin-top: 12px; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 6px 20px; font-size: 14px; }
-dt { font-weight: 600; }
-dd { margin: 0; color: #374151; }
 footer { color: var(--soft); font-size: 13px; margin-top: 36px; }
 """
 
@@ -51,13 +53,28 @@ def html(title: str, body: Sequence[str]) -> str:
     )
 
 
-def table(headings: Mapping[str, str], rows: Sequence[Sequence[str]]) -> str:
-    """Text cells under headings; the first column names the row."""
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings.values())
-    lines = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+class Line(Protocol):
+    """What names a line of a table: ``name`` and a ``note`` that explains it. A name in lower case
+    belongs to the line above."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def note(self) -> str: ...
+
+
+def table(columns: Sequence[str], lines: Sequence[tuple[Line, Sequence[str]]]) -> str:
+    """One line per quantity, one column per run."""
+    head = "<th></th>" + "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = []
+    for line, cells in lines:
+        kind = ' class="part"' if line.name[0].islower() else ""
+        note = f"<small>{escape(line.note)}</small>" if line.note else ""
+        values = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        body.append(f"<tr{kind}><th>{escape(line.name)}{note}</th>{values}</tr>")
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>'
-        + "\n".join(lines)
+        + "\n".join(body)
         + "</tbody></table></div>"
     )
 
@@ -71,21 +88,12 @@ def figure(path: Path, caption: str) -> str:
     )
 
 
-def definitions(terms: Mapping[str, str]) -> str:
-    items = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in terms.items())
-    return f"<h2>How to read the figures</h2>\n<dl>{items}</dl>"
-
-
-def facts(environment: Mapping[str, Any]) -> str:
+def facts(machine: Mapping[str, Any]) -> str:
     """One line about the machine and the versions."""
-    versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items() if v)
-    gpu = environment["gpu"] or "no GPU"
-    return (
-        "<footer>"
-        + escape(
-            f"{environment['date']} · {environment['processor']}, {environment['cores']} cores, "
-            f"{environment['torch_threads']} PyTorch threads, {environment['capability']}, {gpu} · "
-            f"{environment['system']} · Python {environment['python']} · {versions}"
-        )
-        + "</footer>"
+    m = machine
+    words = (
+        f"{m['date']} · {m['cpu']}, {m['cores']} cores, {m['threads']} PyTorch threads, "
+        f"{m['instructions']}, {m['accelerator'] or 'no accelerator'} · {m['system']} · "
+        f"Python {m['python']} · PyTorch {m['torch']}"
     )
+    return f"<footer>{escape(words)}</footer>"

@@ -66,10 +66,12 @@ def frozen_heat_map(panels: Sequence[tuple[str, Result]], path: Path) -> None:
             squeeze=False,
             layout="constrained",
         )
+        same_rows = all(layers == names[0] for layers in names)
         for axis, layers, (title, result) in zip(axes[0], names, panels, strict=True):
             image = _heat_map(axis, layers, result)
             axis.set_title(title)
-            axis.set_yticks(range(len(layers)), layers, fontsize=6.5)
+            labels = layers if axis is axes[0][0] or not same_rows else []
+            axis.set_yticks(range(len(layers)) if labels else [], labels, fontsize=7)
         bar = figure.colorbar(image, ax=list(axes[0]), fraction=0.035, pad=0.02)
         bar.set_label("frozen share of the layer's neurons")
         bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import page, plots
-from benchmarks.accounting import STEP_PHASES, Comparison, Result
+from benchmarks.accounting import Comparison, Result
 from benchmarks.runs import RunError, RunFolder, replace_file, write_csv
-
-NO_ENERGY = "no energy counter on this machine"
+from neq_kernels.measure.timing import PHASES
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,8 @@ def write_comparison(out: Path, title: str, lead: str, scenes: Sequence[Scene]) 
     """``summary.csv`` and ``.json`` (one row per run), plots and ``report.html`` in ``out``."""
     rows = [summary_row(scene, result) for scene in scenes for result in scene.results]
     write_csv(out / "summary.csv", rows)
-    environment = scenes[0].results[0].environment
-    RunFolder(out).write_json("summary.json", {"environment": environment, "runs": rows})
+    machine = scenes[0].results[0].machine
+    RunFolder(out).write_json("summary.json", {"machine": machine, "runs": rows})
     _write_page(out, title, lead, scenes)
 
 
@@ -68,15 +67,15 @@ def summary_row(scene: Scene, result: Result) -> dict[str, Any]:
         "epochs": len(result.epochs),
         "test_accuracy": result.epochs[-1]["test_accuracy"],
         "step_ms": result.mean_step_ms(),
-        **{f"{phase}_ms": result.mean_step_ms(phase) for phase in STEP_PHASES},
-        "wgrad_share": result.profile["wgrad_share"] if result.profile else None,
+        **{f"{phase}_ms": result.mean_step_ms(phase) for phase in PHASES},
+        "wgrad_share": result.profile["wgrad"] if result.profile else None,
         "frozen_mean": sum(r["frozen"] for r in result.epochs) / len(result.epochs),
         "frozen_last_epoch": result.epochs[-1]["frozen"],
-        "flops_paper": sum(paper for paper, _ in flops) / len(flops),
-        "flops_executed": sum(executed for _, executed in flops) / len(flops),
+        "flops_paper_millions": sum(paper for paper, _ in flops) / len(flops) / 1e6,
+        "flops_executed_millions": sum(executed for _, executed in flops) / len(flops) / 1e6,
         "controller_seconds": result.seconds("controller"),
         "joules": result.joules(),
-        "joules_source": result.epochs[-1]["joules_source"],
+        "energy": _energy(result),
     }
     pair = scene.comparison(result)
     if pair is None or pair.epochs <= last:
@@ -85,6 +84,7 @@ def summary_row(scene: Scene, result: Result) -> dict[str, Any]:
         "dense_step_seconds": pair.dense_seconds(),
         "saved_step_seconds": pair.saved_in_steps(),
         "saved_seconds": pair.saved(),
+        "saved_share": pair.saved() / pair.dense_seconds(),
         "speedup_mean": pair.mean_speedup(),
         "bound_mean": pair.mean_bound(),
         "speedup_last_epoch": pair.speedup(last),
@@ -92,24 +92,31 @@ def summary_row(scene: Scene, result: Result) -> dict[str, Any]:
     }
 
 
-def verdict(scene: Scene) -> str:
-    """What the scene's figures amount to, in words."""
-    sentences = []
-    for result in scene.results:
-        row = summary_row(scene, result)
-        if "saved_seconds" not in row:
-            continue
-        share = row["saved_seconds"] / row["dense_step_seconds"]
-        found = "saved" if share > 0 else "cost"
-        near_zero = ", which is near zero: little was frozen" if abs(share) < 0.03 else ""
-        sentences.append(
-            f"<b>{page.escape(result.name)}</b> froze {row['frozen_mean']:.0%} of the network on "
-            f"average and {row['frozen_last_epoch']:.0%} in the last epoch (weighted by MACs); it "
-            f"{found} {abs(row['saved_seconds']):.1f} s of {row['dense_step_seconds']:.1f} s, "
-            f"its controller's {row['controller_seconds']:.1f} s counted in "
-            f"({share:+.1%}{near_zero})."
-        )
-    return " ".join(sentences)
+def verdicts(scene: Scene) -> list[str]:
+    """What the scene's figures amount to, in words (HTML), one text per run beside the dense."""
+    rows = [summary_row(scene, result) for result in scene.results]
+    return [_verdict(row) for row in rows if "saved_seconds" in row]
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    saved, share = row["saved_seconds"], row["saved_share"]
+    text = (
+        f"<b>{page.escape(row['run'])}</b> froze {row['frozen_mean']:.1%} of the network on "
+        f"average and {row['frozen_last_epoch']:.1%} in the last epoch (weighted by MACs). Against "
+        f"{row['dense_step_seconds']:.1f} s of dense steps it "
+        f"{'saved' if saved > 0 else 'lost'} {abs(saved):.1f} s ({share:+.1%}), its controller's "
+        f"{row['controller_seconds']:.1f} s counted in"
+    )
+    if row["bound_mean"] is None:
+        return text + "."
+    at_best = 1 - 1 / row["bound_mean"]
+    text += f"; the neurons it froze allow {at_best:.1%} at best."
+    return text + (" That is near zero: a short run freezes late." if at_best < 0.02 else "")
+
+
+def _energy(result: Result) -> str:
+    joules, source = result.joules(), result.epochs[-1]["joules_source"]
+    return source if joules is None else f"{joules:.0f} J ({source})"
 
 
 def _epoch_row(record: dict[str, Any]) -> dict[str, Any]:
@@ -147,95 +154,110 @@ def _write_page(out: Path, title: str, lead: str, scenes: Sequence[Scene]) -> No
         caption = "Frozen share of every layer in every epoch; the network's input is at the top."
         figures.insert(1, page.figure(out / "frozen.png", caption))
     sections = [_scene_section(scene) for scene in scenes]
-    environment = scenes[0].results[0].environment
     body = [
         lead,
         *sections,
         "<h2>Pictures</h2>",
         *figures,
-        _reading(scenes),
-        page.facts(environment),
+        page.facts(scenes[0].results[0].machine),
     ]
     replace_file(out / "report.html", page.html(title, body).encode())
 
 
 def _scene_section(scene: Scene) -> str:
     rows = [summary_row(scene, result) for result in scene.results]
-    parts = [f"<h2>{page.escape(scene.title)}</h2>", f"<p>{scene.text}</p>"]
-    words = verdict(scene)
-    if words:
-        parts.append(f"<p class='verdict'>{words}</p>")
-    parts.append(
-        page.table(_columns(rows), [[_cell(k, row) for k in _columns(rows)] for row in rows])
+    return "\n".join(
+        [
+            f"<h2>{page.escape(scene.title)}</h2>",
+            f"<p>{scene.text}</p>",
+            *(f"<p class='verdict'>{words}</p>" for words in verdicts(scene)),
+            page.table(
+                [result.name for result in scene.results],
+                [
+                    (quantity, [quantity.text(row) for row in rows])
+                    for quantity in QUANTITIES
+                    if any(quantity.key in row for row in rows)
+                ],
+            ),
+        ]
     )
-    return "\n".join(parts)
 
 
-_HEADINGS = {
-    "run": "policy",
-    "test_accuracy": "test accuracy",
-    "step_ms": "step, ms",
-    "forward_ms": "forward",
-    "backward_ms": "backward",
-    "optimizer_ms": "optimizer",
-    "frozen_mean": "frozen, mean",
-    "frozen_last_epoch": "frozen, last epoch",
-    "flops_paper": "FLOPs, paper",
-    "flops_executed": "FLOPs, executed",
-    "controller_seconds": "controller, s",
-    "saved_seconds": "saved net, s",
-    "speedup_mean": "speed-up",
-    "bound_mean": "bound",
-    "speedup_last_epoch": "speed-up, last epoch",
-    "bound_last_epoch": "bound, last epoch",
-    "wgrad_share": "wgrad share",
-    "joules": "joules",
-}
-_PERCENT = {"test_accuracy", "frozen_mean", "frozen_last_epoch", "wgrad_share"}
+@dataclass(frozen=True)
+class Quantity:
+    """A line of the table: a key of :func:`summary_row`, how it is called, written and read."""
+
+    key: str
+    name: str
+    form: str
+    note: str = ""
+
+    def text(self, row: dict[str, Any]) -> str:
+        value = row.get(self.key)
+        return "–" if value is None else self.form.format(value)
 
 
-def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    present = {key for row in rows for key in row}
-    return {key: heading for key, heading in _HEADINGS.items() if key in present}
-
-
-def _cell(key: str, row: dict[str, Any]) -> str:
-    value = row.get(key)
-    if key == "joules" and value is None:
-        return NO_ENERGY
-    if value is None:
-        return "–"
-    if isinstance(value, str):
-        return value
-    if key in _PERCENT:
-        return f"{value:.1%}"
-    if key.startswith("flops"):
-        return f"{value / 1e6:.1f}M"
-    if key.startswith(("speedup", "bound")):
-        return f"{value:.3f}×"
-    return f"{value:.1f}"
-
-
-def _reading(scenes: Sequence[Scene]) -> str:
-    share = next((r.profile["wgrad_share"] for s in scenes for r in s.results if r.profile), None)
-    measured = "" if share is None else f" On this machine it is {share:.1%} of the dense step."
-    return page.definitions(
-        {
-            "step": "forward, backward and optimizer; mean over the epochs of their median steps, "
-            "in milliseconds. Data loading and evaluation are not in it.",
-            "wgrad share": "time of the weight gradients in the dense step, measured layer by "
-            f"layer.{measured}",
-            "frozen": "share of the neurons that are not updated, weighted by their layer's "
-            "multiply-accumulates (MACs).",
-            "FLOPs, paper": "per image, the NEq paper's convention: 2 × forward MACs × active "
-            "share, that is one of the two backward products.",
-            "FLOPs, executed": "per image, forward + input gradients + weight gradients, as run.",
-            "saved net": "seconds saved against the dense run in forward, backward and optimizer, "
-            "by median steps, less the controller's own seconds. Negative: time was lost.",
-            "speed-up, bound": "dense step over this policy's step, controller not counted, and "
-            "the most that the frozen neurons allow: 1/(1 − their share of the dense step).",
-        }
-    )
+QUANTITIES = (
+    Quantity("test_accuracy", "Test accuracy", "{:.1%}", "after the last epoch"),
+    Quantity(
+        "step_ms",
+        "Step, ms",
+        "{:.1f}",
+        "forward, backward and optimizer; mean over the epochs of their median steps",
+    ),
+    Quantity("forward_ms", "forward", "{:.1f}"),
+    Quantity("backward_ms", "backward", "{:.1f}"),
+    Quantity("optimizer_ms", "optimizer", "{:.2f}"),
+    Quantity(
+        "wgrad_share",
+        "Weight gradients",
+        "{:.1%}",
+        "their share of the dense step, measured layer by layer",
+    ),
+    Quantity(
+        "frozen_mean",
+        "Frozen, mean",
+        "{:.1%}",
+        "neurons not updated, weighted by their multiply-accumulates (MACs); mean over the epochs",
+    ),
+    Quantity("frozen_last_epoch", "Frozen, last epoch", "{:.1%}"),
+    Quantity(
+        "flops_paper_millions",
+        "MFLOPs, paper",
+        "{:.1f}",
+        "per image, the NEq paper's convention: 2 × forward MACs × active share, one of the two "
+        "backward products; mean over the epochs",
+    ),
+    Quantity(
+        "flops_executed_millions",
+        "MFLOPs, executed",
+        "{:.1f}",
+        "per image: forward, input gradients and weight gradients as run; mean over the epochs",
+    ),
+    Quantity(
+        "speedup_mean",
+        "Step speed-up",
+        "{:.3f}",
+        "dense step over this one, whole run, no controller",
+    ),
+    Quantity(
+        "bound_mean", "its bound", "{:.3f}", "1 / (1 − share of the dense step that was frozen)"
+    ),
+    Quantity("speedup_last_epoch", "Step speed-up, last epoch", "{:.3f}"),
+    Quantity("bound_last_epoch", "its bound", "{:.3f}"),
+    Quantity(
+        "saved_step_seconds",
+        "Saved in steps, s",
+        "{:+.2f}",
+        "median steps against the dense run's of the same epoch",
+    ),
+    Quantity("controller_seconds", "Controller, s", "{:.2f}", "its own time, all epochs"),
+    Quantity(
+        "saved_seconds", "Saved net, s", "{:+.2f}", "controller counted in; negative: time lost"
+    ),
+    Quantity("saved_share", "of the dense run's steps", "{:+.1%}"),
+    Quantity("energy", "Energy", "{}", "of training and controller, evaluation left out"),
+)
 
 
 def _describe_settings(settings: dict[str, Any]) -> str:

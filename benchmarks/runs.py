@@ -17,6 +17,7 @@ import csv
 import io
 import json
 import os
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,10 @@ class RunFolder:
         if not path.exists():
             return None
         try:
+            with zipfile.ZipFile(path) as archive:  # torch.load checks no checksums
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # unpickling garbage raises anything
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__

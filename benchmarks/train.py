@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from benchmarks import datasets, models, report
 from benchmarks.arm import Arm
-from benchmarks.environment import environment
 from benchmarks.interrupt import Interrupted, Interruptible
-from benchmarks.profile import dense_profile
 from benchmarks.runs import RunFolder
 from benchmarks.settings import Settings, add_arguments
+from neq_kernels.measure import StepShares
+from neq_kernels.measure.machine import machine
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -79,14 +79,17 @@ def _wants_rgb(model: str) -> bool:
 def open_run(folder: RunFolder, settings: Settings, data: datasets.Dataset) -> Arm:
     """A new run: its folder with the configuration, its arm before the first epoch."""
     arm = Arm(settings, data)
-    folder.create({"settings": settings.to_json(), "environment": environment()})
+    folder.create({"settings": settings.to_json(), "machine": machine().to_dict()})
     return arm
 
 
 def profile_run(folder: RunFolder, arm: Arm) -> None:
-    """Measure the dense step's shares, once in a run."""
-    if arm.settings.profile and not folder.has("profile.json"):
-        folder.write_json("profile.json", dense_profile(arm))
+    """Measure the dense step's shares, once in a run; a resumed run reads them."""
+    if not arm.settings.profile:
+        return
+    if not folder.has("profile.json"):
+        folder.write_json("profile.json", arm.measure_shares().to_dict())
+    arm.shares = StepShares.from_dict(folder.read_json("profile.json"))
 
 
 def finish_epoch(folder: RunFolder, arm: Arm, record: dict[str, Any]) -> None:

@@ -126,7 +126,7 @@ def test_cifar10_that_is_not_there_and_cannot_be_fetched(
         raise OSError("no network")
 
     monkeypatch.setattr(CIFAR10, "download", offline)
-    with pytest.raises(DataError, match="neither in .* nor downloadable .*no network"):
+    with pytest.raises(DataError, match=r"neither in .* nor downloadable .*no network"):
         datasets.load("cifar10", root=tmp_path)
 
 
@@ -171,5 +171,5 @@ def test_corrupt_npz(tmp_path: Path, damage: str) -> None:
 def test_neither_name_nor_file() -> None:
     with pytest.raises(DataError, match="no such file"):
         datasets.load("missing.npz")
-    with pytest.raises(DataError, match="expected fashion-mnist, cifar10, a folder or an .npz"):
+    with pytest.raises(DataError, match=r"expected fashion-mnist, cifar10, a folder or an \.npz"):
         datasets.load("mnist")
