@@ -1,0 +1,312 @@
+"""SGD, Adam and AdamW for the parameters neurons own, and the state of frozen neurons.
+
+While all neurons of a parameter are active and share one history, torch's own step does the work.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from neq_kernels import dispatch
+from neq_kernels.backends import cpu
+from neq_kernels.channels import ActiveChannels, NeuronLayout
+from neq_kernels.optim import rows
+from neq_kernels.optim.ownership import OwnedParameter
+from neq_kernels.optim.state import COUNTS, State, counts_from
+
+FrozenState = Literal["reset", "keep", "reference"]
+Group = dict[str, Any]
+Flags = dict[str, Any]
+
+_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class RowSteps:
+    """Row steps of one optimizer.
+
+    Args:
+        optimizer: whose state and parameter groups are used.
+        frozen_state: what happens to the state of a frozen neuron.
+    """
+
+    # State set to 0 when a neuron freezes: under "reset", and under "reference".
+    reset: tuple[str, ...]
+    reference: tuple[str, ...]
+
+    def __init__(self, optimizer: Optimizer, frozen_state: FrozenState) -> None:
+        self._optimizer = optimizer
+        self._frozen_state = frozen_state
+        self._applied: dict[Parameter, tuple[ActiveChannels, int, Tensor | None]] = {}
+        # How many steps the most advanced active neuron lies behind the most advanced of all.
+        self._behind: dict[Parameter, int] = {}
+
+    def forget(self) -> None:
+        """The state was replaced: what was done to it has to be done again."""
+        self._applied.clear()
+        self._behind.clear()
+
+    def leaves_to_torch(self, group: Group, p: Parameter, owned: OwnedParameter) -> bool:
+        """Whether torch's own step is the row step of this parameter."""
+        return owned.all_active and COUNTS not in self._optimizer.state.get(p, ())
+
+    def flags(self, group: Group) -> Flags:
+        """The group's settings as numbers, as the row functions take them."""
+        raise NotImplementedError
+
+    def step(self, group: Group, flags: Flags, p: Parameter, owned: OwnedParameter) -> None:
+        """One step of one parameter, in place; its gradient may be None."""
+        advances_frozen = self._frozen_state == "reference"
+        wholly_frozen = owned.channels.n_active == 0
+        state = self._optimizer.state.get(p, {})
+        steps = advances_frozen if wholly_frozen else p.grad is not None
+        if not steps and not state:
+            return
+        if self.is_stateful(group):
+            state = self._optimizer.state[p]
+            self.prepare(group, p, owned, state)
+            self._apply_frozen_state(p, owned, state)
+        if not steps:
+            return
+        if p.grad is not None and not wholly_frozen:
+            self.update(group, flags, p, p.grad, owned, state)
+        if advances_frozen:
+            self._advance_frozen(flags, p, owned, state)
+        self._advance_scalar(p, state)
+
+    def is_stateful(self, group: Group) -> bool:
+        """Whether steps of this group keep state."""
+        raise NotImplementedError
+
+    def prepare(self, group: Group, p: Parameter, owned: OwnedParameter, state: State) -> None:
+        """Make the state that is missing, as torch would."""
+        raise NotImplementedError
+
+    def update(
+        self,
+        group: Group,
+        flags: Flags,
+        p: Parameter,
+        grad: Tensor,
+        owned: OwnedParameter,
+        state: State,
+    ) -> None:
+        """The row step of the active neurons."""
+        raise NotImplementedError
+
+    def decay(self, flags: Flags, p: Parameter, owned: OwnedParameter, state: State) -> None:
+        """What "reference" does to the frozen neurons at every step."""
+
+    def _apply_frozen_state(self, p: Parameter, owned: OwnedParameter, state: State) -> None:
+        channels, counts = owned.channels, state.get(COUNTS)
+        seen = self._applied.get(p)
+        if seen and seen[0] is channels and seen[1] == channels.generation and seen[2] is counts:
+            return
+        frozen = owned.frozen(p.device)
+        zeroed = {"reset": self.reset, "reference": self.reference, "keep": ()}
+        for key in zeroed[self._frozen_state]:
+            if isinstance(state.get(key), Tensor):
+                owned.layout.fill_(state[key], frozen, 0)
+        if counts is not None:
+            if self._frozen_state == "reset":
+                counts[frozen] = 0
+            if "step" in state:
+                largest = int(counts.max())
+                state["step"].fill_(largest)
+                active = counts[channels.order(p.device)[: channels.n_active]]
+                self._behind[p] = largest - int(active.max()) if len(active) else 0
+        self._applied[p] = (channels, channels.generation, counts)
+
+    def _advance_frozen(
+        self, flags: Flags, p: Parameter, owned: OwnedParameter, state: State
+    ) -> None:
+        if COUNTS in state:
+            state[COUNTS][owned.frozen(p.device)] += 1
+            self._behind[p] = 0
+        self.decay(flags, p, owned, state)
+
+    def _advance_scalar(self, p: Parameter, state: State) -> None:
+        if "step" not in state:
+            return
+        if self._behind[p]:
+            self._behind[p] -= 1
+        else:
+            state["step"] += 1
+
+
+class SGDRows(RowSteps):
+    """``torch.optim.SGD``. Counts are kept only with dampening, which spares a first step."""
+
+    reset = reference = ("momentum_buffer",)
+
+    def leaves_to_torch(self, group: Group, p: Parameter, owned: OwnedParameter) -> bool:
+        return super().leaves_to_torch(group, p, owned) and not self._starts_late(group, p)
+
+    def _starts_late(self, group: Group, p: Parameter) -> bool:
+        """torch's fused kernel takes momentum buffers for all of its parameters or for none."""
+        state = self._optimizer.state
+        return (
+            group["fused"]
+            and group["momentum"]
+            and "momentum_buffer" not in state.get(p, {})
+            and any("momentum_buffer" in state.get(other, {}) for other in group["params"])
+        )
+
+    def flags(self, group: Group) -> Flags:
+        numbers = {key: float(group[key]) for key in ("lr", "momentum", "dampening")}
+        numbers["weight_decay"] = float(group["weight_decay"])
+        return {**numbers, "nesterov": group["nesterov"], "maximize": group["maximize"]}
+
+    def is_stateful(self, group: Group) -> bool:
+        return bool(group["momentum"])
+
+    def prepare(self, group: Group, p: Parameter, owned: OwnedParameter, state: State) -> None:
+        had_buffer = isinstance(state.get("momentum_buffer"), Tensor)
+        if not had_buffer:
+            state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        if group["dampening"] and (not had_buffer or COUNTS not in state):
+            state[COUNTS] = counts_from(had_buffer, len(owned.channels), p.device)
+
+    def update(
+        self,
+        group: Group,
+        flags: Flags,
+        p: Parameter,
+        grad: Tensor,
+        owned: OwnedParameter,
+        state: State,
+    ) -> None:
+        buffer = state["momentum_buffer"] if flags["momentum"] else None
+        tensors = [p, grad] if buffer is None else [p, grad, buffer]
+        _kernels(tensors, owned.layout).sgd_rows_(
+            p,
+            grad,
+            buffer,
+            state.get(COUNTS),
+            owned.channels.order(p.device),
+            owned.channels.n_active,
+            owned.layout,
+            **flags,
+        )
+
+
+class AdamRows(RowSteps):
+    """``torch.optim.Adam`` and ``AdamW``, with one step count per neuron."""
+
+    reset = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    reference = ("exp_avg",)
+
+    def flags(self, group: Group) -> Flags:
+        beta1, beta2 = map(float, group["betas"])
+        numbers = {key: float(group[key]) for key in ("lr", "eps", "weight_decay")}
+        return {
+            **numbers,
+            "beta1": beta1,
+            "beta2": beta2,
+            "decoupled": group["decoupled_weight_decay"],
+            "maximize": group["maximize"],
+        }
+
+    def is_stateful(self, group: Group) -> bool:
+        return True
+
+    def prepare(self, group: Group, p: Parameter, owned: OwnedParameter, state: State) -> None:
+        if not state:
+            is_double = torch.get_default_dtype() == torch.float64 and not group["fused"]
+            state["step"] = torch.zeros(
+                (),
+                dtype=torch.float64 if is_double else torch.float32,
+                device=p.device if group["fused"] else "cpu",
+            )
+            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            if group["amsgrad"]:
+                state["max_exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        if COUNTS not in state:
+            state[COUNTS] = counts_from(state["step"], len(owned.channels), p.device)
+
+    def update(
+        self,
+        group: Group,
+        flags: Flags,
+        p: Parameter,
+        grad: Tensor,
+        owned: OwnedParameter,
+        state: State,
+    ) -> None:
+        moments = [state["exp_avg"], state["exp_avg_sq"]]
+        largest = state["max_exp_avg_sq"] if group["amsgrad"] else None
+        tensors = [p, grad, *moments] if largest is None else [p, grad, *moments, largest]
+        _kernels(tensors, owned.layout).adam_rows_(
+            p,
+            grad,
+            *moments,
+            largest,
+            state[COUNTS],
+            owned.channels.order(p.device),
+            owned.channels.n_active,
+            owned.layout,
+            **flags,
+        )
+
+    def decay(self, flags: Flags, p: Parameter, owned: OwnedParameter, state: State) -> None:
+        rows.decay_frozen_(
+            state["exp_avg_sq"],
+            owned.channels.order(p.device),
+            owned.channels.n_active,
+            owned.layout,
+            flags["beta2"],
+        )
+
+
+ROW_STEPS: dict[type[Optimizer], type[RowSteps]] = {
+    SGD: SGDRows,
+    Adam: AdamRows,
+    AdamW: AdamRows,
+}
+
+
+def group_refusal(group: Group) -> str | None:
+    """Why parameters of this group take the guard, or None."""
+    if group["differentiable"]:
+        return "differentiable=True: the step itself is differentiated by torch"
+    if group.get("capturable"):
+        return "capturable=True: row steps read the number of active neurons on the host"
+    return None
+
+
+def parameter_refusal(p: Parameter) -> str | None:
+    """Why this parameter takes the guard, or None."""
+    if not p.is_floating_point():
+        return f"row steps serve real floating-point parameters, got {p.dtype}"
+    if type(p) is not Parameter:
+        return f"row steps serve plain parameters, got {type(p).__name__}"
+    if p.grad is None:
+        return None
+    if p.grad.layout != torch.strided:
+        return f"row steps serve dense gradients, got {p.grad.layout}"
+    if p.grad.dtype != p.dtype:
+        return f"row steps serve gradients of the parameter's dtype, got {p.grad.dtype}"
+    return None
+
+
+def _kernels(tensors: list[Tensor], layout: NeuronLayout) -> ModuleType:
+    """The C++ row steps where they can serve, else the ones in plain torch."""
+    first = tensors[0]
+    if (
+        first.device.type == "cpu"
+        and first.dtype in _CPU_DTYPES
+        and dispatch.backend_for("cpu") == "cpu"
+        and all(
+            t.device == first.device and t.dtype == first.dtype and t.stride() == first.stride()
+            for t in tensors
+        )
+        and (first.is_contiguous() or layout.blocks(first) is not None)
+    ):
+        return cpu
+    return rows
