@@ -156,7 +156,8 @@ def conv_backward(
         masked = grad_output.index_fill(1, order[n:], 0)
         grad_input = geometry.backward(masked, x, weight, (True, False, False))[0]
         want_dgrad = False
-    if n > 0 and any(want) and _prefers_dense(grad_output, geometry, n):
+    fused = backend == "cpu" and want[0] and _is_depthwise(input_size, weight, geometry)
+    if n > 0 and any(want) and not fused and _prefers_dense(grad_output, geometry, n):
         dgrad, *dense = geometry.backward(grad_output, x, weight, (want_dgrad, *want))
         wgrad = _overwrite_frozen((dense[0], dense[1]), geometry.layout, order[n:])
         return (dgrad if want_dgrad else grad_input), *wgrad
@@ -167,14 +168,26 @@ def conv_backward(
     if n == 0:
         return grad_input, *_zeros(weight, k, want)
     primitives = _BACKENDS[backend]
-    active_rows = aten.conv_active_rows if groups == 1 else aten.conv_active_rows_grouped
-    rows = active_rows(grad_output, x, weight, geometry, order, n, want, primitives)
+    rows: tuple[Tensor | None, Tensor | None]
+    if fused:
+        weight_rows, bias_rows = cpu.depthwise_wgrad(
+            grad_output, x, weight.shape, stride, padding, dilation, order, n, want[1]
+        )
+        rows = (weight_rows, bias_rows if want[1] else None)
+    else:
+        active_rows = aten.conv_active_rows if groups == 1 else aten.conv_active_rows_grouped
+        rows = active_rows(grad_output, x, weight, geometry, order, n, want, primitives)
     return grad_input, *_scatter(rows, weight, k, order, n, geometry.layout, primitives)
 
 
 def channel_similarity(a: Tensor, b: Tensor, dim: int) -> Tensor:
     result: Tensor = _BACKENDS[backend_for(a.device.type)].channel_similarity(a, b, dim)
     return result
+
+
+def _is_depthwise(input_size: Sequence[int], weight: Tensor, geometry: ConvGeometry) -> bool:
+    """What the fused kernel serves; the library is slow there, packed or not."""
+    return weight.dim() == 4 and not geometry.transposed and geometry.groups == input_size[1] > 1
 
 
 def _prefers_dense(grad_output: Tensor, geometry: ConvGeometry, n: int) -> bool:
