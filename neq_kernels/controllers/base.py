@@ -223,5 +223,5 @@ def check_count(name: str, value: int) -> int:
 
 def check_choice(name: str, value: object, choices: Mapping[Any, Any]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
+    if value not in list(choices):
         raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}")

@@ -147,7 +147,7 @@ class Snapshot:
         }
 
     def _remembered(self) -> dict[str, Tensor]:
-        """The remembered tensors, where the model is now; buffers copied, for forwards write them."""
+        """The remembered tensors where the model is now; buffers as copies, forwards write them."""
         buffers = {name for name, _ in self._model.named_buffers()}
         return {
             name: self._tensors[name].to(tensor.device, tensor.dtype, copy=name in buffers)

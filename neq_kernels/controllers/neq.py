@@ -22,7 +22,7 @@ from neq_kernels.controllers.base import (
 from neq_kernels.controllers.batches import Forward
 from neq_kernels.controllers.collective import add_up, rank, together
 from neq_kernels.controllers.memory import MEMORIES, Comparison, Memory, MemoryName
-from neq_kernels.controllers.probe import Probe
+from neq_kernels.controllers.probe import EMPTY_PROBE, Probe
 from neq_kernels.controllers.similarity import SIMILARITIES, Similarity, SimilarityName
 
 VelocityName = Literal["slide", "reference"]
@@ -158,7 +158,7 @@ class NEqController(Controller[Response]):
     def _start(self, outputs: set[str] | None) -> tuple[list[list[str]], set[str]]:
         """First pass: the fingerprints of each rank's batches, and the output layers."""
 
-        def first_pass() -> tuple[list[str], set[str], set[str]]:
+        def first_pass() -> tuple[list[str], set[str], set[str] | None]:
             fingerprints, ran = self._memory.start(self._probe)
             found = output_layers.trace(self._probe, self._layers) if outputs is None else outputs
             return fingerprints, ran, found
@@ -166,7 +166,7 @@ class NEqController(Controller[Response]):
         passes = together(first_pass)
         fingerprints = [of_rank for of_rank, _, _ in passes]
         if not any(fingerprints):
-            raise ValueError("probe: expected at least one batch that is not empty, got none")
+            raise ValueError(EMPTY_PROBE)
         ran = set[str]().union(*(of_rank for _, of_rank, _ in passes))
         if not ran:
             raise ValueError("probe: expected it to run converted layers, got none that ran")

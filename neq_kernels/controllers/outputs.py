@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neq_kernels.controllers.batches import tensors_in
-from neq_kernels.controllers.probe import Probe, watching
+from neq_kernels.controllers.probe import EMPTY_PROBE, Probe, watching
 from neq_kernels.layers import NeuronLayer
 
 
@@ -34,14 +34,15 @@ def chosen(
     return names
 
 
-def trace(probe: Probe, layers: Mapping[str, NeuronLayer]) -> set[str]:
+def trace(probe: Probe, layers: Mapping[str, NeuronLayer]) -> set[str] | None:
     """The last converted layer on each path to an output, found on the first batch of the probe.
 
     The autograd graph is walked from the outputs back to the nearest converted layers. It is made
     of the activations alone: the parameters take no part, and no gradient is computed.
 
     Returns:
-        Names; empty when no layer is on a differentiable path to an output.
+        Names; none when no layer is on a differentiable path to an output. None when the probe
+        (of this rank) is empty.
     """
     tokens: dict[int, tuple[str, Tensor]] = {}
 
@@ -56,16 +57,19 @@ def trace(probe: Probe, layers: Mapping[str, NeuronLayer]) -> set[str]:
             with torch.inference_mode(False), torch.enable_grad(), watching(layers, cut):
                 result = probe.run(batch, probe.frozen_state())
             return {tokens[leaf][0] for leaf in _leaves(tensors_in(result)) if leaf in tokens}
-    return set()
+    return None
 
 
-def traced(found: Iterable[set[str]]) -> set[str]:
+def traced(found: Iterable[set[str] | None]) -> set[str]:
     """The union over ranks of what :func:`trace` found.
 
     Raises:
-        ValueError: nothing was found.
+        ValueError: the probe is empty on all ranks, or nothing was found.
     """
-    union = set[str]().union(*found)
+    of_ranks = [names for names in found if names is not None]
+    if not of_ranks:
+        raise ValueError(EMPTY_PROBE)
+    union = set[str]().union(*of_ranks)
     if not union:
         raise ValueError(
             "outputs: expected a differentiable path from a converted layer to the model's output, "

@@ -25,6 +25,8 @@ from neq_kernels.controllers.batches import (
 from neq_kernels.controllers.collective import device_of
 from neq_kernels.layers import NeuronLayer
 
+EMPTY_PROBE = "probe: expected at least one batch that is not empty, got none"
+
 Watcher = Callable[[str, Tensor], Tensor | None]
 
 
