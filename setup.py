@@ -49,7 +49,7 @@ def with_extension() -> dict[str, object]:
     from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 
     compile_args = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    compile_args += ["-Wno-unused-parameter", "-fopenmp-simd", "-g0"]
+    compile_args += ["-Wno-unused-parameter", "-Wno-psabi", "-fopenmp-simd", "-g0"]
     link_args = []
     if os.environ.get("NEQ_BUILD_SANITIZE") == "1":
         link_args = ["-fsanitize=address,undefined"]

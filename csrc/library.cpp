@@ -10,6 +10,9 @@ STABLE_TORCH_LIBRARY(neq_kernels_cpu, m) {
       "int per_group, int inner) -> Tensor");
   m.def("channel_similarity(Tensor a, Tensor b, int dim) -> Tensor");
   m.def(
+      "depthwise_wgrad(Tensor grad_output, Tensor input, int[] weight_shape, int[] stride, "
+      "int[] padding, int[] dilation, Tensor order, int n, bool want_bias) -> (Tensor, Tensor)");
+  m.def(
       "sgd_rows_(Tensor(a!) param, Tensor grad, Tensor(b!)? momentum_buffer, Tensor(c!)? steps, "
       "Tensor order, int n, int groups, int outer, int per_group, int inner, float lr, "
       "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize) -> ()");
@@ -28,6 +31,7 @@ STABLE_TORCH_LIBRARY_IMPL(neq_kernels_cpu, CPU, m) {
   m.impl("pack", TORCH_BOX(&neq::pack));
   m.impl("scatter_rows", TORCH_BOX(&neq::scatter_rows));
   m.impl("channel_similarity", TORCH_BOX(&neq::channel_similarity));
+  m.impl("depthwise_wgrad", TORCH_BOX(&neq::depthwise_wgrad));
   m.impl("sgd_rows_", TORCH_BOX(&neq::sgd_rows_));
   m.impl("adam_rows_", TORCH_BOX(&neq::adam_rows_));
 }

@@ -5,21 +5,11 @@
 
 #include "kernels.h"
 #include "ops.h"
+#include "split.h"
 #include "strides.h"
 
 namespace neq {
 namespace {
-
-// The split of the reduction depends on the shape alone, so any number of threads gives equal bits.
-struct Split {
-  Split(int64_t length, int64_t most_parts, int64_t least_length)
-      : size(std::max(least_length, (length + most_parts - 1) / most_parts)),
-        parts((length + size - 1) / size),
-        length(length) {}
-  int64_t begin(int64_t part) const { return part * size; }
-  int64_t end(int64_t part) const { return std::min(length, (part + 1) * size); }
-  int64_t size, parts, length;
-};
 
 constexpr int64_t kElementsPerThread = 16384;
 

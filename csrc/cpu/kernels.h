@@ -28,6 +28,32 @@ struct AdamStep {
       grad_sign;
 };
 
+// One vector load, shuffle and store: words of a row from column `from` on go to column `to` on.
+struct Window {
+  int64_t from, to;
+  int32_t lanes[8];  // shuffle control, see column_gather.cpp
+};
+
+struct ColumnGather {
+  const int64_t* columns;
+  int64_t n;
+  const Window* windows;  // none: the rows are narrower than a vector
+  int64_t n_windows;
+  int64_t soon_first, soon_last;  // columns of the same row to prefetch; none when first > last
+};
+
+constexpr int64_t kVectorBytes = 32;
+
+// `rows` x `columns` vectors of dy and of x; vectors of a row lie `step` elements apart in both.
+template <class C>
+struct Correlation {
+  const C* dy;
+  int64_t dy_row;
+  const C* x;
+  int64_t x_row;
+  int64_t rows, columns, step;
+};
+
 template <class T>
 struct Kernels {
   using C = Compute<T>;
@@ -42,7 +68,16 @@ struct Kernels {
   void (*products_of_run)(const T* a, const T* b, int64_t count, double* sums);
   void (*products_of_columns)(const T* a, const T* b, int64_t rows, int64_t stride, int64_t columns,
                               double* ab, double* aa, double* bb);
+  void (*correlate)(const Correlation<C>& c, const int64_t* offsets, int64_t taps, C* sums);
+  void (*sum)(const Correlation<C>& c, C* sums);
+  void (*copy_rows)(const T* from, int64_t from_row, int64_t stride, C* to, int64_t to_row,
+                    int64_t rows, int64_t count);
 };
+
+// Of the word's size, whatever its type.
+template <class Word>
+using GatherColumns = void (*)(const ColumnGather& gather, const Word* from, int64_t from_stride,
+                               Word* to, int64_t to_stride, int64_t rows);
 
 enum class Isa { portable, avx2, avx512 };
 
@@ -52,16 +87,22 @@ Isa isa();
 namespace portable {
 template <class T>
 const Kernels<T>& kernels();
-}
+template <class Word>
+GatherColumns<Word> gather_columns_kernel();
+}  // namespace portable
 #ifdef __x86_64__
 namespace avx2 {
 template <class T>
 const Kernels<T>& kernels();
-}
+template <class Word>
+GatherColumns<Word> gather_columns_kernel();
+}  // namespace avx2
 namespace avx512 {
 template <class T>
 const Kernels<T>& kernels();
-}
+template <class Word>
+GatherColumns<Word> gather_columns_kernel();
+}  // namespace avx512
 #endif
 
 template <class T>
@@ -71,6 +112,15 @@ const Kernels<T>& kernels() {
   if (isa() == Isa::avx2) return avx2::kernels<T>();
 #endif
   return portable::kernels<T>();
+}
+
+template <class Word>
+GatherColumns<Word> gather_columns_kernel() {
+#ifdef __x86_64__
+  if (isa() == Isa::avx512) return avx512::gather_columns_kernel<Word>();
+  if (isa() == Isa::avx2) return avx2::gather_columns_kernel<Word>();
+#endif
+  return portable::gather_columns_kernel<Word>();
 }
 
 }  // namespace neq

@@ -19,6 +19,13 @@ Tensor scatter_rows(const Tensor& rows, const Tensor& like, const Tensor& order,
 
 Tensor channel_similarity(const Tensor& a, const Tensor& b, int64_t dim);
 
+std::tuple<Tensor, Tensor> depthwise_wgrad(const Tensor& grad_output, const Tensor& input,
+                                           const std::vector<int64_t>& weight_shape,
+                                           const std::vector<int64_t>& stride,
+                                           const std::vector<int64_t>& padding,
+                                           const std::vector<int64_t>& dilation,
+                                           const Tensor& order, int64_t n, bool want_bias);
+
 void sgd_rows_(const Tensor& param, const Tensor& grad, const std::optional<Tensor>& buffer,
                const std::optional<Tensor>& steps, const Tensor& order, int64_t n, int64_t groups,
                int64_t outer, int64_t per_group, int64_t inner, double lr, double momentum,

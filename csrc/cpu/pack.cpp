@@ -1,6 +1,7 @@
 // Gather the active channels of a tensor; write rows back into a whole gradient.
 #include <cstring>
 
+#include "column_gather.h"
 #include "ops.h"
 #include "runs.h"
 #include "strides.h"
@@ -10,15 +11,14 @@ namespace {
 
 // inner == 1: channels lie side by side and each row of `channels` gives a row of n.
 template <class Word>
-void gather_columns(const Word* source, Word* target, const int64_t* order, int64_t n,
-                    int64_t channels, int64_t rows) {
+void gather_columns(const void* source, void* target, const int64_t* order, int64_t n,
+                    const ChannelView& view) {
+  const ColumnGatherPlan plan(order, n, view.channels, sizeof(Word));
+  const GatherColumns<Word> gather = gather_columns_kernel<Word>();
   const int64_t grain = std::max<int64_t>(1, kElementsPerThread / n);
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const Word* from = source + row * channels;
-      Word* to = target + row * n;
-      for (int64_t i = 0; i < n; ++i) to[i] = from[order[i]];
-    }
+  torch::stable::parallel_for(0, view.outer, grain, [&](int64_t begin, int64_t end) {
+    gather(plan.get(), static_cast<const Word*>(source) + begin * view.channels, view.channels,
+           static_cast<Word*>(target) + begin * n, n, end - begin);
   });
 }
 
@@ -73,17 +73,12 @@ Tensor pack(const Tensor& tensor, const Tensor& order, int64_t n, int64_t dim) {
   const void* from = source.const_data_ptr();
   void* to = target.mutable_data_ptr();
   const auto item_bytes = static_cast<int64_t>(source.element_size());
-  const auto columns = [&](auto word) {
-    using Word = decltype(word);
-    gather_columns(static_cast<const Word*>(from), static_cast<Word*>(to), channels, n,
-                   view.channels, view.outer);
-  };
   if (view.inner == 1 && item_bytes == 2) {
-    columns(uint16_t{});
+    gather_columns<uint16_t>(from, to, channels, n, view);
   } else if (view.inner == 1 && item_bytes == 4) {
-    columns(uint32_t{});
+    gather_columns<uint32_t>(from, to, channels, n, view);
   } else if (view.inner == 1 && item_bytes == 8) {
-    columns(uint64_t{});
+    gather_columns<uint64_t>(from, to, channels, n, view);
   } else {
     gather_runs(static_cast<const char*>(from), static_cast<char*>(to), view, item_bytes,
                 find_runs(channels, 0, n, view.channels, nullptr, n), n);

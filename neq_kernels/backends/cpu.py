@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -77,6 +78,42 @@ def channel_similarity(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """
     sums: Tensor = _leaf.channel_similarity(a, b, dim)
     return sums
+
+
+def depthwise_wgrad(
+    grad_output: Tensor,
+    input: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    order: Tensor,
+    n: int,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """Weight rows and bias entries of channels ``order[:n]`` of a 2d depthwise convolution.
+
+    Args:
+        grad_output: ``[N, K, P, Q]``, K a multiple of Cin; any strides, NCHW and channels_last are
+            served without a copy.
+        input: ``[N, Cin, H, W]`` of the same dtype (half types are summed in float32).
+        weight_shape: ``(K, 1, kH, kW)``.
+        stride, padding, dilation: two integers each.
+        order: int64, its first ``n`` entries in [0, K).
+
+    Returns:
+        ``rows [n, 1, kH, kW]`` and ``bias [n]`` (empty unless ``want_bias``), of ``input``'s dtype.
+        The bits do not depend on the number of threads. NaN and Inf of an inactive channel are
+        never read into another channel's sums; Inf in an active channel's own input may turn
+        neighbouring taps of that channel into NaN.
+
+    Raises:
+        ValueError: shapes, dtypes or indices that do not fit.
+    """
+    wgrad: tuple[Tensor, Tensor] = _leaf.depthwise_wgrad(
+        grad_output, input, weight_shape, stride, padding, dilation, order, n, want_bias
+    )
+    return wgrad
 
 
 def sgd_rows_(

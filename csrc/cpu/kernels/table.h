@@ -1,8 +1,12 @@
 // The table of one instruction set: the including file defines NEQ_ISA and NEQ_TARGET.
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "../kernels.h"
+#include "correlate.h"
+#include "gather.h"
 #include "row_steps.h"
 #include "similarity.h"
 
@@ -10,6 +14,7 @@ namespace neq::NEQ_ISA {
 
 template <class T>
 const Kernels<T>& kernels() {
+  using C = Compute<T>;
   static constexpr Kernels<T> table{
       sgd<T>,
       sgd_momentum<T, false>,
@@ -18,13 +23,24 @@ const Kernels<T>& kernels() {
       adam_update<T, true>,
       products_of_run<T>,
       products_of_columns<T>,
+      correlate<C>,
+      sum<C>,
+      copy_rows<T>,
   };
   return table;
+}
+
+template <class Word>
+GatherColumns<Word> gather_columns_kernel() {
+  return gather_columns<Word>;
 }
 
 template const Kernels<float>& kernels<float>();
 template const Kernels<double>& kernels<double>();
 template const Kernels<BFloat16>& kernels<BFloat16>();
 template const Kernels<Half>& kernels<Half>();
+template GatherColumns<uint16_t> gather_columns_kernel<uint16_t>();
+template GatherColumns<uint32_t> gather_columns_kernel<uint32_t>();
+template GatherColumns<uint64_t> gather_columns_kernel<uint64_t>();
 
 }  // namespace neq::NEQ_ISA
