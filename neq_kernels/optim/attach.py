@@ -16,7 +16,6 @@ from neq_kernels.optim.guard import Guard
 from neq_kernels.optim.ownership import OwnedParameter, Ownership
 from neq_kernels.optim.row_steps import (
     ROW_STEPS,
-    Flags,
     FrozenState,
     Group,
     group_refusal,
@@ -127,13 +126,11 @@ class AttachedOptimizer:
         """Step the neuron-owned parameters; the groups that are left for torch."""
         assert self._rows is not None
         self._refresh()
-        found_inf: Tensor | None = getattr(self._optimizer, "found_inf", None)
-        overflowed = found_inf is not None and bool(found_inf)
         guarded: dict[Parameter, OwnedParameter] = {}
-        left = []
+        by_rows: list[tuple[Group, dict[Parameter, OwnedParameter]]] = []
+        left: list[Group] = []
         for group in self._optimizer.param_groups:
-            rest = []
-            flags: Flags = {}
+            own, rest = {}, []
             for p in group["params"]:
                 owned = self._ownership.parameters.get(p)
                 if owned is None or self._rows.leaves_to_torch(group, p, owned):
@@ -142,15 +139,25 @@ class AttachedOptimizer:
                     self._log_once(owned, reason)
                     guarded[p] = owned
                     rest.append(p)
-                elif not overflowed:
-                    self._unscale(p)
-                    # Once per group: a learning rate on the GPU costs a synchronisation.
-                    flags = flags or self._rows.flags(group)
-                    self._rows.step(group, flags, p, owned)
+                else:
+                    own[p] = owned
+            if own:
+                by_rows.append((group, own))
             left.append({**group, "params": rest})
+        if by_rows and not self._overflowed():
+            for group, own in by_rows:
+                flags = self._rows.flags(group)
+                for p, owned in own.items():
+                    self._unscale(p)
+                    self._rows.step(group, flags, p, owned)
         drop_counts(self._optimizer, guarded)
         self._guard.save(guarded)
         return left
+
+    def _overflowed(self) -> bool:
+        """What a GradScaler tells optimizers with fused kernels."""
+        found_inf: Tensor | None = getattr(self._optimizer, "found_inf", None)
+        return found_inf is not None and bool(found_inf)
 
     def _unscale(self, p: Parameter) -> None:
         """As torch's fused kernels: the gradient itself is divided by the scaler's factor."""
@@ -208,7 +215,8 @@ def attach(
     everything, then the frozen neurons' weights and their rows in state tensors of the parameter's
     shape are put back (``"keep"``, whatever ``frozen_state`` says). That costs a copy of those rows
     before and after each step. Other state goes on for all neurons alike: one warning names it. If
-    such a step raises, the frozen neurons are not put back.
+    such a step raises, the frozen neurons are not put back; what an optimizer does to weights
+    outside ``step`` is out of reach.
 
     Args:
         optimizer: the user's optimizer. Its parameters may belong to neurons or not.
