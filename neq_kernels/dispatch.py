@@ -100,12 +100,15 @@ def linear_backward(
     if n > _DENSE_SHARE * k:
         dense = aten.linear_wgrad(grad_output, x, want)
         return grad_input, *_overwrite_frozen(dense, _ROWS, order[n:])
-    if start >= 0:
+    m = aten.at_least_fewest(n, k)
+    if start >= 0 and m == n:
         packed = grad_output.narrow(-1, start, n)
     else:
-        packed = primitives.pack(grad_output.reshape(-1, k), order, n, 1)
-    rows = aten.linear_wgrad(packed, x, want)
-    return grad_input, *_scatter(rows, weight, k, order, n, _ROWS, primitives)
+        packed = primitives.pack(grad_output.reshape(-1, k), order, m, 1)
+    weight_rows, bias_rows = (
+        None if rows is None else rows[:n] for rows in aten.linear_wgrad(packed, x, want)
+    )
+    return grad_input, *_scatter((weight_rows, bias_rows), weight, k, order, n, _ROWS, primitives)
 
 
 def conv_backward(

@@ -37,7 +37,7 @@ def linear_backward(
         if input is None:
             grad_weight = torch.zeros_like(weight)
         else:
-            grad_weight = (dy.t() @ input.reshape(-1, c)).index_fill(0, frozen, 0)
+            grad_weight = (dy.t() @ input.reshape(len(dy), c)).index_fill(0, frozen, 0)
     if output_mask[2]:
         grad_bias = dy.sum(0).index_fill(0, frozen, 0)
     return grad_input, grad_weight, grad_bias
@@ -87,11 +87,10 @@ def conv_backward(
         grad_weight = backward(grad_output, [False, True, False])[1].clone()
         layout.fill_(grad_weight, frozen, 0)
     if output_mask[2]:
-        grad_bias = grad_output.transpose(0, 1).flatten(1).sum(1).index_fill(0, frozen, 0)
+        grad_bias = backward(grad_output, [False, False, True])[2].index_fill(0, frozen, 0)
     return grad_input, grad_weight, grad_bias
 
 
 def channel_similarity(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    a = a.detach().movedim(dim, 0).flatten(1).double()
-    b = b.detach().movedim(dim, 0).flatten(1).double()
+    a, b = (t.detach().movedim(dim, 0).unsqueeze(-1).flatten(1).double() for t in (a, b))
     return torch.stack([(a * b).sum(1), (a * a).sum(1), (b * b).sum(1)])
