@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -136,8 +137,11 @@ class Arm:
             "flops": {part: getattr(count, part) for part in FLOP_PARTS},
         }
         if self.shares is not None:
+            # Auxiliary heads run in training only and are not counted: taken as active.
+            counted = {layer.name for layer in count.layers}
+            layers = tuple(layer for layer in self.shares.layers if layer.name in counted)
             frozen_parameters = frozen_parameter_fraction(self.model)
-            record["bound"] = bound(self.shares, count, frozen_parameters)
+            record["bound"] = bound(replace(self.shares, layers=layers), count, frozen_parameters)
         return record
 
     def _train(self, clock: PhaseClock, on_step: Callable[[float], None]) -> dict[str, Any]:
@@ -187,7 +191,8 @@ class Arm:
     def _forward(self, x: Tensor, model: nn.Module | None = None) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp == "bf16"):
             output = (model or self.model)(x)
-        output = getattr(output, "logits", output)  # inception and googlenet, when training
+        # Inception and GoogLeNet return auxiliary outputs in training; those are not trained here.
+        output = getattr(output, "logits", output)
         return output.float()
 
     def _probe_batches(self) -> Iterator[Tensor]:

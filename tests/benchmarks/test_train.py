@@ -311,3 +311,26 @@ def test_threads_setting(tmp_path: Path, images_npz: Path) -> None:
     out = tmp_path / "run"
     assert train.main(arguments(out, images_npz, "--policy", "dense", "--epochs", "1")) == 0
     assert RunFolder(out).config()["machine"]["threads"] == 1
+
+
+def test_bound_follows_the_frozen_share(tmp_path: Path, images_npz: Path) -> None:
+    out = tmp_path / "run"
+    more = ["--policy", "stochastic", "--p", "0.5", "--epochs", "2", "--profile"]
+    assert train.main(arguments(out, images_npz, *more)) == 0
+    profile = RunFolder(out).read_json("profile.json")
+    assert 0 < profile["wgrad"] < 1
+    first, second = RunFolder(out).metrics()
+    assert first["frozen"] == 0
+    assert first["bound"] == 1
+    assert second["frozen"] > 0.4
+    assert 1 < second["bound"] < 1 / (1 - profile["wgrad"] - profile["optimizer"])
+
+
+@pytest.mark.parametrize("model", ["mobilenet_v3_small", "timm:resnet10t"])
+def test_models_of_torchvision_and_timm_by_name(
+    tmp_path: Path, images_npz: Path, model: str
+) -> None:
+    out = tmp_path / "run"
+    more = ["--model", model, "--policy", "neq", "--epochs", "1", "--limit-train", "16"]
+    assert train.main(arguments(out, images_npz, *more, "--profile")) == 0
+    assert RunFolder(out).metrics()[0]["bound"] == 1
