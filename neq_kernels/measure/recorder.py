@@ -63,14 +63,15 @@ class Recorder(TorchFunctionMode):
             for module in reversed(list(model.modules()))
             for parameter in module.parameters(recurse=False)
         }
-        self._running: list[nn.Module] = []
+        self._running: list[tuple[nn.Module | None, bool]] = [(None, False)]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Record, knowing which module each call comes from."""
 
         def enter(module: nn.Module, args: Any) -> None:
-            self._running.append(module)
+            needs_grad = any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+            self._running.append((module, needs_grad))
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             self._running.pop()
@@ -159,13 +160,15 @@ class Recorder(TorchFunctionMode):
         name = self._module_names.get(owner, "") if owner is not None else kind
         name = ".".join(filter(None, (name, part))) or kind
         if needs_grad is None:
-            needs_grad = input.requires_grad
+            running, module_needs_grad = self._running[-1]
+            # Within an autograd Function the input may be a cast copy that is not in the graph.
+            needs_grad = input.requires_grad or (owner is running and module_needs_grad)
         self.calls.append(Call(name, kind, owner, weight, macs + bias_macs, bias_macs, needs_grad))
 
     def _owner(self, weight: Tensor | None) -> nn.Module | None:
         """The running module if the weight has the shape of its own (a converted layer may pass an
         alias of its parameter, a tied weight has several owners), else whoever registered it."""
-        running = self._running[-1] if self._running else None
+        running, _ = self._running[-1]
         own = getattr(running, "weight", None)
         if weight is None or (isinstance(own, Tensor) and own.shape == weight.shape):
             return running

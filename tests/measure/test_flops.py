@@ -293,3 +293,14 @@ def test_half_the_neurons_of_every_layer_are_half_the_paper_figure():
         if isinstance(layer, neq.layers.NeuronLayer):
             layer.channels.set(range(len(layer.channels) // 2))
     assert flops.count(model, x).paper == pytest.approx(dense / 2)
+
+
+def test_a_model_that_casts_by_itself_counts_the_same():
+    class Casting(Tiny):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x)
+
+    x = torch.randn(1, 2, 6, 6)
+    plain, converted = Casting(), neq.convert(Casting())
+    assert flops.count(converted, x) == flops.count(plain, x) == flops.count(Tiny(), x)

@@ -1,0 +1,280 @@
+"""The ``neq`` command: what this machine runs, and what a model costs."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import neq_kernels
+from neq_kernels import dispatch, selfcheck
+from neq_kernels.measure import EnergyMeter, flops
+from neq_kernels.measure.energy import NO_COUNTER
+from neq_kernels.measure.machine import machine
+from neq_kernels.measure.models import named_model
+
+FAILED_CHECK = 1
+USER_ERROR = 2
+DEFAULT_SIZE = (224, 224)
+SHOWN_FAILURES = 3
+LAYER_HEADER = ("layer", "kind", "MACs", "share", "dgrad MACs", "wgrad MACs")
+CHECK_WIDTHS = (20, 14, 9, 0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``neq`` with the given arguments (None: those of the process); returns the exit code: 0,
+    1 if a check failed, 2 for a mistake in the arguments."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        code: int = args.run(args)
+    except UserError as error:
+        print(f"neq {args.command}: {error}", file=sys.stderr)
+        return USER_ERROR
+    return code
+
+
+class UserError(Exception):
+    """Told to the user in one line, without a traceback."""
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Print what this machine runs and why; check every kernel."""
+    print("Machine")
+    print(_table([[name, str(value)] for name, value in _about().items()]))
+    print("\nBackends")
+    chosen, problem = _chosen_backends()
+    print(_table(_backend_rows(chosen)))
+    if problem:
+        print(f"  {problem}")
+    print("\nEnergy counters")
+    print(_table(_energy_rows()))
+    if problem:
+        return FAILED_CHECK
+    print("\nSelf-check against PyTorch in float64")
+    return 0 if _self_check() else FAILED_CHECK
+
+
+def count_flops(args: argparse.Namespace) -> int:
+    """Print the FLOPs of one image through a model."""
+    model = _model(args)
+    height, width = args.size
+    image = torch.zeros(1, args.in_channels or 3, height, width)
+    try:
+        count = flops.count(model, image)
+    except Exception as error:  # whatever a stranger's forward raises
+        shape = "x".join(map(str, image.shape))
+        raise UserError(f"{args.model} cannot run on a {shape} batch: {error}") from error
+    if args.json:
+        print(json.dumps({"model": args.model, "size": list(args.size)} | count.to_dict()))
+        return 0
+    image_size = "x".join(map(str, image.shape[1:]))
+    print(f"{args.model}, one {image_size} image: {flops.human(count.macs)} MACs forward")
+    if args.layers:
+        print(_table(_layer_rows(count), header=LAYER_HEADER))
+    print(_table(_total_rows(count, args.convention)))
+    if count.not_called:
+        print(f"not called, not counted: {', '.join(count.not_called)}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="neq", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"neq {neq_kernels.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "doctor", help="which backends this machine gets and why; check every kernel"
+    )
+    command.set_defaults(run=doctor)
+
+    command = commands.add_parser(
+        "flops",
+        help="FLOPs of one image through a model",
+        description="FLOPs of one image through a model. Convolution, linear and norm layers are "
+        "counted; see neq_kernels.flops for the rule.",
+        epilog="examples: neq flops swin_b; neq flops benchmarks.models:resnet32 --size 32 "
+        "--classes 10; neq flops deeplabv3_resnet50 --size 480 --classes 21 --option aux_loss=True",
+    )
+    command.add_argument(
+        "model",
+        help="torchvision:NAME, timm:NAME, package.module:callable, or a bare name, looked up in "
+        "torchvision and then in timm",
+    )
+    command.add_argument(
+        "--size", type=_size, default=DEFAULT_SIZE, metavar="HxW", help="image size (224x224)"
+    )
+    command.add_argument(
+        "--classes", type=_positive, metavar="N", help="the model's own by default"
+    )
+    command.add_argument("--in-channels", type=_positive, metavar="C", help="3 by default")
+    command.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        type=_option,
+        metavar="NAME=VALUE",
+        help="passed on to the model's constructor; may be repeated",
+    )
+    command.add_argument(
+        "--convention",
+        choices=flops.CONVENTIONS,
+        help="paper: 2 x forward MACs x active share, one backward GEMM; executed: forward, dgrad "
+        "and wgrad apart; both by default",
+    )
+    command.add_argument("--layers", action="store_true", help="one line per layer")
+    command.add_argument("--json", action="store_true", help="everything, as JSON")
+    command.set_defaults(run=count_flops)
+    return parser
+
+
+def _size(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"expected HxW or one number, got {text!r}")
+    return int(parts[0]), int(parts[-1])
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return int(text)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def _model(args: argparse.Namespace) -> torch.nn.Module:
+    here = str(Path.cwd())
+    if here not in sys.path:  # an installed command does not have it, a script of the user's does
+        sys.path.insert(0, here)
+    try:
+        return named_model(args.model, args.classes, args.in_channels, **dict(args.option))
+    except Exception as error:  # whatever a stranger's constructor raises
+        raise UserError(str(error) or type(error).__name__) from error
+
+
+def _layer_rows(count: flops.FlopCount) -> list[list[str]]:
+    total = count.macs
+    return [
+        [
+            row.name,
+            row.kind,
+            flops.human(row.macs),
+            f"{row.macs / total:.1%}",
+            flops.human(row.dgrad_macs),
+            flops.human(row.wgrad_macs),
+        ]
+        for row in count.layers
+    ]
+
+
+def _total_rows(count: flops.FlopCount, convention: str | None) -> list[list[str]]:
+    rows = []
+    if convention in (None, "paper"):
+        rows.append(
+            [
+                "paper",
+                flops.human(count.paper),
+                "2 x forward MACs x active share: ONE backward GEMM",
+            ]
+        )
+    if convention in (None, "executed"):
+        rows += [
+            ["executed", flops.human(count.executed), "forward and backward:"],
+            ["  forward", flops.human(count.forward), ""],
+            ["  dgrad", flops.human(count.dgrad), "gradients of inputs"],
+            ["  wgrad", flops.human(count.wgrad), "gradients of weights"],
+        ]
+    return rows
+
+
+def _about() -> dict[str, Any]:
+    facts: dict[str, Any] = dict(machine().to_dict())
+    del facts["date"]
+    facts["accelerator"] = facts["accelerator"] or "none that PyTorch can use"
+    return facts | {
+        "cuda of torch": torch.version.cuda or "not in this build",
+        "triton": _version("triton"),
+        "neq_kernels": neq_kernels.__version__,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _chosen_backends() -> tuple[dict[str, list[str]], str]:
+    """Backend -> device types it serves, and what is wrong with the user's own choice, if it is."""
+    chosen: dict[str, list[str]] = {}
+    try:
+        for device in selfcheck.device_types():
+            chosen.setdefault(dispatch.backend_for(device), []).append(device)
+    except (ValueError, RuntimeError) as error:
+        return chosen, str(error)
+    return chosen, ""
+
+
+def _backend_rows(chosen: dict[str, list[str]]) -> list[list[str]]:
+    rows = []
+    for name, reason in dispatch.backends():
+        if name in chosen:
+            rows.append([name, f"serves {' and '.join(chosen[name])} tensors"])
+        else:
+            rows.append([name, "not chosen" if reason is None else f"cannot be used: {reason}"])
+    return rows
+
+
+def _energy_rows() -> list[list[str]]:
+    meter = EnergyMeter()
+    rows = [[name, "counts"] for name in meter.counters]
+    rows += [[missing.name, missing.reason] for missing in meter.missing]
+    return rows if meter.counters else [*rows, ["", NO_COUNTER]]
+
+
+def _self_check() -> bool:
+    passed = True
+    for check in selfcheck.run_apart():
+        passed &= check.passed
+        verdict = "ok" if check.passed else f"FAILED in {len(check.failures)}"
+        where = f"{check.backend} on {check.device}"
+        print(_table([[check.op, where, f"{check.cases} cases", verdict]], CHECK_WIDTHS))
+        for failure in check.failures[:SHOWN_FAILURES]:
+            print(f"    {failure}")
+    return passed
+
+
+def _table(
+    rows: Sequence[Sequence[str]],
+    widths: Sequence[int] = (),
+    header: Sequence[str] = (),
+) -> str:
+    """Columns aligned, two spaces apart; the last one ends where its text ends."""
+    lines = [header, *rows] if header else rows
+    if not widths:
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  " + "  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

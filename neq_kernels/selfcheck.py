@@ -1,0 +1,384 @@
+"""Every kernel of this machine against PyTorch in float64: the check that ``neq doctor`` runs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neq_kernels import dispatch, functional, ops
+from neq_kernels.backends import cpu
+from neq_kernels.channels import ActiveChannels, NeuronLayout
+from neq_kernels.optim import rows
+
+ORACLE = "reference"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+FLOAT64_TOLERANCE = 1e-12
+SEED = 2022
+
+
+@dataclass(frozen=True)
+class Check:
+    """One op on one backend and device. ``failures`` says which cases were wrong, and how."""
+
+    op: str
+    backend: str
+    device: str
+    cases: int
+    failures: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer: ``conv`` holds the keyword arguments of :func:`neq_kernels.functional.conv`, None
+    makes it a linear layer."""
+
+    name: str
+    input: tuple[int, ...]
+    weight: tuple[int, ...]
+    conv: dict[str, Any] | None = field(default_factory=dict)
+    channels_last: bool = False
+
+    @property
+    def n_channels(self) -> int:
+        transposed = self.conv is not None and self.conv.get("transposed", False)
+        groups = self.conv.get("groups", 1) if self.conv else 1
+        return self.weight[1] * groups if transposed else self.weight[0]
+
+
+LINEAR_CASES = (
+    Case("linear", (5, 7), (6, 7), None),
+    Case("linear, 3 dimensions", (2, 3, 16), (32, 16), None),
+)
+CONV_CASES = (
+    Case("conv 3x3", (2, 5, 9, 8), (6, 5, 3, 3), {"padding": 1}),
+    Case("conv 3x3, channels_last", (2, 5, 9, 8), (6, 5, 3, 3), {"padding": 1}, True),
+    Case("conv 3x3, stride 2", (2, 16, 9, 9), (16, 16, 3, 3), {"stride": 2, "padding": 1}),
+    Case("conv 1x1, channels_last", (2, 8, 6, 6), (12, 8, 1, 1), {}, True),
+    Case("conv, dilated", (1, 4, 11, 11), (6, 4, 3, 3), {"dilation": 2, "padding": "same"}),
+    Case("conv, grouped", (2, 6, 8, 8), (9, 2, 3, 3), {"groups": 3, "padding": 1}),
+    Case("conv, depthwise", (2, 8, 8, 8), (8, 1, 3, 3), {"groups": 8, "padding": 1}),
+    Case(
+        "conv, depthwise, channels_last",
+        (2, 8, 8, 8),
+        (8, 1, 5, 5),
+        {"groups": 8, "padding": 2},
+        True,
+    ),
+    Case("conv 1d", (2, 4, 13), (6, 4, 3), {"stride": 2}),
+    Case("conv 3d", (2, 3, 5, 6, 4), (6, 3, 2, 3, 2), {"padding": 1}),
+    Case(
+        "transposed conv",
+        (2, 4, 5, 5),
+        (4, 6, 3, 3),
+        {"transposed": True, "stride": 2, "output_padding": 1},
+    ),
+    Case(
+        "transposed conv, grouped",
+        (2, 4, 5, 5),
+        (4, 3, 3, 3),
+        {"transposed": True, "groups": 2, "stride": 2},
+    ),
+)
+LAYOUTS = (
+    ("rows", (6, 5, 3, 3), NeuronLayout(), False),
+    ("rows, channels_last", (6, 5, 3, 3), NeuronLayout(), True),
+    ("vector", (7,), NeuronLayout(), False),
+    ("transposed", (4, 6, 3, 3), NeuronLayout(1, axis=1), False),
+    ("transposed, grouped", (4, 3, 3, 3), NeuronLayout(2, axis=1), False),
+)
+OPTIMIZERS: tuple[tuple[str, type[torch.optim.Optimizer], dict[str, Any]], ...] = (
+    ("SGD", torch.optim.SGD, {"lr": 0.1}),
+    (
+        "SGD",
+        torch.optim.SGD,
+        {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
+    ),
+    ("SGD", torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "maximize": True}),
+    ("Adam", torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.01, "amsgrad": True}),
+    ("AdamW", torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
+)
+
+
+def run_apart() -> Iterator[Check]:
+    """:func:`run` in a process of its own: a kernel that crashes is a failed check."""
+    command = [sys.executable, "-m", "neq_kernels.selfcheck"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        n = 0
+        for line in process.stdout:
+            saved = json.loads(line)
+            n += 1
+            yield Check(**saved | {"failures": tuple(saved["failures"])})
+        last_words = process.stderr.read().strip().splitlines()[-1:]
+    if process.returncode:
+        reason = "; ".join([f"the process died (exit code {process.returncode})", *last_words])
+        yield Check(f"check {n + 1}, the rest", "any", "any", 0, (reason,))
+
+
+def run() -> Iterator[Check]:
+    """Check every op on every backend that serves a device of this machine. Takes seconds.
+
+    Random state and the choice of backend are left as they were.
+    """
+    with torch.random.fork_rng(devices=[]):
+        for backend, device in served():
+            with forced(backend):
+                yield _gradients("linear_backward", LINEAR_CASES, backend, device)
+                yield _gradients("conv_backward", CONV_CASES, backend, device)
+                yield _similarity(backend, device)
+        yield from _row_steps()
+
+
+def served() -> Iterator[tuple[str, str]]:
+    """Every (backend, device type) of this machine but the oracle itself."""
+    for (backend, reason), device in itertools.product(dispatch.backends(), device_types()):
+        if reason is None and backend != ORACLE and _serves(backend, device):
+            yield backend, device
+
+
+def device_types() -> list[str]:
+    """The device types that PyTorch can use here."""
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@contextmanager
+def forced(backend: str) -> Iterator[None]:
+    """Within it, everything is served by ``backend``."""
+    before = os.environ.get(dispatch.ENVIRONMENT_VARIABLE)
+    os.environ[dispatch.ENVIRONMENT_VARIABLE] = backend
+    dispatch.backend_for.cache_clear()
+    try:
+        yield
+    finally:
+        del os.environ[dispatch.ENVIRONMENT_VARIABLE]
+        if before is not None:
+            os.environ[dispatch.ENVIRONMENT_VARIABLE] = before
+        dispatch.backend_for.cache_clear()
+
+
+def _serves(backend: str, device: str) -> bool:
+    with forced(backend):
+        try:
+            dispatch.backend_for(device)
+        except RuntimeError:
+            return False
+    return True
+
+
+def _masks(k: int) -> dict[str, list[int]]:
+    return {
+        "none": [],
+        "one": [k - 1],
+        "a run": list(range(1, 1 + k // 2)),
+        "scattered": list(range(0, k, 2)),
+        "all": list(range(k)),
+    }
+
+
+def _gradients(op: str, cases: Sequence[Case], backend: str, device: str) -> Check:
+    failures = []
+    n = 0
+    for case, dtype in itertools.product(cases, DTYPES):
+        for mask, active in _masks(case.n_channels).items():
+            n += 1
+            problem = _wrong_gradient(case, dtype, active, backend, device)
+            if problem:
+                failures.append(f"{case.name}, {dtype}, active: {mask}: {problem}")
+    return Check(op, backend, device, n, tuple(failures))
+
+
+def _wrong_gradient(
+    case: Case, dtype: torch.dtype, active: list[int], backend: str, device: str
+) -> str:
+    """Empty if the three gradients are right. The error allowed is twice that of PyTorch's dense
+    gradient in the same dtype, and one rounding."""
+    torch.manual_seed(SEED)
+    channels = ActiveChannels(case.n_channels)
+    channels.set(active)
+    shapes = (case.input, case.weight, (case.n_channels,))
+    leaves = [_leaf(shape, dtype, device, case.channels_last) for shape in shapes]
+    try:
+        with forced(backend):
+            ours = _backward(case, leaves, channels, dtype)
+    except Exception as error:  # whatever a broken kernel raises belongs into the report
+        return f"{type(error).__name__}: {error}"
+    with forced(ORACLE):
+        exact = _backward(case, [leaf.double().cpu() for leaf in leaves], channels, dtype)
+        stock = _backward(case, leaves, channels, dtype)
+    for name, got, same_dtype, want in zip(
+        ("input", "weight", "bias"), ours, stock, exact, strict=True
+    ):
+        # In float64 PyTorch is the oracle and has no error of its own to compare with.
+        rounding = FLOAT64_TOLERANCE if dtype == torch.float64 else torch.finfo(dtype).eps
+        allowed = 2 * _distance(same_dtype, want) + rounding * _largest(want)
+        off = _distance(got, want)
+        if not off <= allowed:
+            return f"{name} gradient off by {off:.2e}, allowed {allowed:.2e}"
+    for name, got in (("weight", ours[1]), ("bias", ours[2])):
+        layout = _layout(case) if name == "weight" else NeuronLayout()
+        if layout.gather(got, channels.frozen.to(device)).count_nonzero():
+            return f"{name} gradient of frozen neurons is not 0"
+    return ""
+
+
+def _leaf(shape: tuple[int, ...], dtype: torch.dtype, device: str, channels_last: bool) -> Tensor:
+    tensor = torch.randn(shape, dtype=torch.float64).to(device=device, dtype=dtype)
+    if channels_last and tensor.dim() == 4:
+        tensor = tensor.to(memory_format=torch.channels_last)
+    return tensor
+
+
+def _backward(
+    case: Case, leaves: Sequence[Tensor], channels: ActiveChannels, dtype: torch.dtype
+) -> list[Tensor]:
+    """Gradients for an output gradient whose values ``dtype`` can hold."""
+    input, weight, bias = leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    if case.conv is None:
+        output = functional.linear(input, weight, bias, channels)
+    else:
+        output = functional.conv(input, weight, bias, channels, **case.conv)
+    generator = torch.Generator().manual_seed(SEED)
+    grad = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(dtype)
+    grads = torch.autograd.grad(
+        output, leaves, grad.to(output), allow_unused=True, materialize_grads=True
+    )
+    return list(grads)
+
+
+def _layout(case: Case) -> NeuronLayout:
+    if case.conv is not None and case.conv.get("transposed"):
+        return NeuronLayout(case.conv.get("groups", 1), axis=1)
+    return NeuronLayout()
+
+
+def _similarity(backend: str, device: str) -> Check:
+    """Integer values, so that the sums are exact in any order."""
+    failures = []
+    shapes = (((4, 7), 1), ((3, 6, 5, 5), 1), ((2, 9, 8), 2))
+    for (shape, dim), dtype in itertools.product(shapes, DTYPES):
+        torch.manual_seed(SEED)
+        a, b = (torch.randint(-3, 4, shape).to(device=device, dtype=dtype) for _ in range(2))
+        exact = torch.stack(
+            [
+                (x.double() * y.double()).movedim(dim, 0).flatten(1).sum(1)
+                for x, y in ((a, b), (a, a), (b, b))
+            ]
+        )
+        try:
+            got = ops.channel_similarity(a, b, dim)
+        except Exception as error:  # as above
+            failures.append(f"{shape}, {dtype}: {type(error).__name__}: {error}")
+            continue
+        if not torch.equal(got, exact):
+            failures.append(f"{shape}, {dtype}: sums off by {_distance(got, exact):.2e}")
+    return Check("channel_similarity", backend, device, 3 * len(DTYPES), tuple(failures))
+
+
+def _row_steps() -> Iterator[Check]:
+    """Row steps in float64 against torch's own optimizers, frozen rows bit for bit."""
+    served: list[tuple[str, ModuleType]] = [("torch", rows)]
+    if cpu.unavailable() is None:
+        served.append(("cpu", cpu))
+    for (backend, module), name in itertools.product(served, ("SGD", "Adam", "AdamW")):
+        failures = []
+        n = 0
+        for (kind, optimizer, options), layout in itertools.product(OPTIMIZERS, LAYOUTS):
+            if kind != name:
+                continue
+            label, shape, where, channels_last = layout
+            parameter = _leaf(shape, torch.float64, "cpu", channels_last)
+            for mask, active in _masks(where.n_neurons(parameter)).items():
+                n += 1
+                problem = _wrong_step(module, optimizer, options, parameter, where, active)
+                if problem:
+                    failures.append(f"{label}, {options}, active: {mask}: {problem}")
+        yield Check(f"{name} row step", backend, "cpu", n, tuple(failures))
+
+
+def _wrong_step(
+    module: ModuleType,
+    optimizer: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    start: Tensor,
+    layout: NeuronLayout,
+    active: list[int],
+) -> str:
+    channels = ActiveChannels(layout.n_neurons(start))
+    channels.set(active)
+    ours, theirs = start.clone(), torch.nn.Parameter(start.clone())
+    stock = optimizer([theirs], **options)
+    step = _row_step(module, stock, ours, channels, layout)
+    torch.manual_seed(SEED)
+    try:
+        for _ in range(3):
+            theirs.grad = torch.randn_like(theirs)
+            step(theirs.grad.clone())
+            stock.step()
+    except Exception as error:  # as above
+        return f"{type(error).__name__}: {error}"
+    moved = layout.gather(ours, channels.active)
+    want = layout.gather(theirs.detach(), channels.active)
+    off = _distance(moved, want)
+    if not off <= FLOAT64_TOLERANCE * max(_largest(want), 1.0):
+        return f"active rows off by {off:.2e}"
+    held = layout.gather(ours, channels.frozen)
+    if not torch.equal(held, layout.gather(start, channels.frozen)):
+        return "frozen rows moved"
+    return ""
+
+
+def _row_step(
+    module: ModuleType,
+    stock: torch.optim.Optimizer,
+    parameter: Tensor,
+    channels: ActiveChannels,
+    layout: NeuronLayout,
+) -> Callable[[Tensor], None]:
+    group = stock.param_groups[0]
+    steps = torch.zeros(len(channels), dtype=torch.int64)
+    where = (channels.order(), channels.n_active, layout)
+    shared = {name: group[name] for name in ("lr", "weight_decay", "maximize")}
+    if isinstance(stock, torch.optim.SGD):
+        keys = ("momentum", "dampening", "nesterov")
+        shared |= {name: group[name] for name in keys}
+        momentum = torch.zeros_like(parameter) if group["momentum"] else None
+        return lambda grad: module.sgd_rows_(parameter, grad, momentum, steps, *where, **shared)
+    shared |= {"beta1": group["betas"][0], "beta2": group["betas"][1], "eps": group["eps"]}
+    shared["decoupled"] = isinstance(stock, torch.optim.AdamW)
+    mean, square = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    largest = torch.zeros_like(parameter) if group["amsgrad"] else None
+    return lambda grad: module.adam_rows_(
+        parameter, grad, mean, square, largest, steps, *where, **shared
+    )
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """In the maximum norm; NaN if either holds one."""
+    return _largest(a.double().cpu() - b.double().cpu())
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+if __name__ == "__main__":
+    for check in run():
+        print(json.dumps(asdict(check)), flush=True)

@@ -1,0 +1,186 @@
+"""The ``neq`` command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from neq_kernels import cli, dispatch, selfcheck
+from neq_kernels.selfcheck import Check
+
+PASSED = Check("linear_backward", "aten", "cpu", 30, ())
+FAILED = Check("conv_backward", "aten", "cpu", 180, tuple(f"case {i}: off" for i in range(5)))
+
+
+@pytest.fixture
+def neq(capsys):
+    """Runs the command in this process: exit code, standard output, standard error."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        try:
+            code = cli.main(arguments)
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """What the self-check is made to find."""
+
+    def find(*found: Check) -> None:
+        monkeypatch.setattr(selfcheck, "run_apart", lambda: iter(found))
+
+    return find
+
+
+def test_doctor_on_this_machine():
+    done = subprocess.run(
+        [sys.executable, "-m", "neq_kernels.cli", "doctor"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for section in ("Machine", "Backends", "Energy counters", "Self-check"):
+        assert section in done.stdout
+    for name, reason in dispatch.backends():
+        assert name in done.stdout
+        assert reason is None or reason in done.stdout
+    assert "FAILED" not in done.stdout
+    assert done.stdout.count(" ok") >= 9
+
+
+def test_doctor_fails_when_a_check_fails(neq, checks):
+    checks(PASSED, FAILED, PASSED)
+    code, out, _ = neq("doctor")
+    assert code == 1
+    lines = [line.strip() for line in out.splitlines()]
+    assert "conv_backward         aten on cpu     180 cases  FAILED in 5" in lines
+    assert lines[lines.index("case 2: off") + 1].startswith("linear_backward")
+
+
+def test_doctor_says_which_backend_serves_and_why_others_do_not(neq, checks, monkeypatch):
+    checks(PASSED)
+    reported = [("cpu", "the extension was not built"), ("aten", None), ("reference", None)]
+    monkeypatch.setattr(dispatch, "backends", lambda: reported)
+    monkeypatch.setattr(dispatch, "backend_for", lambda device: "aten")
+    code, out, _ = neq("doctor")
+    assert code == 0
+    assert "cpu        cannot be used: the extension was not built" in out
+    assert "aten       serves cpu" in out
+    assert "reference  not chosen" in out
+
+
+def test_doctor_reports_a_forced_backend_that_does_not_exist(neq, monkeypatch):
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "abacus")
+    dispatch.backend_for.cache_clear()
+    code, out, _ = neq("doctor")
+    assert code == 1
+    assert "expected one of" in out
+    assert "abacus" in out
+
+
+def test_flops_by_both_conventions(neq):
+    code, out, _ = neq("flops", "benchmarks.models:resnet32", "--size", "32", "--classes", "10")
+    assert code == 0
+    title, *rows = out.splitlines()
+    assert title == "benchmarks.models:resnet32, one 3x32x32 image: 69.47M MACs forward"
+    figures = {row.split()[0]: row.split()[1] for row in rows}
+    assert figures["paper"] == figures["forward"] == figures["wgrad"] == "138.94M"
+    assert figures["executed"] == "415.93M"
+
+
+@pytest.mark.parametrize(
+    ("convention", "there", "not_there"),
+    [("paper", "GEMM", "dgrad"), ("executed", "dgrad", "GEMM")],
+)
+def test_flops_by_one_convention(neq, convention, there, not_there):
+    code, out, _ = neq("flops", "resnet18", "--size", "64", "--convention", convention)
+    assert code == 0
+    assert there in out
+    assert not_there not in out
+
+
+def test_flops_as_json(neq):
+    arguments = ("--size", "40x32", "--classes", "7", "--in-channels", "1", "--json")
+    code, out, _ = neq("flops", "timm:resnet18", *arguments)
+    assert code == 0
+    saved = json.loads(out)
+    assert saved["size"] == [40, 32]
+    head = next(layer for layer in saved["layers"] if layer["name"] == "fc")
+    assert head["neurons"] == 7
+    first = saved["layers"][0]
+    assert first["macs"] == 64 * 20 * 16 * 49
+    assert saved["executed"] == saved["forward"] + saved["dgrad"] + saved["wgrad"]
+
+
+def test_flops_layer_by_layer_is_aligned(neq):
+    code, out, _ = neq("flops", "benchmarks.models:resnet20", "--size", "32", "--layers")
+    assert code == 0
+    header, *rows = out.splitlines()[1:41]
+    assert header.split() == ["layer", "kind", "MACs", "share", "dgrad", "MACs", "wgrad", "MACs"]
+    kind = header.index("kind")
+    assert {row[kind : kind + 6].strip() for row in rows} == {"conv", "norm", "linear"}
+    assert all(row[kind - 1] == " " for row in rows)
+
+
+def test_options_reach_the_constructor(neq):
+    arguments = ("flops", "deeplabv3_resnet50", "--size", "64", "--classes", "21", "--json")
+    plain, auxiliary = (
+        json.loads(neq(*arguments, *more)[1]) for more in ((), ("--option", "aux_loss=True"))
+    )
+    names = {layer["name"] for layer in auxiliary["layers"]}
+    assert any(name.startswith("aux_classifier") for name in names)
+    assert auxiliary["macs"] > plain["macs"]
+
+
+def test_layers_that_do_not_run_are_reported(neq):
+    _, out, _ = neq("flops", "googlenet", "--size", "64", "--option", "init_weights=False")
+    assert "not called, not counted: aux1" in out
+
+
+def test_models_of_the_current_folder_are_found(neq, tmp_path, monkeypatch):
+    (tmp_path / "my_models.py").write_text(
+        "from torch import nn\n\ndef tiny():\n    return nn.Conv2d(3, 2, 1, bias=False)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    _, out, _ = neq("flops", "my_models:tiny", "--size", "4", "--json")
+    assert json.loads(out)["macs"] == 2 * 16 * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet181"], "did you mean resnet1"),
+        (["timm:no_such_model"], "timm has none called 'no_such_model'"),
+        (["no_such_package:model"], "no_such_package: cannot be imported"),
+        (["resnet18", "--in-channels", "1"], "in_channels: torchvision's resnet18 takes 3, got 1"),
+        (["resnet18", "--option", "no_such_option=1"], "no_such_option"),
+        (["inception_v3", "--size", "8"], "inception_v3 cannot run on a 1x3x8x8 batch"),
+        (["torch.nn:ReLU"], "no convolution, linear or norm layer ran"),
+        (["resnet18", "--size", "12x"], "argument --size: expected HxW or one number, got '12x'"),
+        (["resnet18", "--classes", "0"], "argument --classes: expected a number above 0, got '0'"),
+        (["resnet18", "--option", "aux"], "argument --option: expected NAME=VALUE, got 'aux'"),
+        (["resnet18", "--convention", "published"], "invalid choice: 'published'"),
+    ],
+)
+def test_mistakes_end_with_one_clear_line(neq, arguments, message):
+    code, out, err = neq("flops", *arguments)
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_help_and_version(neq):
+    code, out, _ = neq("--help")
+    assert code == 0
+    assert "doctor" in out
+    assert "flops" in out
+    assert neq("--version")[1].startswith("neq ")
+    assert neq()[0] == 2

@@ -1,0 +1,96 @@
+"""The self-check of ``neq doctor``: it passes, and it can fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import stat
+import sys
+
+import pytest
+import torch
+
+from neq_kernels import dispatch, selfcheck
+from neq_kernels.backends import aten
+from neq_kernels.optim import rows
+
+
+def results() -> dict[tuple[str, str], selfcheck.Check]:
+    return {(check.op, check.backend): check for check in selfcheck.run()}
+
+
+def test_every_op_of_every_backend_passes_and_nothing_is_left_behind(monkeypatch):
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "aten")
+    random = torch.get_rng_state()
+    checks = results()
+    assert [f for check in checks.values() for f in check.failures] == []
+    usable = [n for n, reason in dispatch.backends() if reason is None and n != selfcheck.ORACLE]
+    for backend in usable:
+        for op in ("linear_backward", "conv_backward", "channel_similarity"):
+            assert checks[op, backend].cases > 0
+    for op in ("SGD", "Adam", "AdamW"):
+        assert checks[f"{op} row step", "torch"].cases > 0
+    assert os.environ[dispatch.ENVIRONMENT_VARIABLE] == "aten"
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.fixture
+def only_aten(monkeypatch):
+    monkeypatch.setattr(selfcheck, "served", lambda: iter([("aten", "cpu")]))
+
+
+def test_a_gradient_in_the_wrong_row_is_found(monkeypatch, only_aten):
+    correct = aten.scatter_rows
+
+    def off_by_one(grad_rows, like, order, n, layout):
+        return correct(grad_rows, like, order.roll(1), n, layout)
+
+    monkeypatch.setattr(aten, "scatter_rows", off_by_one)
+    checks = results()
+    for op in ("linear_backward", "conv_backward"):
+        assert any("weight gradient" in f for f in checks[op, "aten"].failures)
+        assert not any("active: all" in f for f in checks[op, "aten"].failures)
+    assert checks["channel_similarity", "aten"].passed
+
+
+def test_a_kernel_that_raises_or_leaves_nan_is_found(monkeypatch, only_aten):
+    def raises(*args):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(aten, "pack", raises)
+    monkeypatch.setattr(
+        aten, "channel_similarity", lambda a, b, dim: torch.full((3, a.shape[dim]), torch.nan)
+    )
+    checks = results()
+    assert any("RuntimeError: planted" in f for f in checks["conv_backward", "aten"].failures)
+    assert not checks["channel_similarity", "aten"].passed
+
+
+def test_a_row_step_that_moves_a_frozen_row_is_found(monkeypatch, only_aten):
+    correct = rows.sgd_rows_
+
+    def careless(param, *arguments, **options):
+        correct(param, *arguments, **options)
+        param.mul_(1 + 1e-15)
+
+    monkeypatch.setattr(rows, "sgd_rows_", careless)
+    checks = results()
+    assert any("frozen rows moved" in f for f in checks["SGD row step", "torch"].failures)
+    assert checks["Adam row step", "torch"].passed
+
+
+def test_a_process_that_dies_is_a_failed_check(monkeypatch, tmp_path):
+    python = tmp_path / "python"
+    line = (
+        '{"op": "linear_backward", "backend": "cpu", "device": "cpu", "cases": 3, "failures": []}'
+    )
+    python.write_text(
+        f"#!/bin/sh\necho '{line}'\necho 'free(): invalid pointer' >&2\nkill -ABRT $$\n"
+    )
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(sys, "executable", str(python))
+    first, last = selfcheck.run_apart()
+    assert first.passed
+    assert first.cases == 3
+    assert last.failures == ("the process died (exit code -6); free(): invalid pointer",)
