@@ -101,11 +101,11 @@ class Controller(Generic[Pending]):
             differences = self._own_differences(state)
         if differences:
             raise ValueError("state: does not fit this controller: " + "; ".join(differences))
+        self._load_own(state)
         for channels, names in self._groups():
             channels.set(state["masks"][names[0]])
         self.epoch = state["epoch"]
-        self.history = deepcopy(list(state["history"]))
-        self._load_own(state)
+        self.history = deepcopy(state["history"])
 
     def _decide(self) -> tuple[Masks, Pending]:
         """The mask each layer wants, and what :meth:`_accept` needs. Changes nothing."""
@@ -166,8 +166,9 @@ class Controller(Generic[Pending]):
                 f"{kind!r}, format {version!r}"
             ]
         found = []
-        if isinstance(state.get("epoch"), bool) or not isinstance(state.get("epoch"), int):
-            found.append(f"epoch: expected an int, got {state.get('epoch')!r}")
+        epoch = state.get("epoch")
+        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+            found.append(f"epoch: expected an int, at least 0, got {epoch!r}")
         history = state.get("history")
         if not isinstance(history, list) or not all(isinstance(e, dict) for e in history):
             found.append(f"history: expected a list of dicts, got {type(history).__name__}")

@@ -38,19 +38,20 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     return model(**batch) if isinstance(batch, dict) else model(batch)
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """``batch`` with every tensor in it on ``device``."""
+def moved_copy(batch: Any, device: torch.device) -> Any:
+    """A copy of ``batch`` with every tensor in it on ``device``.
+
+    Objects other than dicts, lists and tuples go through their own ``to(device)``, if they have it.
+    """
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        return batch.to(device, copy=True)
     if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
+        return {key: moved_copy(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
+        return type(batch)(*(moved_copy(value, device) for value in batch))
     if isinstance(batch, (tuple, list)):
-        return type(batch)(to_device(value, device) for value in batch)
-    if callable(getattr(batch, "to", None)):
-        return batch.to(device)
-    return batch
+        return type(batch)(moved_copy(value, device) for value in batch)
+    return batch.to(device) if callable(getattr(batch, "to", None)) else batch
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -101,6 +101,7 @@ class Snapshot:
             raise ValueError(_unusable("its parameters are sharded"))
         fingerprints: list[str] = []
         ran: set[str] = set()
+        checked = False
         buffers = _copied_buffers(self._model)
 
         def note(name: str, output: Tensor) -> None:
@@ -111,8 +112,9 @@ class Snapshot:
             for fingerprint, batch in probe.batches():
                 with watching(self._layers, note):
                     probe.run(batch, buffers)
-                if not fingerprints and ran:
+                if ran and not checked:
                     self._check_replacement(probe, batch)
+                    checked = True
                 fingerprints.append(fingerprint)
         return fingerprints, ran
 
@@ -236,8 +238,8 @@ class Activations:
         ]
 
     def differences(self, state: Any) -> list[str]:
-        if not isinstance(state, list) or not all(isinstance(batch, dict) for batch in state):
-            return [f"memory: expected a list of dicts, got {type(state).__name__}"]
+        if not isinstance(state, list) or not all(map(_is_outputs, state)):
+            return ["memory: expected for each batch a dict of lists of tensors"]
         if len(state) != len(self._outputs):
             return [f"memory: expected {len(self._outputs)} batches, got {len(state)}"]
         found = []
@@ -290,6 +292,10 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _copied_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+
+
+def _is_outputs(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(calls, list) for calls in value.values())
 
 
 def _numbered(outputs: Any) -> dict[str, Any]:

@@ -284,13 +284,13 @@ class NEqController(Controller[Response]):
         return [] if own == expected else [f"probe: expected batches {own}, got {expected}"]
 
     def _load_own(self, state: Mapping[str, Any]) -> None:
+        self._memory.load(state["memory"])
         self._response = Response(
             _cloned(state["phi"]),
             _cloned(state["delta_phi"]),
             _cloned(state["velocity"]),
             frozenset(state["measured"]),
         )
-        self._memory.load(state["memory"])
 
 
 def _cloned(tensors: Mapping[str, Tensor]) -> PerLayer:

@@ -20,7 +20,7 @@ from neq_kernels.controllers.batches import (
     fingerprint,
     is_empty,
     model_input,
-    to_device,
+    moved_copy,
 )
 from neq_kernels.controllers.collective import device_of
 from neq_kernels.layers import NeuronLayer
@@ -69,7 +69,7 @@ class Probe:
         return device_of(self._model)
 
     def batches(self, expected: list[str] | None = None) -> Iterator[tuple[str, Any]]:
-        """The batches that are not empty, on the model's device, each with its fingerprint.
+        """The batches that are not empty, each with its fingerprint.
 
         Raises:
             ValueError: they are not the ``expected`` ones.
@@ -83,7 +83,7 @@ class Probe:
             if expected is not None:
                 _compare(found, mark, expected)
             found += 1
-            yield mark, to_device(batch, self.device)
+            yield mark, batch
         if expected is not None and found != len(expected):
             raise ValueError(
                 f"probe: expected {len(expected)} batches as in the last pass, got {found}"
@@ -91,11 +91,12 @@ class Probe:
 
     def run(self, batch: Any, state: dict[str, Tensor]) -> Any:
         """The model's output, with ``state`` in place of the parameters and buffers it names."""
+        # A copy: a model that starts with an in-place operation would change the probe.
+        inputs = moved_copy(batch, self.device)
+        replaced = {f"model.{name}": tensor for name, tensor in state.items()}
         # The same draws in every forward: a model that is random in eval mode still compares.
         with _seeded(0, self._generators()):
-            return functional_call(
-                self._model, {f"model.{name}": t for name, t in state.items()}, (batch,)
-            )
+            return functional_call(self._model, replaced, (inputs,))
 
     def frozen_state(self) -> dict[str, Tensor]:
         """For :meth:`run`: parameters that need no gradient, buffers that may be written."""

@@ -40,6 +40,11 @@ def phi_after_wiggle(batches, **options):
 Pair = namedtuple("Pair", "x y")
 
 
+class InPlaceFirst(TwoInputs):
+    def forward(self, x):
+        return super().forward(x.sub_(1).mul_(3))
+
+
 @dataclass
 class Custom:
     x: torch.Tensor
@@ -220,6 +225,16 @@ def test_a_model_that_is_random_in_evaluation_mode_compares_with_itself(memory):
     torch.rand(3), random.random(), np.random.rand()
     controller.step()
     assert all(bool((phi == 1).all()) for phi in controller.response.phi.values())
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_model_that_writes_its_input_finds_the_probe_as_it_was(memory):
+    model, x = neq.convert(InPlaceFirst()), torch.randn(5, 3)
+    probe = [(x.clone(), 1)]
+    controller = NEqController(model, probe, memory=memory)
+    controller.step()
+    assert all(bool((phi == 1).all()) for phi in controller.response.phi.values())
+    assert torch.equal(probe[0][0], x)
 
 
 class Failing(nn.Module):

@@ -107,7 +107,7 @@ def broken(state, kind):
         return "masks: expected a dict of tensors, got NoneType"
     if kind == "epoch":
         state["epoch"] = "3"
-        return "epoch: expected an int, got '3'"
+        return "epoch: expected an int, at least 0, got '3'"
     if kind == "history":
         state["history"] = {}
         return "history: expected a list of dicts, got dict"
@@ -195,7 +195,10 @@ def test_a_broken_neq_state_is_refused_whole(fault):
 def break_activations(state, fault):
     if fault == "type":
         state["memory"] = {}
-        return "memory: expected a list of dicts"
+        return "memory: expected for each batch a dict of lists of tensors"
+    if fault == "entry":
+        state["memory"][1]["3"] = 7
+        return "memory: expected for each batch a dict of lists of tensors"
     if fault == "batches":
         state["memory"].pop()
         return "memory: expected 3 batches, got 2"
@@ -206,7 +209,7 @@ def break_activations(state, fault):
     return r"memory, batch 1: 3 call 0 expected shape \(4, 8, 4, 4\), got \(1,\)"
 
 
-@pytest.mark.parametrize("fault", ["type", "batches", "calls", "shape"])
+@pytest.mark.parametrize("fault", ["type", "entry", "batches", "calls", "shape"])
 def test_broken_activations_are_refused_whole(fault):
     check_refused("activations", lambda state: break_activations(state, fault))
 
