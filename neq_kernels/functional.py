@@ -98,6 +98,8 @@ def conv(
     spatial = weight.dim() - 2
     if not 1 <= spatial <= 3:
         raise ValueError(f"weight: expected 3 to 5 dimensions, got shape {tuple(weight.shape)}")
+    if transposed and isinstance(padding, str):
+        raise ValueError(f"padding: expected numbers, got {padding!r}")
     arguments = (
         _expand("stride", stride, spatial),
         padding if isinstance(padding, str) else _expand("padding", padding, spatial),
@@ -115,7 +117,7 @@ def conv(
     batched = input.dim() != spatial + 1
     x = input if batched else input.unsqueeze(0)
     if isinstance(padding, str):
-        x, symmetric = _string_padding(x, weight, padding, arguments[0], arguments[2], transposed)
+        x, symmetric = _string_padding(x, weight, padding, arguments[0], arguments[2])
         arguments = (arguments[0], symmetric, *arguments[2:])
     out: Tensor = _Conv.apply(
         x, weight, bias, *_selection(channels, weight), grad_input == "active", *arguments
@@ -131,6 +133,9 @@ def affine(
     Args:
         weight, bias: ``[K]`` or None.
         channels: the active entries. With none active the results need no gradient.
+
+    Raises:
+        ValueError: ``channels`` does not fit the parameters.
     """
     parameters = [p for p in (weight, bias) if p is not None]
     if (
@@ -139,6 +144,8 @@ def affine(
         or _transformed()
     ):
         return weight, bias
+    if len(channels) != len(parameters[0]):
+        raise ValueError(f"channels: expected {len(parameters[0])} channels, got {len(channels)}")
     if not torch.compiler.is_compiling() and channels.n_active == 0:
         return _detached(weight), _detached(bias)
     order, _, host_count, live = _selection(channels, parameters[0])
@@ -383,14 +390,11 @@ def _string_padding(
     padding: str,
     stride: Sequence[int],
     dilation: Sequence[int],
-    transposed: bool,
 ) -> tuple[Tensor, tuple[int, ...]]:
     """The input, padded where "same" is asymmetric, and the symmetric rest of the padding."""
     spatial = weight.dim() - 2
-    if transposed or padding not in ("same", "valid"):
-        raise ValueError(
-            f"padding: expected numbers{'' if transposed else ', same or valid'}, got {padding!r}"
-        )
+    if padding not in ("same", "valid"):
+        raise ValueError(f"padding: expected numbers, 'same' or 'valid', got {padding!r}")
     if padding == "valid":
         return input, (0,) * spatial
     if any(s != 1 for s in stride):

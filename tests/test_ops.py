@@ -499,7 +499,7 @@ class CalledOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     # What reading host_count calls, and views.
-    FREE = ("resolve_conj", "resolve_neg", "detach", "view", "_unsafe_view", "t")
+    FREE = ("resolve_conj", "resolve_neg", "detach", "reshape", "view", "_unsafe_view", "t")
 
     def that_compute(self):
         return [name for name in self.names if name not in self.FREE]
