@@ -186,13 +186,8 @@ def _layer_rows(count: flops.FlopCount) -> list[list[str]]:
 def _total_rows(count: flops.FlopCount, convention: str | None) -> list[list[str]]:
     rows = []
     if convention in (None, "paper"):
-        rows.append(
-            [
-                "paper",
-                flops.human(count.paper),
-                "2 x forward MACs x active share: ONE backward GEMM",
-            ]
-        )
+        rule = "2 x forward MACs x active share: ONE backward GEMM"
+        rows.append(["paper", flops.human(count.paper), rule])
     if convention in (None, "executed"):
         rows += [
             ["executed", flops.human(count.executed), "forward and backward:"],

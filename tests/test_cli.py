@@ -161,7 +161,7 @@ def test_models_of_the_current_folder_are_found(neq, tmp_path, monkeypatch):
         (["no_such_package:model"], "no_such_package: cannot be imported"),
         (["resnet18", "--in-channels", "1"], "in_channels: torchvision's resnet18 takes 3, got 1"),
         (["resnet18", "--option", "no_such_option=1"], "no_such_option"),
-        (["inception_v3", "--size", "8"], "inception_v3 cannot run on a 1x3x8x8 batch"),
+        (["alexnet", "--size", "8"], "alexnet cannot run on a 1x3x8x8 batch"),
         (["torch.nn:ReLU"], "no convolution, linear or norm layer ran"),
         (["resnet18", "--size", "12x"], "argument --size: expected HxW or one number, got '12x'"),
         (["resnet18", "--classes", "0"], "argument --classes: expected a number above 0, got '0'"),

@@ -82,12 +82,9 @@ def test_a_row_step_that_moves_a_frozen_row_is_found(monkeypatch, only_aten):
 
 def test_a_process_that_dies_is_a_failed_check(monkeypatch, tmp_path):
     python = tmp_path / "python"
-    line = (
-        '{"op": "linear_backward", "backend": "cpu", "device": "cpu", "cases": 3, "failures": []}'
-    )
-    python.write_text(
-        f"#!/bin/sh\necho '{line}'\necho 'free(): invalid pointer' >&2\nkill -ABRT $$\n"
-    )
+    line = json.dumps(dataclasses.asdict(selfcheck.Check("linear_backward", "cpu", "cpu", 3, ())))
+    says = f"echo '{line}'; echo 'free(): invalid pointer' >&2"
+    python.write_text(f"#!/bin/sh\n{says}\nkill -ABRT $$\n")
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(sys, "executable", str(python))
     first, last = selfcheck.run_apart()

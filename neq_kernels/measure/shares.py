@@ -116,7 +116,8 @@ def bound(shares: StepShares, now: FlopCount, frozen_parameters: float = 0.0) ->
 
     Args:
         shares: of the dense step.
-        now: :func:`neq_kernels.flops.count` of the same model with the masks in question.
+        now: :func:`neq_kernels.flops.count` of the same model with the masks in question. Layers
+            that it did not see run (auxiliary heads, used in training only) are taken as active.
         frozen_parameters: ``f``, the share of parameters the optimizer need not touch
             (:func:`frozen_parameter_fraction`).
 
@@ -127,11 +128,12 @@ def bound(shares: StepShares, now: FlopCount, frozen_parameters: float = 0.0) ->
     if not 0 <= frozen_parameters <= 1:
         raise ValueError(f"frozen_parameters: expected 0..1, got {frozen_parameters}")
     counted = {layer.name: layer for layer in now.layers}
-    unknown = [layer.name for layer in shares.layers if layer.name not in counted]
-    if unknown:
-        raise ValueError(f"now: expected a count of the measured model, has no layer {unknown[0]}")
     saved = shares.optimizer * frozen_parameters
     for layer in shares.layers:
+        if layer.name in now.not_called:
+            continue
+        if layer.name not in counted:
+            raise ValueError(f"now: expected a count of the measured model, no layer {layer.name}")
         row = counted[layer.name]
         saved += layer.wgrad * (1 - row.active_share)
         if row.dgrad_macs == 0:
@@ -167,7 +169,7 @@ def _measure(variant: Variant, batches: Sequence[Any], warmup: int, repeats: int
         arrivals.append(traced.backward_by_layer())
         traced.replay_weight_gradients(layers)
         has_dgrad = traced.has_dgrad
-    if not has_dgrad:
+    if not any(arrivals[0].keys() & has_dgrad.keys()):
         raise ValueError("model: no convolution, linear or norm layer got a gradient")
     medians = {phase: Quantiles.of(samples).median for phase, samples in steps.samples.items()}
     step = Quantiles.of([sum(s) for s in zip(*steps.samples.values(), strict=True)])
@@ -177,6 +179,8 @@ def _measure(variant: Variant, batches: Sequence[Any], warmup: int, repeats: int
     scale = medians["backward"] / traced_total
     shares = []
     for name, propagates in has_dgrad.items():
+        if name not in arrivals[0]:  # its output is not part of the loss
+            continue
         whole = scale * _median(arrivals, name)
         alone = Quantiles.of(layers.samples[name]).median if name in layers.samples else 0.0
         wgrad = min(alone, whole) if propagates else whole

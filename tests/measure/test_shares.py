@@ -142,8 +142,28 @@ def test_hand_worked_bounds(active, stopped, frozen_parameters, expected):
     assert bound(SHARES, counted(active, stopped), frozen_parameters) == pytest.approx(expected)
 
 
+def test_layers_that_run_in_training_only_are_taken_as_active():
+    seen = counted({"a": 10, "b": 5})
+    now = FlopCount(seen.layers, not_called=("c",))
+    assert bound(SHARES, now) == pytest.approx(1 / (1 - 0.1))
+
+
+def test_a_layer_outside_the_loss_has_no_share():
+    class TwoHeads(CifarResNet):
+        def __init__(self):
+            super().__init__(8)
+            self.auxiliary = nn.Linear(3 * 8 * 8, 2)
+
+        def forward(self, x):
+            return super().forward(x) + 0 * self.auxiliary(x.flatten(1)).detach().sum()
+
+    shares = backward_shares(TwoHeads(), BATCHES, cross_entropy, warmup=0, repeats=1)
+    assert "auxiliary" not in {layer.name for layer in shares.layers}
+    assert "linear" in {layer.name for layer in shares.layers}
+
+
 def test_bound_wants_the_same_model_and_a_fraction():
-    with pytest.raises(ValueError, match="has no layer c"):
+    with pytest.raises(ValueError, match="no layer c"):
         bound(SHARES, counted({"a": 1, "b": 1}))
     with pytest.raises(ValueError, match="frozen_parameters"):
         bound(SHARES, counted({"a": 1, "b": 1, "c": 1}), 1.5)
