@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import neq_kernels as neq
 from neq_kernels.measure.timing import (
     PHASES,
     PhaseClock,
@@ -174,3 +175,21 @@ def test_bad_arguments_raise(arguments, message):
     arguments = {"variants": Variant("a", net(), mean_output), "batches": BATCHES} | arguments
     with pytest.raises(ValueError, match=message):
         step_time(**arguments)
+
+
+def test_an_attached_optimizer_and_its_frozen_rows_come_back():
+    model = neq.convert(net())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    neq.attach(optimizer, model)
+    model[0].channels.set([0, 2])
+    for _ in range(2):
+        mean_output(model, BATCHES[0]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    step_time(Variant("a", model, mean_output, optimizer), BATCHES, warmup=0, repeats=2)
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    for key, entry in optimizer.state_dict()["state"].items():
+        assert entry.keys() == state["state"][key].keys()
+        for name, value in entry.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(state["state"][key][name]))
