@@ -226,3 +226,15 @@ def test_what_torch_refuses_is_left_to_torch(flag, error):
     with pytest.raises(error):
         optimizer.step()
     assert all(p.grad is g for p, g in zip(net.parameters(), grads, strict=True))
+
+
+def test_counts_end_where_torch_steps_all_neurons():
+    net = make_net()
+    optimizer = Adam(net.linear.parameters())
+    attach(optimizer, net, "keep")
+    layers(net)["linear"].channels.set([0])
+    for differentiable in (False, True, False):
+        optimizer.param_groups[0]["differentiable"] = differentiable
+        finite_gradients(net, torch.Generator().manual_seed(0))
+        optimizer.step()
+    assert optimizer.state[net.linear.weight]["neq_step"].tolist() == [3, 2, 2, 2, 2]
