@@ -156,17 +156,19 @@ class ActiveChannels:
 
     def order(self, device: torch.device | str = "cpu") -> Tensor:
         """``order`` on ``device`` (cached; copied there on first use)."""
-        device = torch.device(device)
-        if device not in self._order:
-            self.prepare(device)
-        return self._order[device]
+        return self._on(device, self._order)
 
     def count(self, device: torch.device | str = "cpu") -> Tensor:
         """``count`` on ``device`` (cached; copied there on first use)."""
+        return self._on(device, self._count)
+
+    def _on(self, device: torch.device | str, copies: dict[torch.device, Tensor]) -> Tensor:
         device = torch.device(device)
-        if device not in self._count:
+        if device.type == "meta":
+            return torch.empty_like(copies[torch.device("cpu")], device=device)
+        if device not in copies:
             self.prepare(device)
-        return self._count[device]
+        return copies[device]
 
     def prepare(self, device: torch.device) -> None:
         """Make the tensors that kernels on ``device`` read (nothing to do on ``meta``)."""

@@ -342,13 +342,18 @@ def _wanted(
     )
 
 
+def _autocasts(tensor: Tensor) -> bool:
+    device_type = tensor.device.type
+    # Asking about a device without autocast, such as meta, is an error.
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def _autocast(
     input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    device_type = input.device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not _autocasts(input):
         return input, weight, bias
-    dtype = torch.get_autocast_dtype(device_type)
+    dtype = torch.get_autocast_dtype(input.device.type)
 
     def cast(t: Tensor) -> Tensor:
         return t if t.dtype == torch.float64 else t.to(dtype)
@@ -358,9 +363,8 @@ def _autocast(
 
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """A backward called inside autocast must not cast what the forward did not."""
-    device_type = tensor.device.type
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
+    if _autocasts(tensor):
+        return torch.autocast(tensor.device.type, enabled=False)
     return nullcontext()
 
 
@@ -429,7 +433,7 @@ def _validate(
         raise ValueError(f"channels: expected {k} channels, got {len(channels)}")
     if not input.is_floating_point():
         raise TypeError(f"input: expected a floating-point tensor, got {input.dtype}")
-    if torch.is_autocast_enabled(input.device.type):
+    if _autocasts(input):
         return
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != input.dtype:
