@@ -43,6 +43,11 @@ class Result:
         """Mean over the epochs of their median steps."""
         return fmean(self.step_ms(epoch, phase) for epoch in range(len(self.epochs)))
 
+    def step_spread(self) -> float:
+        """How far a step's p20 and p80 lie apart, over its median; mean over the epochs."""
+        steps = (record["step_ms"]["step"] for record in self.epochs)
+        return fmean((high - low) / middle for low, middle, high in steps)
+
     def seconds(self, phase: str) -> float:
         return sum(float(record["seconds"][phase]) for record in self.epochs)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -137,11 +136,8 @@ class Arm:
             "flops": {part: getattr(count, part) for part in FLOP_PARTS},
         }
         if self.shares is not None:
-            # Auxiliary heads run in training only and are not counted: taken as active.
-            counted = {layer.name for layer in count.layers}
-            layers = tuple(layer for layer in self.shares.layers if layer.name in counted)
             frozen_parameters = frozen_parameter_fraction(self.model)
-            record["bound"] = bound(replace(self.shares, layers=layers), count, frozen_parameters)
+            record["bound"] = bound(self.shares, count, frozen_parameters)
         return record
 
     def _train(self, clock: PhaseClock, on_step: Callable[[float], None]) -> dict[str, Any]:

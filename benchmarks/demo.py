@@ -52,7 +52,7 @@ FULL = Plan(
     ),
     scratch_epochs=12,
     continued_epochs=12,
-    continued_lr=1e-3,
+    continued_lr=0.01,
 )
 QUICK = replace(
     FULL,

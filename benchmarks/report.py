@@ -68,6 +68,7 @@ def summary_row(scene: Scene, result: Result) -> dict[str, Any]:
         "test_accuracy": result.epochs[-1]["test_accuracy"],
         "step_ms": result.mean_step_ms(),
         **{f"{phase}_ms": result.mean_step_ms(phase) for phase in PHASES},
+        "step_spread": result.step_spread(),
         "wgrad_share": result.profile["wgrad"] if result.profile else None,
         "frozen_mean": sum(r["frozen"] for r in result.epochs) / len(result.epochs),
         "frozen_last_epoch": result.epochs[-1]["frozen"],
@@ -204,6 +205,9 @@ QUANTITIES = (
         "Step, ms",
         "{:.1f}",
         "forward, backward and optimizer; mean over the epochs of their median steps",
+    ),
+    Quantity(
+        "step_spread", "p20 to p80", "{:.0%}", "of the median: how much the machine's speed varied"
     ),
     Quantity("forward_ms", "forward", "{:.1f}"),
     Quantity("backward_ms", "backward", "{:.1f}"),
