@@ -42,6 +42,7 @@ STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": FAINT,
     "legend.frameon": False,
     "figure.dpi": 160,
@@ -55,7 +56,8 @@ def color(result: Result) -> str:
 
 
 def frozen_heat_map(panels: Sequence[tuple[str, Result]], path: Path) -> None:
-    """Frozen share of each layer (rows, input at the top) in each epoch (columns)."""
+    """Frozen share of each layer (rows, input at the top) in each epoch (columns); a dot where no
+    neuron of the layer is active."""
     with plt.rc_context(STYLE):
         names = [list(result.epochs[0]["active"]) for _, result in panels]
         height = 0.9 + 0.155 * max(map(len, names))
@@ -86,6 +88,8 @@ def _heat_map(axis: Axes, layers: list[str], result: Result) -> object:
             for name in layers
         ]
     )
+    rows, columns = np.nonzero(share == 1)
+    axis.plot(columns + 1, rows, ".", color="white", markersize=2.5)
     last = len(result.epochs) + 0.5
     axis.grid(False)
     axis.tick_params(length=0)

@@ -152,7 +152,10 @@ def _write_page(out: Path, title: str, lead: str, scenes: Sequence[Scene]) -> No
     ]
     if frozen:
         plots.frozen_heat_map(frozen, out / "frozen.png")
-        caption = "Frozen share of every layer in every epoch; the network's input is at the top."
+        caption = (
+            "Frozen share of every layer in every epoch, the network's input at the top. A dot: no "
+            "neuron of the layer is active, so it needs no weight gradient at all."
+        )
         figures.insert(1, page.figure(out / "frozen.png", caption))
     sections = [_scene_section(scene) for scene in scenes]
     body = [
