@@ -252,13 +252,16 @@ class _Affine(torch.autograd.Function):
 
 
 def _plain(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """No gradient of a parameter is wanted here, or a functorch transform asks for other rules."""
+    """No gradient of a parameter is wanted here, or ours would be in the way."""
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
     return not learns or not torch.is_grad_enabled() or _transformed()
 
 
 def _transformed() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """An exported program is for any runtime, and functorch has rules of its own."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch._C._are_functorch_transforms_active()
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
