@@ -50,8 +50,8 @@ FULL = Plan(
         lr=0.1,
         augment="none",
     ),
-    scratch_epochs=12,
-    continued_epochs=12,
+    scratch_epochs=10,
+    continued_epochs=10,
     continued_lr=0.01,
 )
 QUICK = replace(
