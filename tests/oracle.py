@@ -222,7 +222,7 @@ def small_integers(shape: Sequence[int], dtype: torch.dtype = torch.float64) -> 
 
 def largest(tensor: Tensor) -> float:
     """The maximum norm, 0 for an empty tensor."""
-    return float(tensor.abs().max()) if tensor.numel() else 0.0
+    return float(tensor.detach().abs().max()) if tensor.numel() else 0.0
 
 
 def assert_within_dtype_rule(actual: Tensor, low_precision: Tensor, exact: Tensor) -> None:
