@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
-from neq_kernels.convert import convert
+from neq_kernels.convert import convert, revert
 from neq_kernels.optim import attach
 
 MAKE = {
@@ -206,3 +206,30 @@ def test_a_layer_frozen_before_its_first_step_gets_no_state():
     attach(optimizer, net)
     step(net, optimizer, 0)
     assert not optimizer.state
+
+
+def test_a_user_who_clears_the_state_starts_afresh():
+    net, optimizer, _ = trained(MAKE["Adam"], "keep")
+    net[0].channels.set([0])
+    step(net, optimizer, 0)
+    net[0].channels.set([1])
+    step(net, optimizer, 0)
+    optimizer.state.clear()
+    step(net, optimizer, 0)
+    state = optimizer.state[net[0].weight]
+    assert state["neq_step"].tolist() == [0, 1, 0, 0, 0, 0]
+    assert state["step"] == 1
+
+
+def test_converting_again_resets_what_was_trained_in_between(make):
+    net, optimizer, state = trained(make, "reset")
+    net[0].channels.set([0])
+    step(net, optimizer, 0)
+    revert(net)
+    step(net, optimizer, 1)
+    convert(net)
+    net[0].channels.set([0])
+    step(net, optimizer, 2)
+    for tensor in moments(state).values():
+        assert (tensor[1:] == 0).all()
+        assert (tensor[0] != 0).all()
