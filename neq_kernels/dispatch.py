@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from neq_kernels.backends import aten, cpu, reference
-from neq_kernels.backends.aten import ConvGeometry
+from neq_kernels.backends.geometry import ConvGeometry
 from neq_kernels.channels import NeuronLayout
 
 logger = logging.getLogger(__name__)
@@ -116,12 +116,7 @@ def conv_backward(
     input: Tensor | None,
     input_size: Sequence[int],
     weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
+    geometry: ConvGeometry,
     order: Tensor,
     host_count: Tensor,
     output_mask: Sequence[bool],
@@ -130,23 +125,9 @@ def conv_backward(
     k = grad_output.shape[1]
     n, _ = host_count.tolist()
     backend = backend_for(weight.device.type)
-    geometry = ConvGeometry(stride, padding, dilation, transposed, output_padding, groups)
     if backend == "reference":
         return reference.conv_backward(
-            grad_output,
-            input,
-            input_size,
-            weight,
-            stride,
-            padding,
-            dilation,
-            transposed,
-            output_padding,
-            groups,
-            order,
-            n,
-            output_mask,
-            active_dgrad,
+            grad_output, input, input_size, weight, geometry, order, n, output_mask, active_dgrad
         )
     # Where only the input's shape matters (dgrad alone), nothing is allocated for it.
     x = grad_output.new_empty(1).expand(input_size) if input is None else input
@@ -174,11 +155,20 @@ def conv_backward(
     rows: tuple[Tensor | None, Tensor | None]
     if fused:
         weight_rows, bias_rows = cpu.depthwise_wgrad(
-            grad_output, x, weight.shape, stride, padding, dilation, order, n, want[1]
+            grad_output,
+            x,
+            weight.shape,
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            order,
+            n,
+            want[1],
         )
         rows = (weight_rows, bias_rows if want[1] else None)
     else:
-        active_rows = aten.conv_active_rows if groups == 1 else aten.conv_active_rows_grouped
+        grouped = geometry.groups > 1
+        active_rows = aten.conv_active_rows_grouped if grouped else aten.conv_active_rows
         rows = active_rows(grad_output, x, weight, geometry, order, n, want, primitives)
     return grad_input, *_scatter(rows, weight, k, order, n, geometry.layout, primitives)
 

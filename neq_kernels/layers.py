@@ -102,24 +102,19 @@ class Linear(NeuronLayer, nn.Linear):
         return self._anchored(out)
 
 
-class _Conv(NeuronLayer):
+class _AnyConv(NeuronLayer):
+    # torch.nn declares these differently from class to class.
     kernel_size: Any
     stride: Any
     padding: Any
     dilation: Any
     groups: Any
-    padding_mode: Any
-    _reversed_padding_repeated_twice: Any
 
     def channel_dim(self, output: Tensor) -> int:
         return output.dim() - len(self.kernel_size) - 1
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _convolve(self, input: Tensor, padding: Any, **options: Any) -> Tensor:
         weight, bias = self._parameters_in_graph()
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
         out = functional.conv(
             input,
             weight,
@@ -130,8 +125,20 @@ class _Conv(NeuronLayer):
             dilation=self.dilation,
             groups=self.groups,
             grad_input=self.grad_input,
+            **options,
         )
         return self._anchored(out)
+
+
+class _Conv(_AnyConv):
+    padding_mode: Any
+    _reversed_padding_repeated_twice: Any
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.padding_mode == "zeros":
+            return self._convolve(input, self.padding)
+        padded = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        return self._convolve(padded, 0)
 
 
 class Conv1d(_Conv, nn.Conv1d):
@@ -146,20 +153,12 @@ class Conv3d(_Conv, nn.Conv3d):
     """``torch.nn.Conv3d`` with neurons that can be frozen: one per output channel."""
 
 
-class _ConvTranspose(NeuronLayer):
-    stride: Any
-    padding: Any
-    dilation: Any
-    groups: Any
-    kernel_size: Any
+class _ConvTranspose(_AnyConv):
     _output_padding: Any
 
     @property
     def layout(self) -> NeuronLayout:
         return NeuronLayout(self.groups, axis=1)
-
-    def channel_dim(self, output: Tensor) -> int:
-        return output.dim() - len(self.kernel_size) - 1
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         output_padding = self._output_padding(
@@ -168,24 +167,10 @@ class _ConvTranspose(NeuronLayer):
             self.stride,
             self.padding,
             self.kernel_size,
-            self.weight.dim() - 2,
+            len(self.kernel_size),
             self.dilation,
         )
-        weight, bias = self._parameters_in_graph()
-        out = functional.conv(
-            input,
-            weight,
-            bias,
-            self.channels,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            transposed=True,
-            output_padding=output_padding,
-            grad_input=self.grad_input,
-        )
-        return self._anchored(out)
+        return self._convolve(input, self.padding, transposed=True, output_padding=output_padding)
 
 
 class ConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):

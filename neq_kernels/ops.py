@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from neq_kernels import dispatch
+from neq_kernels.backends.geometry import ConvGeometry
 
 _LIBRARY = torch.library.Library("neq_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -71,17 +72,13 @@ def _conv_backward(
     output_mask: Sequence[bool],
     active_dgrad: bool,
 ) -> _Triple:
+    geometry = ConvGeometry(stride, padding, dilation, transposed, output_padding, groups)
     grads = dispatch.conv_backward(
         grad_output,
         input,
         input_size,
         weight,
-        stride,
-        padding,
-        dilation,
-        transposed,
-        output_padding,
-        groups,
+        geometry,
         order,
         host_count,
         output_mask,
@@ -147,19 +144,11 @@ def _(
     grad_input = weight.new_empty(0)
     if output_mask[0]:
         # aten's own fake knows the memory format its kernel for this device returns.
-        grad_input = torch.ops.aten.convolution_backward(
-            grad_output,
-            grad_output.new_empty(1).expand(input_size) if input is None else input,
-            weight,
-            None,
-            stride,
-            padding,
-            dilation,
-            transposed,
-            output_padding,
-            groups,
-            [True, False, False],
-        )[0]
+        geometry = ConvGeometry(stride, padding, dilation, transposed, output_padding, groups)
+        x = grad_output.new_empty(1).expand(input_size) if input is None else input
+        dgrad, _, _ = geometry.backward(grad_output, x, weight, (True, False, False))
+        assert dgrad is not None
+        grad_input = dgrad
     return (
         grad_input,
         torch.empty_like(weight) if output_mask[1] else weight.new_empty(0),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from neq_kernels.channels import NeuronLayout
+from neq_kernels.backends.geometry import ConvGeometry
 
 
 def unavailable() -> str | None:
@@ -48,46 +48,27 @@ def conv_backward(
     input: Tensor | None,
     input_size: Sequence[int],
     weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
+    geometry: ConvGeometry,
     order: Tensor,
     n_active: int,
     output_mask: Sequence[bool],
     active_dgrad: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     frozen = order[n_active:]
-    layout = NeuronLayout(groups, axis=1) if transposed else NeuronLayout()
-
-    def backward(dy: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-        x = dy.new_zeros(input_size) if input is None else input
-        result: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
-            dy,
-            x,
-            weight,
-            [dy.shape[1]],
-            stride,
-            padding,
-            dilation,
-            transposed,
-            output_padding,
-            groups,
-            wanted,
-        )
-        return result
-
+    x = grad_output.new_zeros(input_size) if input is None else input
     grad_input = grad_weight = grad_bias = None
     if output_mask[0]:
         propagated = grad_output.index_fill(1, frozen, 0) if active_dgrad else grad_output
-        grad_input = backward(propagated, [True, False, False])[0]
+        grad_input, _, _ = geometry.backward(propagated, x, weight, (True, False, False))
     if output_mask[1]:
-        grad_weight = backward(grad_output, [False, True, False])[1].clone()
-        layout.fill_(grad_weight, frozen, 0)
+        _, dense, _ = geometry.backward(grad_output, x, weight, (False, True, False))
+        assert dense is not None
+        grad_weight = dense.clone()
+        geometry.layout.fill_(grad_weight, frozen, 0)
     if output_mask[2]:
-        grad_bias = backward(grad_output, [False, False, True])[2].index_fill(0, frozen, 0)
+        _, _, dense = geometry.backward(grad_output, x, weight, (False, False, True))
+        assert dense is not None
+        grad_bias = dense.index_fill(0, frozen, 0)
     return grad_input, grad_weight, grad_bias
 
 
