@@ -30,7 +30,7 @@ ColumnGatherPlan::ColumnGatherPlan(const int64_t* columns, int64_t n, int64_t wi
     soon_first_ = *first;
     soon_last_ = *last;
   }
-  const int64_t lanes = word_bytes == 8 ? 4 : 8;
+  const int64_t lanes = word_bytes == 8 ? kWindowLanes<uint64_t> : kWindowLanes<uint32_t>;
   // A window may spill into one more row, not further: that is all gather_columns allows for.
   if (width < lanes || n < lanes - 1) return;
   for (int64_t i = 0; i < n;) {

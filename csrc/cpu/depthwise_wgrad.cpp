@@ -20,8 +20,6 @@ namespace neq {
 namespace {
 
 constexpr int64_t kScratchBytes = 96 * 1024;
-constexpr int64_t kVectorsPerBand = 1024;
-constexpr int64_t kVectorsPerFlush = 512;
 
 // One dimension of the convolution.
 struct Axis {
@@ -61,10 +59,58 @@ struct Problem {
   bool want_bias;
 
   int64_t taps() const { return h.kernel * w.kernel; }
+  int64_t cells() const { return taps() + 1; }
   int64_t multiplier() const { return output_channels / input_channels; }
 };
 
-// The scratch copy of one band, and the sums it is added to. `width` elements stand side by side at
+// Sums of one vector of channels (NHWC) or of one channel (NCHW): per tap, and last the bias. A
+// lane adds up only so many products in its own precision before they go to double.
+template <class T>
+class Sums {
+ public:
+  using C = Compute<T>;
+  static constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(C));
+  static constexpr int64_t kMostVectors = 128;
+
+  // Lane i adds to out[i * lane_stride + tap], for i < n_lanes; the bias comes after the taps.
+  Sums(int64_t taps, double* out, int64_t lane_stride, int64_t n_lanes)
+      : taps_(taps),
+        lanes_(taps * kLanes, C(0)),
+        out_(out),
+        lane_stride_(lane_stride),
+        n_lanes_(n_lanes) {}
+
+  // [tap][lane], to add up to `vectors` more products to.
+  C* lanes_for(int64_t vectors) {
+    if (vectors_ + vectors > kMostVectors) flush();
+    vectors_ += vectors;
+    return lanes_.data();
+  }
+
+  double* bias_lanes() { return bias_; }
+
+  void flush() {
+    for (int64_t i = 0; i < n_lanes_; ++i) {
+      for (int64_t tap = 0; tap < taps_; ++tap) {
+        out_[i * lane_stride_ + tap] += static_cast<double>(lanes_[tap * kLanes + i]);
+      }
+      out_[i * lane_stride_ + taps_] += bias_[i];
+    }
+    std::fill(lanes_.begin(), lanes_.end(), C(0));
+    std::fill_n(bias_, kLanes, 0.0);
+    vectors_ = 0;
+  }
+
+ private:
+  int64_t taps_;
+  std::vector<C> lanes_;
+  double bias_[kLanes] = {};
+  int64_t vectors_ = 0;
+  double* out_;
+  int64_t lane_stride_, n_lanes_;
+};
+
+// The scratch copy of one band. `width` elements stand side by side at
 // each pixel: 1 in NCHW, some channels in NHWC.
 template <class T>
 class Band {
@@ -79,7 +125,7 @@ class Band {
         (p_.w.output + p_.w.max_shift()) * width_ * p_.h.stride * p_.w.stride;
     const int64_t affordable =
         kScratchBytes / (row_elements * static_cast<int64_t>(sizeof(C))) - p_.h.max_shift();
-    height_ = std::clamp<int64_t>(std::min(affordable, kVectorsPerBand / columns_), 1, p_.h.output);
+    height_ = std::clamp<int64_t>(affordable, 1, p_.h.output);
     x_row_ = (p_.w.output + p_.w.max_shift()) * width_;
     x_phase_ = (height_ + p_.h.max_shift()) * x_row_;
     dy_row_ = in_columns_ ? columns_ * kLanes : columns_ * width_;
@@ -94,10 +140,7 @@ class Band {
     }
   }
 
-  int64_t height() const { return height_; }
   int64_t bands() const { return (p_.h.output + height_ - 1) / height_; }
-  int64_t vectors() const { return height_ * columns_; }
-  int64_t sums_size() const { return (p_.taps() + 1) * kLanes; }
 
   // copy(from, from_row, pixel, stride, to, to_row, rows, count) copies `rows` rows of `count`
   // pixels, from `pixel` on and `stride` apart.
@@ -129,17 +172,24 @@ class Band {
          p_.w.output);
   }
 
-  // sums[tap][lane], and the bias after the taps; `lane` picks a vector of the pixel.
-  void add(int64_t band, int64_t lane, C* sums) const {
-    const Correlation<C> c{dy_ + lane,
-                           dy_row_,
-                           x_ + lane,
-                           x_row_,
-                           rows_of(band),
-                           columns_,
-                           in_columns_ ? kLanes : width_};
-    k_.correlate(c, offsets_.data(), p_.taps(), sums);
-    if (p_.want_bias) k_.sum(c, sums + p_.taps() * kLanes);
+  // Adds the band to `sums`; `lane` picks a vector of each pixel.
+  void add(int64_t band, int64_t lane, Sums<T>& sums) const {
+    const int64_t step = in_columns_ ? kLanes : width_, rows = rows_of(band);
+    const int64_t most_columns = std::min(columns_, Sums<T>::kMostVectors);
+    const int64_t most_rows = Sums<T>::kMostVectors / most_columns;
+    for (int64_t row = 0; row < rows; row += most_rows) {
+      for (int64_t column = 0; column < columns_; column += most_columns) {
+        const Correlation<C> c{dy_ + lane + row * dy_row_ + column * step,
+                               dy_row_,
+                               x_ + lane + row * x_row_ + column * step,
+                               x_row_,
+                               std::min(most_rows, rows - row),
+                               std::min(most_columns, columns_ - column),
+                               step};
+        k_.correlate(c, offsets_.data(), p_.taps(), sums.lanes_for(c.rows * c.columns));
+        if (p_.want_bias) k_.sum(c, sums.bias_lanes());
+      }
+    }
   }
 
  private:
@@ -170,8 +220,7 @@ std::vector<double> nchw(const Problem& p, const T* grad, const T* input, int64_
   using C = Compute<T>;
   const Split images(p.images, (63 + p.n) / p.n, 1);
   parts = images.parts;
-  const int64_t cells = p.taps() + 1;
-  std::vector<double> partial(parts * p.n * cells, 0.0);
+  std::vector<double> partial(parts * p.n * p.cells(), 0.0);
   const int64_t in_plane = p.h.input * p.w.input, out_plane = p.h.output * p.w.output;
   torch::stable::parallel_for(0, parts * p.n, 1, [&](int64_t begin, int64_t end) {
     Band<T> band(p, 1);
@@ -179,27 +228,19 @@ std::vector<double> nchw(const Problem& p, const T* grad, const T* input, int64_
                           int64_t to_row, int64_t rows, int64_t count) {
       kernels<T>().copy_rows(from + column, from_row, stride, to, to_row, rows, count);
     };
-    std::vector<C> sums(band.sums_size());
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t part = item / p.n, slot = item % p.n, channel = p.active[slot];
-      double* out = partial.data() + item * cells;
-      int64_t vectors = 0;
-      const auto flush = [&] {
-        for (int64_t i = 0; i < cells * Band<T>::kLanes; ++i) out[i / Band<T>::kLanes] += sums[i];
-        std::fill(sums.begin(), sums.end(), C(0));
-        vectors = 0;
-      };
+      const int64_t part = item / p.n, channel = p.active[item % p.n];
+      Sums<T> sums(p.taps(), partial.data() + item * p.cells(), 0, Sums<T>::kLanes);
       for (int64_t image = images.begin(part); image < images.end(part); ++image) {
         const T* dy = grad + (image * p.output_channels + channel) * out_plane;
         const T* x = input + (image * p.input_channels + channel / p.multiplier()) * in_plane;
         for (int64_t b = 0; b < band.bands(); ++b) {
           band.fill_input(b, x, p.w.input, copy);
           band.fill_grad(b, dy, p.w.output, copy);
-          band.add(b, 0, sums.data());
-          if ((vectors += band.vectors()) >= kVectorsPerFlush) flush();
+          band.add(b, 0, sums);
         }
       }
-      flush();
+      sums.flush();
     }
   });
   return partial;
@@ -243,7 +284,6 @@ class PixelCopy {
 
 template <class T>
 std::vector<double> nhwc(const Problem& p, const T* grad, const T* input, int64_t& parts) {
-  using C = Compute<T>;
   constexpr int64_t kLanes = Band<T>::kLanes, kWidth = 2 * kLanes;
   const int64_t chunks = (p.n + kWidth - 1) / kWidth;
   std::vector<int64_t> sources(p.n);
@@ -257,22 +297,15 @@ std::vector<double> nhwc(const Problem& p, const T* grad, const T* input, int64_
   const int64_t bands = Band<T>(p, kWidth).bands();
   const Split units(p.images * bands, 16, 1);
   parts = units.parts;
-  const int64_t cells = p.taps() + 1;
-  std::vector<double> partial(parts * p.n * cells, 0.0);
+  std::vector<double> partial(parts * p.n * p.cells(), 0.0);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     Band<T> band(p, kWidth);
-    std::vector<C> sums(chunks * 2 * band.sums_size());
     for (int64_t part = begin; part < end; ++part) {
-      double* out = partial.data() + part * p.n * cells;
-      int64_t vectors = 0;
-      const auto flush = [&] {
-        for (int64_t i = 0; i < p.n; ++i) {
-          const C* lane = sums.data() + i / kLanes * band.sums_size() + i % kLanes;
-          for (int64_t t = 0; t < cells; ++t) out[i * cells + t] += lane[t * kLanes];
-        }
-        std::fill(sums.begin(), sums.end(), C(0));
-        vectors = 0;
-      };
+      std::vector<Sums<T>> sums;
+      for (int64_t first = 0; first < p.n; first += kLanes) {
+        sums.emplace_back(p.taps(), partial.data() + (part * p.n + first) * p.cells(), p.cells(),
+                          std::min(kLanes, p.n - first));
+      }
       for (int64_t unit = units.begin(part); unit < units.end(part); ++unit) {
         const int64_t image = unit / bands, b = unit % bands;
         const T* dy = grad + image * p.h.output * p.w.output * p.output_channels;
@@ -280,13 +313,12 @@ std::vector<double> nhwc(const Problem& p, const T* grad, const T* input, int64_
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
           band.fill_input(b, x, p.w.input * p.input_channels, copy_x[chunk]);
           band.fill_grad(b, dy, p.w.output * p.output_channels, copy_dy[chunk]);
-          C* chunk_sums = sums.data() + chunk * 2 * band.sums_size();
-          band.add(b, 0, chunk_sums);
-          if (p.n - chunk * kWidth > kLanes) band.add(b, kLanes, chunk_sums + band.sums_size());
+          for (int64_t v = 0; v < 2 && chunk * kWidth + v * kLanes < p.n; ++v) {
+            band.add(b, v * kLanes, sums[2 * chunk + v]);
+          }
         }
-        if ((vectors += band.vectors()) >= kVectorsPerFlush) flush();
       }
-      flush();
+      for (Sums<T>& each : sums) each.flush();
     }
   });
   return partial;
@@ -351,7 +383,7 @@ std::tuple<Tensor, Tensor> depthwise_wgrad(const Tensor& grad_output, const Tens
     using T = decltype(zero);
     const T* grad = static_cast<const T*>(dy.const_data_ptr());
     const T* data = static_cast<const T*>(x.const_data_ptr());
-    const int64_t cells = p.taps() + 1;
+    const int64_t cells = p.cells();
     std::vector<double> total(n * cells, 0.0);
     if (n > 0 && dy.numel() > 0) {
       int64_t parts = 0;

@@ -34,6 +34,9 @@ struct Window {
   int32_t lanes[8];  // shuffle control, see column_gather.cpp
 };
 
+template <class Word>
+constexpr int64_t kWindowLanes = sizeof(Word) == 8 ? 4 : 8;
+
 struct ColumnGather {
   const int64_t* columns;
   int64_t n;
@@ -69,7 +72,7 @@ struct Kernels {
   void (*products_of_columns)(const T* a, const T* b, int64_t rows, int64_t stride, int64_t columns,
                               double* ab, double* aa, double* bb);
   void (*correlate)(const Correlation<C>& c, const int64_t* offsets, int64_t taps, C* sums);
-  void (*sum)(const Correlation<C>& c, C* sums);
+  void (*sum)(const Correlation<C>& c, double* totals);
   void (*copy_rows)(const T* from, int64_t from_row, int64_t stride, C* to, int64_t to_row,
                     int64_t rows, int64_t count);
 };

@@ -105,9 +105,13 @@ Tensor scatter_rows(const Tensor& rows, const Tensor& like, const Tensor& order,
   Tensor source = rows;
   if (neuron_first) {
     source = torch::stable::contiguous(rows);
-  } else {
+  } else if (n > 0) {
     require(rows.dim() == like.dim(), "rows: expected ", like.dim(), " dimensions, got shape ",
             shape(rows));
+    int64_t unlike = 0;
+    for (int64_t d = 0; d < like.dim(); ++d) unlike += rows.size(d) != like.size(d);
+    require(unlike <= 1, "rows: expected the shape of like, ", shape(like),
+            ", but for the number of neurons, got ", shape(rows));
     source = in_order(rows, dims);
   }
   const int64_t slot_stride = neuron_first ? outer * inner : inner;

@@ -67,17 +67,19 @@ NEQ_TARGET void correlate(const Correlation<C>& c, const int64_t* offsets, int64
   }
 }
 
-// sums[lane] += sum of dy over rows and columns.
+// totals[lane] += sum of dy over rows and columns.
 template <class C>
-NEQ_TARGET void sum(const Correlation<C>& c, C* sums) {
-  using Vector = typename Lanes<C>::Vector;
-  Vector total = load(sums);
+NEQ_TARGET void sum(const Correlation<C>& c, double* __restrict totals) {
+  constexpr int64_t kLanes = Lanes<C>::count;
+  double total[kLanes] = {};
   for (int64_t row = 0; row < c.rows; ++row) {
-    for (int64_t column = 0; column < c.columns; ++column) {
-      total += load(c.dy + row * c.dy_row + column * c.step);
+    const C* dy = c.dy + row * c.dy_row;
+    for (int64_t column = 0; column < c.columns; ++column, dy += c.step) {
+#pragma omp simd
+      for (int64_t lane = 0; lane < kLanes; ++lane) total[lane] += static_cast<double>(dy[lane]);
     }
   }
-  std::memcpy(sums, &total, sizeof(total));
+  for (int64_t lane = 0; lane < kLanes; ++lane) totals[lane] += total[lane];
 }
 
 // Neighbouring elements by whole vectors; the last vector overlaps the one before.

@@ -27,9 +27,13 @@ NEQ_TARGET void gather_columns(const ColumnGather& gather, const Word* from, int
 #ifdef NEQ_VECTOR_SHUFFLES
   constexpr int64_t kCacheLine = 64 / sizeof(Word);
   if (gather.n_windows > 0) {
-    // A window stores whole vectors: what it writes past its own columns, the next window or the
-    // next row overwrites. So the last row is left to the loop below.
-    for (; row + 1 < rows; ++row) {
+    // A window stores a whole vector: what it writes past its own columns, the next window or the
+    // next row overwrites. The rows at the end, where that would pass the result's own end, are
+    // left to the loop below.
+    const int64_t row_end = gather.windows[gather.n_windows - 1].to + kWindowLanes<Word>;
+    const int64_t end = (rows - 1) * to_stride + gather.n;
+    const int64_t safe_rows = end < row_end ? 0 : (end - row_end) / to_stride + 1;
+    for (; row < safe_rows; ++row) {
       const Word* source = from + row * from_stride;
       Word* target = to + row * to_stride;
       for (int64_t column = gather.soon_first; column <= gather.soon_last; column += kCacheLine) {

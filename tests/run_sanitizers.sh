@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Builds the C++ extension with AddressSanitizer and UndefinedBehaviorSanitizer, outside the tree,
+# and runs the op tests over it. PYTHON chooses the interpreter (the one with torch).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+NEQ_BUILD_SANITIZE=1 "$python" setup.py -q build_ext \
+  --build-lib "$scratch/lib" --build-temp "$scratch/temp"
+
+tests=(tests/backends)
+for file in tests/test_ops.py; do
+  [[ -f $file ]] && tests+=("$file")
+done
+
+# Python itself is not instrumented: the sanitizer's runtime has to be there first, and what Python
+# never frees is no leak of ours.
+export LD_PRELOAD="$("${CXX:-c++}" -print-file-name=libasan.so) $("${CXX:-c++}" -print-file-name=libubsan.so)"
+export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0
+export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+export NEQ_KERNELS_LIBRARY="$scratch/lib/neq_kernels/_C.so"
+export OMP_NUM_THREADS=1
+
+"$python" -c "
+from neq_kernels.backends import cpu
+assert cpu.unavailable() is None, cpu.unavailable()
+"
+"$python" -m pytest -q -p no:cacheprovider -k "not portable" "${tests[@]}" "$@"
