@@ -81,7 +81,8 @@ def test_networks():
 
 
 def test_torchvision():
-    models = pytest.importorskip("torchvision.models")
+    from torchvision import models
+
     x = torch.randn(1, 3, 64, 64)
     resnet = neq.convert(models.resnet18(num_classes=4))
     assert StochasticController(resnet, 0.5, probe=[x]).outputs == ["fc"]
