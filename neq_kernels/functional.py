@@ -169,7 +169,11 @@ class _Linear(torch.autograd.Function):
         x, w, b = _autocast(input, weight, bias)
         _save(ctx, x, w, order, count, host_count, channels, active_dgrad)
         ctx.dtypes = (input.dtype, weight.dtype)
-        return F.linear(x, w, b)
+        out = F.linear(x, w, b)
+        if not torch.compiler.is_compiling() and out._is_view():
+            # Of the library's own making; autograd would refuse in-place activations on it.
+            out = torch.ops.aten._unsafe_view(out, out.shape)
+        return out
 
     @staticmethod
     @once_differentiable

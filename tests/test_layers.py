@@ -21,6 +21,7 @@ from tests import oracle
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 5), (3, 6)),
     "linear 3d": (lambda: nn.Linear(6, 5, bias=False), (2, 3, 6)),
+    "linear 3d biased": (lambda: nn.Linear(6, 5), (2, 3, 6)),
     "linear vector": (lambda: nn.Linear(6, 5), (6,)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),
     "conv1d circular": (
@@ -217,10 +218,7 @@ def test_requires_grad_of_single_parameters(learns):
             assert (parameter.grad is not None) == learned
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["linear", "conv2d", "conv2d same", "conv2d unbatched", "conv_transpose2d", "group_norm"],
-)
+@pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("mask", [oracle.half, lambda k: [False] * k, lambda k: [True] * k])
 def test_in_place_activations_follow(name, mask):
     plain, ours, x = twins(name, mask)
