@@ -169,7 +169,7 @@ class SGDRows(RowSteps):
         had_buffer = isinstance(state.get("momentum_buffer"), Tensor)
         if not had_buffer:
             state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        if group["dampening"] and (not had_buffer or COUNTS not in state):
+        if group["dampening"] and COUNTS not in state:
             state[COUNTS] = counts_from(had_buffer, len(owned.channels), p.device)
 
     def update(

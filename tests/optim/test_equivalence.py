@@ -99,7 +99,9 @@ def test_everything_active_after_a_pause_of_one_step(optimizer_class, flags, imp
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
 
-def run_against_neurons(optimizer_class, flags, frozen_state, channels_last, seed, n_steps=6):
+def run_against_neurons(
+    optimizer_class, flags, frozen_state, channels_last, seed, partial_from_the_start=False
+):
     net = make_net(channels_last=channels_last)
     optimizer = optimizer_class(net.parameters(), lr=0.05, **flags)
     attach(optimizer, net, frozen_state)
@@ -108,8 +110,8 @@ def run_against_neurons(optimizer_class, flags, frozen_state, channels_last, see
     for name, p in owned.items():
         oracle.add(name, p, TRANSPOSED.get(name))
     generator = torch.Generator().manual_seed(seed)
-    for step in range(n_steps):
-        if step > 0:
+    for step in range(6):
+        if step > 0 or partial_from_the_start:
             random_masks(net, generator)
         grads = set_gradients(net, generator)
         masks = owner_masks(net)
@@ -144,12 +146,20 @@ def test_sets_changing_at_every_step(optimizer_class, flags, frozen_state):
     frozen_state=st.sampled_from(["reset", "keep", "reference"]),
     channels_last=st.booleans(),
     seed=st.integers(0, 10_000),
+    partial=st.booleans(),
 )
-def test_any_flags_layout_and_sets(case, implementation, frozen_state, channels_last, seed):
+def test_any_flags_layout_and_sets(
+    case, implementation, frozen_state, channels_last, seed, partial
+):
     optimizer_class, flags = case
-    run_against_neurons(
-        optimizer_class, {**flags, **implementation}, frozen_state, channels_last, seed
-    )
+    flags = {**flags, **implementation}
+    run_against_neurons(optimizer_class, flags, frozen_state, channels_last, seed, partial)
+
+
+def test_a_first_step_of_some_neurons_is_not_dampened():
+    flags = {"momentum": 0.9, "dampening": 0.3}
+    for frozen_state in ("reset", "keep", "reference"):
+        run_against_neurons(SGD, flags, frozen_state, False, 3, partial_from_the_start=True)
 
 
 def shifted(order, n):

@@ -212,6 +212,7 @@ def test_a_user_who_clears_the_state_starts_afresh():
     net, optimizer, _ = trained(MAKE["Adam"], "keep")
     net[0].channels.set([0])
     step(net, optimizer, 0)
+    step(net, optimizer, 0)
     net[0].channels.set([1])
     step(net, optimizer, 0)
     optimizer.state.clear()
@@ -233,3 +234,18 @@ def test_converting_again_resets_what_was_trained_in_between(make):
     for tensor in moments(state).values():
         assert (tensor[1:] == 0).all()
         assert (tensor[0] != 0).all()
+
+
+def test_fused_sgd_with_a_layer_that_starts_late():
+    """torch's kernel takes momentum buffers for all parameters or for none."""
+    torch.manual_seed(0)
+    net = convert(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))).double()
+    optimizer = SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
+    attach(optimizer, net)
+    net[0].channels.set([])
+    step(net, optimizer, 0)
+    net[0].channels.reset()
+    before = net[0].weight.detach().clone()
+    step(net, optimizer, 1)
+    torch.testing.assert_close(net[0].weight.detach(), before - 0.1 * net[0].weight.grad)
+    assert torch.equal(optimizer.state[net[0].weight]["momentum_buffer"], net[0].weight.grad)
