@@ -164,6 +164,21 @@ def test_reverted_layers_are_torchs_again_and_converted_ones_ours():
     assert optimizer.state[net.linear.weight]["neq_step"].tolist() == [0, 3, 0, 0, 0]
 
 
+def test_layers_reverted_and_converted_between_steps_have_a_new_active_set():
+    net = make_net()
+    optimizer = SGD(net.parameters(), lr=0.1, weight_decay=0.1)
+    attach(optimizer, net)
+    layers(net)["linear"].channels.set([0])
+    step(net, optimizer)
+    revert(net)
+    convert(net)
+    layers(net)["linear"].channels.set([3])
+    before = net.linear.weight.detach().clone()
+    step(net, optimizer)
+    changed = (net.linear.weight.detach() != before).any(1).nonzero().flatten().tolist()
+    assert changed == [3]
+
+
 def test_layers_converted_after_attach_are_seen():
     net = plain_net()
     convert(net, filter=lambda name, module: name == "conv")

@@ -163,3 +163,30 @@ def test_a_loaded_state_is_reset_for_the_neurons_frozen_now():
     optimizer.load_state_dict(trained.state_dict())
     step(net, optimizer, 1)
     assert (optimizer.state[net[0].weight]["momentum_buffer"][[1, 3, 4]] == 0).all()
+
+
+@pytest.mark.parametrize("default_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_state_row_steps_make_is_stored_as_torch_stores_it(default_dtype, fused):
+    net = make_net(torch.float32).append(nn.Conv2d(2, 3, 2)).to(memory_format=torch.channels_last)
+    plain_net = copy.deepcopy(net)
+    net[0].channels.set([0])
+    convert(net)[2].channels.set([1])
+    optimizer = Adam(net.parameters(), amsgrad=True, fused=fused)
+    plain = Adam(plain_net.parameters(), amsgrad=True, fused=fused)
+    attach(optimizer, net)
+    torch.set_default_dtype(default_dtype)
+    try:
+        step(net, optimizer, 0)
+        step(plain_net, plain, 0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for p, q in zip(net.parameters(), plain_net.parameters(), strict=True):
+        ours = {key: value for key, value in optimizer.state[p].items() if key != "neq_step"}
+        theirs = plain.state[q]
+        assert ours.keys() == theirs.keys()
+        for key in theirs:
+            assert ours[key].dtype == theirs[key].dtype
+            assert ours[key].stride() == theirs[key].stride()
+            assert ours[key].shape == theirs[key].shape
+        assert ours["step"] == theirs["step"] == 1
