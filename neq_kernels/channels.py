@@ -104,15 +104,16 @@ class ActiveChannels:
             raise TypeError(f"n_channels: expected an int, got {type(n_channels).__name__}")
         if n_channels < 1:
             raise ValueError(f"n_channels: expected at least 1, got {n_channels}")
-        self._mask = torch.ones(n_channels, dtype=torch.bool, device="cpu")
         self._generation = 0
         self._n_active = n_channels
         # Apart from the count: compiled code may be specialised on it, and on nothing else.
         self._stopped = False
-        self._host_count = torch.tensor([n_channels, 0], dtype=torch.int32, device="cpu")
         cpu = torch.device("cpu")
-        self._order = {cpu: torch.arange(n_channels, dtype=torch.int64, device="cpu")}
-        self._count = {cpu: torch.tensor([n_channels], dtype=torch.int32, device="cpu")}
+        with torch.inference_mode(False):  # else set() could not refresh them outside it
+            self._mask = torch.ones(n_channels, dtype=torch.bool, device=cpu)
+            self._host_count = torch.tensor([n_channels, 0], dtype=torch.int32, device=cpu)
+            self._order = {cpu: torch.arange(n_channels, dtype=torch.int64, device=cpu)}
+            self._count = {cpu: torch.tensor([n_channels], dtype=torch.int32, device=cpu)}
 
     def __len__(self) -> int:
         return len(self._mask)
@@ -175,8 +176,9 @@ class ActiveChannels:
         if device.type == "meta" or device in self._order:
             return
         cpu = torch.device("cpu")
-        self._order[device] = self._order[cpu].to(device)
-        self._count[device] = self._count[cpu].to(device)
+        with torch.inference_mode(False):
+            self._order[device] = self._order[cpu].to(device)
+            self._count[device] = self._count[cpu].to(device)
 
     def set(self, mask_or_indices: Tensor | Sequence[bool] | Sequence[int]) -> None:
         """Choose the active channels.

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from neq_kernels import layers
-from neq_kernels.channels import ActiveChannels
+from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.distributed import StoppedParameters
 from neq_kernels.functional import GradInput
 from neq_kernels.layers import FollowingParameters, NeuronLayer, named_neuron_layers, unwrap
@@ -105,8 +105,18 @@ def convert(
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Undo :func:`convert`: every layer has its torch.nn class back. Returns ``model``."""
+    """Undo :func:`convert`: every layer has its torch.nn class back. Returns ``model``.
+
+    Raises:
+        ValueError: a layer's class was changed again since, by a parametrization for example.
+    """
     inner = unwrap(model)
+    for name, layer in named_neuron_layers(inner):
+        if type(layer) not in _NEURON_CLASSES.values():
+            raise ValueError(
+                f"{name}: expected the class that convert gave it, got {type(layer).__name__}; "
+                "remove what was put on top first, such as a parametrization"
+            )
     for module in inner.modules():
         if isinstance(module, NeuronLayer):
             for name in _STATE:
@@ -290,7 +300,7 @@ def _become(module: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def _stock_class(module: nn.Module) -> type[nn.Module]:
-    return next(stock for stock, ours in _NEURON_CLASSES.items() if type(module) is ours)
+    return next(stock for stock, ours in _NEURON_CLASSES.items() if isinstance(module, ours))
 
 
 def _torchvision() -> Any:
@@ -340,16 +350,26 @@ def _reasons(model: nn.Module, filter: Filter | None, norms: bool) -> dict[str, 
         if id(module) not in candidates
         for p in module.parameters(recurse=False)
     }
-    layouts = {id(m.weight): type(m) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    neurons: dict[int, set[NeuronLayout]] = {}
+    for module in model.modules():
+        if id(module) in candidates:
+            neurons.setdefault(id(module.weight), set()).add(_layout(module))
     for name, module in model.named_modules():
         if reasons[name] is not None or isinstance(module, NeuronLayer):
             continue
         weight = module.weight
         if id(weight) in elsewhere:
             reasons[name] = f"its weight is shared with {elsewhere[id(weight)] or 'the model'}"
-        elif id(weight) in layouts and not isinstance(module, nn.Linear):
-            reasons[name] = "its weight is shared with a layer of another kind"
+        elif len(neurons[id(weight)]) > 1:
+            reasons[name] = "its weight is shared with a layer that sees other neurons in it"
     return reasons
+
+
+def _layout(module: nn.Module) -> NeuronLayout:
+    """Where a neuron lies in the weight of a layer, converted or not."""
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return NeuronLayout(module.groups, axis=1)
+    return NeuronLayout()
 
 
 def _own_reason(name: str, module: nn.Module, filter: Filter | None, norms: bool) -> str | None:

@@ -197,6 +197,18 @@ def test_the_default_device_does_not_matter():
     )
 
 
+def test_inference_mode_does_not_matter():
+    with torch.inference_mode():
+        channels = ActiveChannels(3)
+        channels.set([0, 2])
+    channels.set([1])
+    with torch.inference_mode():
+        channels.set([2])
+    channels.order().clone()
+    assert channels.active.tolist() == [2]
+    assert not channels.order().is_inference()
+
+
 def test_repr_says_how_many_are_active():
     assert repr(oracle.channels_with([True, False, True])) == "ActiveChannels(active=2/3)"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -139,6 +140,32 @@ def test_a_weight_tied_to_an_embedding_stays_dense():
     assert entries(model)["head"].reason == "its weight is shared with embed"
 
 
+def test_a_weight_in_which_layers_see_different_neurons_stays_dense():
+    """A convolution's output channels are its transpose's input channels."""
+    for groups in (1, 2):
+        model = nn.Sequential(
+            nn.Conv2d(4, 4, 3, groups=groups),
+            nn.ConvTranspose2d(4, 4, 3, groups=groups),
+            nn.Conv2d(4, 4, 1),
+        )
+        model[1].weight = model[0].weight
+        neq.convert(model)
+        assert converted(model) == ["2"]
+        for name in "01":
+            assert "sees other neurons" in entries(model)[name].reason
+    model = nn.Sequential(nn.ConvTranspose2d(4, 4, 3, groups=2), nn.ConvTranspose2d(4, 2, 3))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match="sees other neurons"):
+        neq.convert(model)
+
+
+def test_layers_that_see_the_same_neurons_may_differ_otherwise():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(2, 4, 3, dilation=2))
+    model[1].weight = model[0].weight
+    neq.convert(model)
+    assert model[0].channels is model[1].channels
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -251,6 +278,21 @@ def test_hooks_optimizers_and_references_survive():
         optimizer.step()
         assert optimizer.state[weight]["momentum_buffer"] is buffer
         neq.revert(model)
+
+
+def test_a_layer_parametrized_after_its_conversion():
+    model = neq.convert(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
+    parametrizations.weight_norm(model[0])
+    assert entries(model)["0"].converted
+    model[0].channels.set([1])
+    model(torch.randn(2, 3)).sum().backward()
+    oracle.assert_frozen_are_zero(model[0].bias.grad, [False, True, False, False])
+    with pytest.raises(ValueError, match="0: expected the class that convert gave it, got Param"):
+        neq.revert(model)
+    assert all(isinstance(layer, NeuronLayer) for layer in model)
+    torch.nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    neq.revert(model)
+    assert [type(m) for m in model] == [nn.Linear, nn.Linear]
 
 
 def test_a_filtered_second_convert_keeps_the_first():
@@ -614,6 +656,26 @@ def test_everything_frozen_but_the_head_stops_backprop_there(make, size, head, l
     assert seen == [False]
     learned = {name for name, p in model.named_parameters() if p.grad is not None}
     assert learned == {f"{layer}.{p}" for layer in (head, lowest) for p in ("weight", "bias")}
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_copies_follow_their_own_block(copied):
+    model = neq.convert(nn.Sequential(Scaled(), nn.Linear(4, 2)), others="follow")
+    twin = copied(model)
+    twin[0].linear.channels.set([])
+    x = torch.randn(3, 4)
+    for each in (model, twin):
+        each(x).sum().backward()
+    assert twin[0].scale.grad is None
+    assert model[0].scale.grad is not None
+    assert [f.parameters for f in following_parameters(twin)] == [[twin[0].scale]]
+    neq.revert(twin)
+    model[0].linear.channels.set([])
+    model.zero_grad()
+    model(x).sum().backward()
+    assert model[0].scale.grad is None
 
 
 @pytest.mark.parametrize("make", [tiny_vit, tiny_convnext, tiny_swin])

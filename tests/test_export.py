@@ -110,3 +110,15 @@ def test_batch_sizes_may_stay_open():
     program = torch.export.export(ours, (torch.randn(4, 3, 5, 5),), dynamic_shapes=({0: batch},))
     x = torch.randn(7, 3, 5, 5)
     assert torch.equal(program.module()(x), plain(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_a_traced_model_is_plain_too():
+    plain = net().eval()
+    ours = neq.convert(copy.deepcopy(plain))
+    ours[0].channels.set([1, 3])
+    x = torch.randn(2, 3, 5, 5)
+    traced = torch.jit.trace(ours, x)
+    assert "PythonOp" not in str(traced.inlined_graph)
+    assert torch.equal(traced(x), plain(x))

@@ -394,6 +394,38 @@ def test_functorch_over_a_converted_model():
         assert torch.equal(ours_grad, dense)
 
 
+@pytest.mark.parametrize("mask", [lambda k: [True] * k, oracle.half])
+def test_a_model_under_autocast(mask):
+    plain = net()
+    ours = neq.convert(copy.deepcopy(plain))
+    for _, layer in named_neuron_layers(ours):
+        layer.channels.set(mask(len(layer.channels)))
+    exact = copy.deepcopy(plain).double()
+    x = torch.randn(8, 3, 5, 5)
+    exact(x.double()).square().sum().backward()
+    outs = []
+    for model in (plain, ours):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(x)
+            out.float().square().sum().backward()
+        outs.append(out)
+    assert outs[1].dtype == torch.bfloat16
+    assert torch.equal(*outs)
+    owners = neuron_owners(ours)
+    for parameter, low, true in zip(
+        ours.parameters(), plain.parameters(), exact.parameters(), strict=True
+    ):
+        ((channels, _),) = owners[parameter]
+        frozen = channels.mask.tolist()
+        assert parameter.grad.dtype == torch.float32
+        oracle.assert_frozen_are_zero(parameter.grad, frozen)
+        oracle.assert_within_dtype_rule(
+            parameter.grad.bfloat16(),
+            oracle.zero_frozen(low.grad, frozen).bfloat16(),
+            oracle.zero_frozen(true.grad, frozen),
+        )
+
+
 # --- sharing -------------------------------------------------------------------------------------
 
 
