@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -28,6 +28,8 @@ from neq_kernels.measure.timing import PHASES, Quantiles
 
 EVAL_BATCH = 500
 SHARES_BATCHES = 4
+Record = dict[str, Any]
+Batch = tuple[Tensor, Tensor]
 FLOP_PARTS = ("paper", "forward", "dgrad", "wgrad")
 
 
@@ -63,13 +65,19 @@ class Arm:
         self.schedule = _schedule(self.optimizer, settings)
         self._example = self._place(data.normalise(data.probe.x[:1]))
         self._energy = EnergyMeter()
+        self.last_record: Record = {}
         self.shares: StepShares | None = None
+
+    @property
+    def counts_energy(self) -> bool:
+        """Whether this machine has an energy counter."""
+        return bool(self._energy.counters)
 
     @property
     def steps_per_epoch(self) -> int:
         return self.data.n_batches(self.settings.batch)
 
-    def train_epoch(self, on_step: Callable[[float], None] = lambda loss: None) -> dict[str, Any]:
+    def train_epoch(self, on_step: Callable[[float], None]) -> Record:
         """Train one epoch, let the controller measure, evaluate.
 
         Args:
@@ -79,22 +87,35 @@ class Arm:
         Returns:
             The epoch's record, ready for ``metrics.jsonl``.
         """
+        for loss in self.epoch_by_steps():
+            on_step(loss)
+        return self.last_record
+
+    def epoch_by_steps(self) -> Iterator[float]:
+        """:meth:`train_epoch`, a step at a time: yields each step's loss; exhausted, it has left
+        the record in ``last_record``.
+
+        Energy counters count the whole machine: where there are any, let an epoch run alone.
+        """
+        clock = PhaseClock(self.device)
+        record = {
+            "epoch": self.epoch,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "active": active_counts(self.model),
+            **self._work(),
+        }
+        with self._energy as energy:
+            record |= yield from self._train(clock)
+            with self._rng.mine(), clock.phase("controller"):
+                if self.controller is not None:
+                    self.controller.step()
+        record |= {"joules": energy.joules, "joules_source": energy.source}
         with self._rng.mine():
-            record: dict[str, Any] = {
-                "epoch": self.epoch,
-                "lr": self.optimizer.param_groups[0]["lr"],
-                "active": active_counts(self.model),
-                **self._work(),
-            }
-            clock = PhaseClock(self.device)
-            with self._energy as energy:
-                record |= self._train(clock, on_step)
-                self._control(clock)
-            record["joules"], record["joules_source"] = energy.joules, energy.source
             record |= self._evaluate(clock)
-            self.schedule.step()
-            self.epoch += 1
-        return record | {"seconds": clock.totals(), "step_ms": _quantiles_ms(clock)}
+        self.schedule.step()
+        self.epoch += 1
+        record |= {"seconds": clock.totals(), "step_ms": _quantiles_ms(clock)}
+        self.last_record = record
 
     def measure_shares(self) -> StepShares:
         """Where the time of this arm's dense step goes; nothing of the arm changes."""
@@ -128,10 +149,10 @@ class Arm:
         self._rng.state = state["rng"]
         self.epoch = state["epoch"]
 
-    def _work(self) -> dict[str, Any]:
+    def _work(self) -> Record:
         """Frozen share (weighted by MACs) and FLOPs per image, with the masks of this epoch."""
         count = flops.count(self.model, self._example)
-        record: dict[str, Any] = {
+        record: Record = {
             "frozen": flops.frozen_fraction(self.model, count),
             "flops": {part: getattr(count, part) for part in FLOP_PARTS},
         }
@@ -140,28 +161,18 @@ class Arm:
             record["bound"] = bound(self.shares, count, frozen_parameters)
         return record
 
-    def _train(self, clock: PhaseClock, on_step: Callable[[float], None]) -> dict[str, Any]:
+    def _train(self, clock: PhaseClock) -> Generator[float, None, Record]:
         s = self.settings
         self.model.train()
         loss_sum, correct, images = 0.0, 0, 0
         batches = self.data.training_batches(s.batch, s.seed, self.epoch, s.augment)
         for _ in range(self.steps_per_epoch):
-            with clock.phase("data"):
-                x, y = next(batches)
-                x, y = self._place(x), y.to(self.device)
-            with clock.phase("forward"):
-                output = self._forward(x)
-                loss = F.cross_entropy(output, y)
-            with clock.phase("backward"):
-                loss.backward()
-            with clock.phase("optimizer"):
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            value = loss.item()
-            loss_sum += value * len(y)
-            correct += int((output.argmax(1) == y).sum())
-            images += len(y)
-            on_step(value)
+            with self._rng.mine():
+                loss, right, n = self._step(batches, clock)
+            loss_sum += loss * n
+            correct += right
+            images += n
+            yield loss
         return {
             "steps": self.steps_per_epoch,
             "images": images,
@@ -169,12 +180,22 @@ class Arm:
             "train_accuracy": correct / images,
         }
 
-    def _control(self, clock: PhaseClock) -> None:
-        with clock.phase("controller"):
-            if self.controller is not None:
-                self.controller.step()
+    def _step(self, batches: Iterator[Batch], clock: PhaseClock) -> tuple[float, int, int]:
+        """Loss, images classified correctly, images."""
+        with clock.phase("data"):
+            x, y = next(batches)
+            x, y = self._place(x), y.to(self.device)
+        with clock.phase("forward"):
+            output = self._forward(x)
+            loss = F.cross_entropy(output, y)
+        with clock.phase("backward"):
+            loss.backward()
+        with clock.phase("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return loss.item(), int((output.argmax(1) == y).sum()), len(y)
 
-    def _evaluate(self, clock: PhaseClock) -> dict[str, Any]:
+    def _evaluate(self, clock: PhaseClock) -> Record:
         loss_sum, correct, images = 0.0, 0, self.data.test
         self.model.eval()
         with clock.phase("eval"), torch.no_grad():

@@ -4,8 +4,9 @@
     python -m benchmarks.demo --quick    # the same in a minute, to see that everything works
 
 Two scenes on the bundled Fashion-MNIST subset. The arms of a scene start from the same weights, see
-the same images in the same order, and take turns epoch by epoch in one process, so that whatever
-else the machine does falls on all of them alike.
+the same images in the same order, and take turns step by step in one process, so that whatever else
+the machine does falls on all of them alike. (Epoch by epoch where there is an energy counter, since
+that cannot tell the arms apart.)
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from benchmarks import page, report
 from benchmarks.accounting import Result
+from benchmarks.arm import Arm
 from benchmarks.interrupt import Interrupted, Interruptible
 from benchmarks.runs import RunError, RunFolder
 from benchmarks.settings import Settings
@@ -137,7 +139,7 @@ def run_demo(plan: Plan, out: Path, interruptible: Interruptible) -> None:
 def _train_in_turns(
     out: Path, scene: str, arms: Mapping[str, Settings], interruptible: Interruptible
 ) -> list[Result]:
-    """Train the arms of a scene, one epoch each in rotation; who begins changes every epoch."""
+    """Train the arms of a scene side by side."""
     data = load_data(arms["dense"])
     folders = {name: RunFolder(out / f"{scene}-{name}") for name in arms}
     running = {name: open_run(folders[name], arms[name], data) for name in arms}
@@ -153,16 +155,32 @@ def _train_in_turns(
             bar.update()
             interruptible.check()
 
-        for epoch in range(epochs):
-            names = list(arms)
-            first = epoch % len(names)
-            for name in names[first:] + names[:first]:
-                record = running[name].train_epoch(on_step)
-                finish_epoch(folders[name], running[name], record)
-                bar.write(f"{scene:>9} {name:<10} {describe(record, epochs)}", file=sys.stdout)
+        for _ in range(epochs):
+            _epoch_in_turns(running, on_step)
+            for name, arm in running.items():
+                finish_epoch(folders[name], arm)
+                words = describe(arm.last_record, epochs)
+                bar.write(f"{scene:>9} {name:<10} {words}", file=sys.stdout)
     for name, folder in folders.items():
         finish_run(folder, running[name])
     return [Result.read(folder, name) for name, folder in folders.items()]
+
+
+def _epoch_in_turns(arms: Mapping[str, Arm], on_step: Callable[[float], None]) -> None:
+    """One epoch of each arm, a step each in turn; who begins changes all the time."""
+    turns = list(arms.values())
+    if turns[0].counts_energy:
+        first = turns[0].epoch % len(turns)
+        for arm in turns[first:] + turns[:first]:
+            arm.train_epoch(on_step)
+        return
+    steps = [arm.epoch_by_steps() for arm in turns]
+    for _ in range(turns[0].steps_per_epoch):
+        for arm_steps in steps:
+            on_step(next(arm_steps))
+        steps = steps[1:] + steps[:1]
+    for arm_steps in steps:
+        next(arm_steps, None)  # controller and evaluation
 
 
 def _scratch_text(settings: Settings) -> str:

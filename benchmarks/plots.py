@@ -27,6 +27,7 @@ PHASE_COLORS = {
     "controller": "#be123c",
 }
 INK, FAINT = "#1f2937", "#e5e7eb"
+SMALLEST_ACCURACY_SPAN = 0.1
 FROZEN_MAP = LinearSegmentedColormap.from_list("frozen", ["#f8fafc", "#99c9d6", "#0e4a6b"])
 STYLE = {
     "font.family": "sans-serif",
@@ -118,8 +119,8 @@ def step_time(scenes: Scenes, path: Path) -> None:
             axis.set_xlabel("epoch")
             axis.set_ylim(bottom=0)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axis.legend(loc="lower left", fontsize=8.5)
-        axes[0].set_ylabel("step, ms (forward + backward + optimizer)")
+        axes[0].set_ylabel("step, ms")
+        _legend(figure, axes)
         _save(figure, path)
 
 
@@ -159,8 +160,10 @@ def accuracy(scenes: Scenes, path: Path) -> None:
             axis.set_xlabel("seconds of training")
             axis.set_xlim(left=0)
             axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-            axis.legend(loc="lower right", fontsize=8.5)
+            low, high = axis.get_ylim()
+            axis.set_ylim(min(low, high - SMALLEST_ACCURACY_SPAN), high)
         axes[0].set_ylabel("test accuracy")
+        _legend(figure, axes)
         _save(figure, path)
 
 
@@ -194,6 +197,17 @@ def _panels(scenes: Scenes) -> tuple[Figure, Sequence[Axes]]:
         1, len(scenes), figsize=(4.4 * len(scenes) + 0.4, 3.4), squeeze=False, layout="constrained"
     )
     return figure, axes[0]
+
+
+def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One legend for all panels, above them."""
+    lines = {}
+    for axis in axes:
+        for line, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            lines.setdefault(label, line)
+    figure.legend(
+        lines.values(), lines.keys(), loc="outside upper center", ncols=len(lines), fontsize=9
+    )
 
 
 def _save(figure: Figure, path: Path) -> None:

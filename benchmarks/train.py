@@ -92,9 +92,9 @@ def profile_run(folder: RunFolder, arm: Arm) -> None:
     arm.shares = StepShares.from_dict(folder.read_json("profile.json"))
 
 
-def finish_epoch(folder: RunFolder, arm: Arm, record: dict[str, Any]) -> None:
+def finish_epoch(folder: RunFolder, arm: Arm) -> None:
     """Write an epoch down: metrics first, so that a checkpoint never lacks its own."""
-    folder.append_metrics(record)
+    folder.append_metrics(arm.last_record)
     folder.save_checkpoint(arm.state_dict())
 
 
@@ -156,7 +156,7 @@ def _epochs(folder: RunFolder, arm: Arm, interruptible: Interruptible) -> None:
         while arm.epoch < epochs:
             bar.set_description(f"epoch {arm.epoch + 1}/{epochs}")
             record = arm.train_epoch(on_step)
-            finish_epoch(folder, arm, record)
+            finish_epoch(folder, arm)
             bar.write(describe(record, epochs), file=sys.stdout)
             interruptible.check()
 
