@@ -265,7 +265,8 @@ def _transformed() -> bool:
     """An exported program is for any runtime, and functorch has rules of its own."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
-    return torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+    tracing = torch._C._get_tracing_state() is not None
+    return tracing or torch._C._are_functorch_transforms_active()
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
