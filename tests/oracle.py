@@ -9,12 +9,14 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from neq_kernels import dispatch
+from neq_kernels import dispatch, ops
 from neq_kernels.channels import ActiveChannels
 
 CONV = (F.conv1d, F.conv2d, F.conv3d)
@@ -210,6 +212,47 @@ def linear_gradients(
     bias = torch.zeros(weight.shape[0], dtype=torch.float64)
     dx, dw, db = dense(F.linear, x.double(), weight.double(), bias, grad_output=grad_output)
     return dx, zero_frozen(dw, mask), zero_frozen(db, mask)
+
+
+# --- what is called ------------------------------------------------------------------------------
+
+
+class CalledOps(TorchDispatchMode):
+    """Records the aten ops called inside, those of our own ops' kernels too."""
+
+    KERNELS: ClassVar = {
+        torch.ops.neq_kernels.linear_backward.default: ops._linear_backward,
+        torch.ops.neq_kernels.conv_backward.default: ops._conv_backward,
+    }
+    # Views, tensors of one element or none, and what reading host_count calls.
+    FREE: ClassVar = {
+        "alias",
+        "detach",
+        "expand",
+        "new_empty",
+        "reshape",
+        "resolve_conj",
+        "resolve_neg",
+        "squeeze",
+        "t",
+        "unsqueeze",
+        "view",
+        "_unsafe_view",
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in self.KERNELS:
+            with self:
+                return self.KERNELS[func](*args, **(kwargs or {}))
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+    def that_compute(self) -> list[str]:
+        return [name for name in self.names if name not in self.FREE]
 
 
 # --- comparing -----------------------------------------------------------------------------------

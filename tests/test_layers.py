@@ -183,6 +183,28 @@ def test_gradients_off(name):
     assert out.grad_fn is None
 
 
+def calls_of_a_step(model, x):
+    x = x.clone().requires_grad_()
+    with oracle.CalledOps() as called:
+        model(x).sum().backward()
+    return called.that_compute()
+
+
+@every_layer
+@pytest.mark.usefixtures("stock_algorithms")
+def test_with_everything_active_a_step_is_pytorchs_own_calls(name):
+    plain, ours, x = twins(name)
+    assert calls_of_a_step(ours, x) == calls_of_a_step(plain, x)
+
+
+@every_layer
+@pytest.mark.usefixtures("stock_algorithms")
+def test_wholly_frozen_a_step_is_that_of_a_layer_that_needs_no_gradient(name):
+    plain, ours, x = twins(name, lambda k: [False] * k)
+    plain.requires_grad_(False)
+    assert calls_of_a_step(ours, x) == calls_of_a_step(plain, x)
+
+
 def test_masking_does_not_depend_on_the_mode():
     layer = neq.convert(nn.Linear(3, 4)).eval()
     layer.channels.set([1, 2])

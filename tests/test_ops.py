@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from neq_kernels import dispatch, ops
@@ -195,11 +194,15 @@ def test_conv_backward_on_any_convolution(backend, data):
     case, shape, formats = data.draw(conv_cases())
     mask = data.draw(st.lists(st.booleans(), min_size=case.k, max_size=case.k))
     wanted = data.draw(st.tuples(*[st.booleans()] * 3))
+    active_dgrad = data.draw(st.booleans())
     x, weight = oracle.small_integers(shape), oracle.small_integers(case.weight_shape)
     dy = oracle.small_integers(case.forward(x, weight).shape)
-    expected = oracle.conv_gradients(case, x, weight, dy, mask)
+    propagated = dy
+    if active_dgrad:
+        propagated = dy * torch.tensor(mask).view(1, -1, *[1] * len(case.kernel))
+    expected = oracle.conv_gradients(case, x, weight, propagated, mask)
     x, weight, dy = (in_format(t, f) for t, f in zip((x, weight, dy), formats, strict=True))
-    grads = run_conv(case, x, weight, dy, mask, wanted)
+    grads = run_conv(case, x, weight, dy, mask, wanted, active_dgrad)
     for grad, exact, asked in zip(grads, expected, wanted, strict=True):
         assert torch.equal(grad, exact) if asked else grad.numel() == 0
     if wanted[1]:
@@ -479,46 +482,20 @@ def test_two_runs_give_the_same_bits(backend):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-class CalledOps(TorchDispatchMode):
-    """The aten ops called inside, those of our own ops' kernels too."""
-
-    KERNELS = {  # noqa: RUF012
-        torch.ops.neq_kernels.linear_backward.default: ops._linear_backward,
-        torch.ops.neq_kernels.conv_backward.default: ops._conv_backward,
-    }
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in self.KERNELS:
-            with self:
-                return self.KERNELS[func](*args, **(kwargs or {}))
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-    # What reading host_count calls, and views.
-    FREE = ("resolve_conj", "resolve_neg", "detach", "reshape", "view", "_unsafe_view", "t")
-
-    def that_compute(self):
-        return [name for name in self.names if name not in self.FREE]
-
-
 @pytest.mark.usefixtures("stock_algorithms")
 def test_everything_active_is_torchs_own_calls_and_bits():
     for case in CONVS.values():
         x, weight, dy = conv_tensors(case, make=torch.randn, dtype=torch.float32)
         theirs = oracle.dense(case.forward, x, weight, torch.zeros(case.k), grad_output=dy)
         everything = selection([True] * case.k)
-        with CalledOps() as called:
+        with oracle.CalledOps() as called:
             ours = run_conv(case, x, weight, dy, everything)
         assert called.that_compute() == ["convolution_backward"]
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     x, weight, dy = torch.randn(6, 4, 33), torch.randn(48, 33), torch.randn(6, 4, 48)
     theirs = oracle.dense(F.linear, x, weight, torch.zeros(48), grad_output=dy)
     everything = selection([True] * 48)
-    with CalledOps() as called:
+    with oracle.CalledOps() as called:
         ours = run_linear(x, weight, dy, everything)
     assert called.that_compute() == ["mm", "mm", "sum"]
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
