@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 from benchmarks.runs import RunFolder
@@ -81,15 +81,21 @@ class Comparison:
         return min(len(self.arm.epochs), len(self.dense.epochs))
 
     def speedup(self, epoch: int) -> float:
-        """Dense step time over the arm's, medians of the same epoch."""
-        return self.dense.step_ms(epoch) / self.arm.step_ms(epoch)
+        """Dense step time over the arm's: the median ratio of steps taken in turn, so that drift of
+        the machine cancels; of arms that did not take turns by steps, the ratio of medians."""
+        return self.speedup_quantiles(epoch)[MEDIAN]
+
+    def speedup_quantiles(self, epoch: int) -> list[float]:
+        """``[p20, median, p80]`` of :meth:`speedup`; all the same without turns by steps."""
+        ratio = self.dense.step_ms(epoch) / self.arm.step_ms(epoch)
+        return list(self.arm.epochs[epoch].get("speedup", [ratio] * 3))
 
     def bound(self, epoch: int) -> float | None:
         """The speed-up that this epoch's frozen neurons allow at most, from measured shares."""
         return self.arm.epochs[epoch].get("bound")
 
     def mean_speedup(self) -> float:
-        """Dense over arm, whole run, median steps, controller's time not counted."""
+        """Dense over arm, whole run, controller's time not counted."""
         return self._dense_ms() / self._arm_ms()
 
     def mean_bound(self) -> float | None:
@@ -100,7 +106,7 @@ class Comparison:
         return sum(steps) / sum(ms / b for ms, b in zip(steps, bounds, strict=True) if b)
 
     def saved_in_steps(self) -> float:
-        """Seconds saved in forward, backward and optimizer, by median steps."""
+        """Seconds saved in forward, backward and optimizer, by the epochs' speed-ups."""
         return (self._dense_ms() - self._arm_ms()) / 1e3
 
     def saved(self) -> float:
@@ -110,14 +116,11 @@ class Comparison:
     def dense_seconds(self) -> float:
         return self._dense_ms() / 1e3
 
-    def typical_speedup(self) -> float:
-        return median(self.speedup(epoch) for epoch in range(self.epochs))
-
     def _dense_ms(self) -> float:
         return sum(r["steps"] * self.dense.step_ms(i) for i, r in self._records())
 
     def _arm_ms(self) -> float:
-        return sum(r["steps"] * self.arm.step_ms(i) for i, r in self._records())
+        return sum(r["steps"] * self.dense.step_ms(i) / self.speedup(i) for i, r in self._records())
 
     def _records(self) -> list[tuple[int, dict[str, Any]]]:
         return list(enumerate(self.arm.epochs[: self.epochs]))

@@ -66,6 +66,7 @@ class Arm:
         self._example = self._place(data.normalise(data.probe.x[:1]))
         self._energy = EnergyMeter()
         self.last_record: Record = {}
+        self.last_steps: list[float] = []
         self.shares: StepShares | None = None
 
     @property
@@ -93,7 +94,7 @@ class Arm:
 
     def epoch_by_steps(self) -> Iterator[float]:
         """:meth:`train_epoch`, a step at a time: yields each step's loss; exhausted, it has left
-        the record in ``last_record``.
+        the record in ``last_record`` and the seconds of each step in ``last_steps``.
 
         Energy counters count the whole machine: where there are any, let an epoch run alone.
         """
@@ -115,7 +116,7 @@ class Arm:
         self.schedule.step()
         self.epoch += 1
         record |= {"seconds": clock.totals(), "step_ms": _quantiles_ms(clock)}
-        self.last_record = record
+        self.last_record, self.last_steps = record, _steps(clock)
 
     def measure_shares(self) -> StepShares:
         """Where the time of this arm's dense step goes; nothing of the arm changes."""
@@ -223,9 +224,14 @@ class Arm:
 def _quantiles_ms(clock: PhaseClock) -> dict[str, list[float]]:
     """``{phase: [p20, median, p80]}`` over the epoch's steps, and their sum as ``step``."""
     samples = {name: clock.samples[name] for name in ("data", *PHASES)}
-    samples["step"] = [sum(step) for step in zip(*(samples[name] for name in PHASES), strict=True)]
+    samples["step"] = _steps(clock)
     found = {name: Quantiles.of(values) for name, values in samples.items()}
     return {name: [1e3 * q.p20, 1e3 * q.median, 1e3 * q.p80] for name, q in found.items()}
+
+
+def _steps(clock: PhaseClock) -> list[float]:
+    """Seconds of each step: forward, backward and optimizer."""
+    return [sum(phases) for phases in zip(*(clock.samples[name] for name in PHASES), strict=True)]
 
 
 class _RngState:

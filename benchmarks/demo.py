@@ -29,6 +29,7 @@ from benchmarks.interrupt import Interrupted, Interruptible
 from benchmarks.runs import RunError, RunFolder
 from benchmarks.settings import Settings
 from benchmarks.train import describe, finish_epoch, finish_run, load_data, open_run, profile_run
+from neq_kernels.measure.timing import Quantiles
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,10 @@ def _epoch_in_turns(arms: Mapping[str, Arm], on_step: Callable[[float], None]) -
         steps = steps[1:] + steps[:1]
     for arm_steps in steps:
         next(arm_steps, None)  # controller and evaluation
+    dense = arms["dense"].last_steps
+    for arm in arms.values():
+        ratio = Quantiles.of([d / s for d, s in zip(dense, arm.last_steps, strict=True)])
+        arm.last_record["speedup"] = [ratio.p20, ratio.median, ratio.p80]
 
 
 def _scratch_text(settings: Settings) -> str:

@@ -108,37 +108,55 @@ def _heat_map(axis: Axes, layers: list[str], result: Result) -> object:
 
 
 def step_time(scenes: Scenes, path: Path) -> None:
-    """Median step per epoch with its p20-p80 band; dashed: what the bound allows at best."""
+    """Step time per epoch with its p20-p80 band; dashed: what the bound allows at best. Relative to
+    the dense run's step of the same turn where a scene has one, else milliseconds."""
     with plt.rc_context(STYLE):
         figure, axes = _panels(scenes)
         for axis, (title, results) in zip(axes, scenes, strict=True):
             dense = next((r for r in results if r.policy == "dense"), None)
-            for result in results:
-                _step_time_line(axis, result, dense)
+            if dense is None or len(results) == 1:
+                _milliseconds(axis, results)
+            else:
+                _relative(axis, results, dense)
             axis.set_title(title)
             axis.set_xlabel("epoch")
             axis.set_ylim(bottom=0)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes[0].set_ylabel("step, ms")
         _legend(figure, axes)
         _save(figure, path)
 
 
-def _step_time_line(axis: Axes, result: Result, dense: Result | None) -> None:
-    epochs = np.arange(1, len(result.epochs) + 1)
-    low, middle, high = np.array([record["step_ms"]["step"] for record in result.epochs]).T
+def _milliseconds(axis: Axes, results: Sequence[Result]) -> None:
+    for result in results:
+        steps = np.array([record["step_ms"]["step"] for record in result.epochs])
+        _banded_line(axis, result, *steps.T)
+    axis.set_ylabel("step, ms")
+
+
+def _relative(axis: Axes, results: Sequence[Result], dense: Result) -> None:
+    axis.axhline(1, color=color(dense), lw=1.5, label="dense")
+    for result in results:
+        pair = Comparison(result, dense)
+        if result is dense:
+            continue
+        times = 1 / np.array([pair.speedup_quantiles(epoch) for epoch in range(pair.epochs)])
+        _banded_line(axis, result, *times.T)
+        bounds = [pair.bound(epoch) for epoch in range(pair.epochs)]
+        if None not in bounds:
+            best = [1 / (bound or 1) for bound in bounds]
+            epochs = range(1, pair.epochs + 1)
+            label = f"{result.name}, bound"
+            axis.plot(epochs, best, "--", color=color(result), lw=1.2, label=label)
+    axis.set_ylabel("step time (dense = 100%)")
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+
+def _banded_line(
+    axis: Axes, result: Result, low: np.ndarray, middle: np.ndarray, high: np.ndarray
+) -> None:
+    epochs = np.arange(1, len(middle) + 1)
     axis.fill_between(epochs, low, high, color=color(result), alpha=0.15, linewidth=0)
     axis.plot(epochs, middle, "o-", color=color(result), markersize=3, label=result.name)
-    if dense is None or result is dense:
-        return
-    pair = Comparison(result, dense)
-    bounds = [pair.bound(epoch) for epoch in range(pair.epochs)]
-    if None in bounds:
-        return
-    best = [dense.step_ms(epoch) / (bound or 1) for epoch, bound in enumerate(bounds)]
-    axis.plot(
-        epochs[: len(best)], best, "--", color=color(result), lw=1.2, label=f"{result.name}, bound"
-    )
 
 
 def accuracy(scenes: Scenes, path: Path) -> None:
@@ -159,9 +177,10 @@ def accuracy(scenes: Scenes, path: Path) -> None:
             axis.set_title(title)
             axis.set_xlabel("seconds of training")
             axis.set_xlim(left=0)
-            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             low, high = axis.get_ylim()
-            axis.set_ylim(min(low, high - SMALLEST_ACCURACY_SPAN), high)
+            padding = max(0.0, SMALLEST_ACCURACY_SPAN - (high - low)) / 2
+            axis.set_ylim(low - padding, high + padding)
         axes[0].set_ylabel("test accuracy")
         _legend(figure, axes)
         _save(figure, path)

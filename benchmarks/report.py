@@ -136,9 +136,9 @@ def _write_page(out: Path, title: str, lead: str, scenes: Sequence[Scene]) -> No
     figures = [
         page.figure(
             out / "step_time.png",
-            "Step time per epoch, median with its p20–p80 band. Dashed: the step time that the "
-            "neurons frozen in that epoch allow at best, from the measured shares of the dense "
-            "step.",
+            "Step time (forward, backward, optimizer) per epoch, median with its p20–p80 band; "
+            "beside a dense run, relative to its step of the same turn. Dashed: the least that the "
+            "neurons frozen in that epoch allow, from the measured shares of the dense step.",
         ),
         page.figure(
             out / "accuracy.png",
@@ -245,7 +245,7 @@ QUANTITIES = (
         "speedup_mean",
         "Step speed-up",
         "{:.3f}",
-        "dense step over this one, whole run, no controller",
+        "dense step over this one: median ratio of steps taken in turn; whole run, no controller",
     ),
     Quantity(
         "bound_mean", "its bound", "{:.3f}", "1 / (1 − share of the dense step that was frozen)"
@@ -256,7 +256,7 @@ QUANTITIES = (
         "saved_step_seconds",
         "Saved in steps, s",
         "{:+.2f}",
-        "median steps against the dense run's of the same epoch",
+        "the speed-up of each epoch on the dense run's median steps",
     ),
     Quantity("controller_seconds", "Controller, s", "{:.2f}", "its own time, all epochs"),
     Quantity(

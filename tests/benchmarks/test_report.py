@@ -170,3 +170,12 @@ def test_comparison_command(
     assert "saved 1.7 s" in (out / "report.html").read_text()
     assert report.main([str(tmp_path / "none"), "--out", str(out)]) == 2
     assert "there is no run to read here" in capsys.readouterr().err
+
+
+def test_ratios_of_steps_taken_in_turn_come_before_ratios_of_medians(scene: Scene) -> None:
+    dense = scene.results[0]
+    paired = [epoch(i, 100, 0.5, bound=1.5, speedup=[1.1, 1.25, 1.3]) for i in range(2)]
+    pair = Comparison(result("neq", paired), dense)
+    assert pair.speedup(0) == 1.25
+    assert pair.saved_in_steps() == pytest.approx(100 * (100 + 110) * (1 - 1 / 1.25) / 1e3)
+    assert pair.mean_speedup() == pytest.approx(1.25)
