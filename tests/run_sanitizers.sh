@@ -29,6 +29,7 @@ export OMP_NUM_THREADS=1
 from neq_kernels.backends import cpu
 assert cpu.unavailable() is None, cpu.unavailable()
 "
-# The other backends run none of the instrumented code.
-"$python" -m pytest -q -p no:cacheprovider -k "not portable and not reference and not aten" \
+# The other backends run none of the instrumented code. Captured by sys alone, so that a sanitizer's
+# report is seen when it ends the process.
+"$python" -m pytest -q -p no:cacheprovider --capture=sys -k "not portable and not reference and not aten" \
   "${tests[@]}" "$@"

@@ -31,8 +31,7 @@ ColumnGatherPlan::ColumnGatherPlan(const int64_t* columns, int64_t n, int64_t wi
     soon_last_ = *last;
   }
   const int64_t lanes = word_bytes == 8 ? kWindowLanes<uint64_t> : kWindowLanes<uint32_t>;
-  // A window may spill into one more row, not further: that is all gather_columns allows for.
-  if (width < lanes || n < lanes - 1) return;
+  if (width < lanes) return;
   for (int64_t i = 0; i < n;) {
     Window window{};
     // Moved left where it would read past the end of the row.
