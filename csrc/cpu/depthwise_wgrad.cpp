@@ -1,217 +1,18 @@
-// Weight gradient of a 2d depthwise convolution, computed directly and for the active channels
-// only.
-//
-// A band of output rows is handled at a time: the input rows it needs are copied to scratch memory,
-// zero-padded and with their rows and columns sorted by stride phase, so that every tap reads
-// neighbouring vectors at a fixed offset. In NCHW the lanes of a vector are neighbouring columns,
-// in NHWC they are channels.
+// Weight gradient of a 2d depthwise convolution: computed directly, for the active channels only.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "column_gather.h"
-#include "kernels.h"
+#include "depthwise_band.h"
 #include "ops.h"
 #include "split.h"
 #include "strides.h"
 
 namespace neq {
+namespace depthwise {
 namespace {
-
-constexpr int64_t kScratchBytes = 96 * 1024;
-
-// One dimension of the convolution.
-struct Axis {
-  int64_t input, output, kernel, stride, padding, dilation;
-
-  int64_t phase(int64_t tap) const { return tap * dilation % stride; }
-  int64_t shift(int64_t tap) const { return tap * dilation / stride; }
-  int64_t max_shift() const { return shift(kernel - 1); }
-  // How far beyond the outputs the taps of this phase reach; -1 when no tap has this phase.
-  int64_t reach(int64_t of_phase) const {
-    int64_t reach = -1;
-    for (int64_t tap = 0; tap < kernel; ++tap) {
-      if (phase(tap) == of_phase) reach = shift(tap);
-    }
-    return reach;
-  }
-  // Input position of element `index` of a phase.
-  int64_t position(int64_t index, int64_t of_phase) const {
-    return index * stride + of_phase - padding;
-  }
-  // Elements [first, last) of a phase lie inside the input and are read by some tap.
-  int64_t first(int64_t of_phase) const {
-    return std::max<int64_t>(0, (padding - of_phase + stride - 1) / stride);
-  }
-  int64_t last(int64_t of_phase) const {
-    const int64_t inside = input - 1 + padding - of_phase;
-    const int64_t used = output + reach(of_phase);
-    return reach(of_phase) < 0 || inside < 0 ? 0 : std::min(inside / stride + 1, used);
-  }
-};
-
-struct Problem {
-  int64_t images, input_channels, output_channels;
-  Axis h, w;
-  const int64_t* active;
-  int64_t n;
-  bool want_bias;
-
-  int64_t taps() const { return h.kernel * w.kernel; }
-  int64_t cells() const { return taps() + 1; }
-  int64_t multiplier() const { return output_channels / input_channels; }
-};
-
-// Sums of one vector of channels (NHWC) or of one channel (NCHW): per tap, and last the bias. A
-// lane adds up only so many products in its own precision before they go to double.
-template <class T>
-class Sums {
- public:
-  using C = Compute<T>;
-  static constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(C));
-  static constexpr int64_t kMostVectors = 128;
-
-  // Lane i adds to out[i * lane_stride + tap], for i < n_lanes; the bias comes after the taps.
-  Sums(int64_t taps, double* out, int64_t lane_stride, int64_t n_lanes)
-      : taps_(taps),
-        lanes_(taps * kLanes, C(0)),
-        out_(out),
-        lane_stride_(lane_stride),
-        n_lanes_(n_lanes) {}
-
-  // [tap][lane], to add up to `vectors` more products to.
-  C* lanes_for(int64_t vectors) {
-    if (vectors_ + vectors > kMostVectors) flush();
-    vectors_ += vectors;
-    return lanes_.data();
-  }
-
-  double* bias_lanes() { return bias_; }
-
-  void flush() {
-    for (int64_t i = 0; i < n_lanes_; ++i) {
-      for (int64_t tap = 0; tap < taps_; ++tap) {
-        out_[i * lane_stride_ + tap] += static_cast<double>(lanes_[tap * kLanes + i]);
-      }
-      out_[i * lane_stride_ + taps_] += bias_[i];
-    }
-    std::fill(lanes_.begin(), lanes_.end(), C(0));
-    std::fill_n(bias_, kLanes, 0.0);
-    vectors_ = 0;
-  }
-
- private:
-  int64_t taps_;
-  std::vector<C> lanes_;
-  double bias_[kLanes] = {};
-  int64_t vectors_ = 0;
-  double* out_;
-  int64_t lane_stride_, n_lanes_;
-};
-
-// The scratch copy of one band. `width` elements stand side by side at
-// each pixel: 1 in NCHW, some channels in NHWC.
-template <class T>
-class Band {
- public:
-  using C = Compute<T>;
-  static constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(C));
-
-  Band(const Problem& problem, int64_t width)
-      : p_(problem), k_(kernels<T>()), width_(width), in_columns_(width == 1) {
-    columns_ = in_columns_ ? (p_.w.output + kLanes - 1) / kLanes : p_.w.output;
-    const int64_t row_elements =
-        (p_.w.output + p_.w.max_shift()) * width_ * p_.h.stride * p_.w.stride;
-    const int64_t affordable =
-        kScratchBytes / (row_elements * static_cast<int64_t>(sizeof(C))) - p_.h.max_shift();
-    height_ = std::clamp<int64_t>(affordable, 1, p_.h.output);
-    x_row_ = (p_.w.output + p_.w.max_shift()) * width_;
-    x_phase_ = (height_ + p_.h.max_shift()) * x_row_;
-    dy_row_ = in_columns_ ? columns_ * kLanes : columns_ * width_;
-    // Whole vectors are read and written at the end of the last row.
-    x_ = aligned_zeros(x_memory_, x_phase_ * p_.h.stride * p_.w.stride + 2 * kLanes);
-    dy_ = aligned_zeros(dy_memory_, height_ * dy_row_ + 2 * kLanes);
-    for (int64_t r = 0; r < p_.h.kernel; ++r) {
-      for (int64_t s = 0; s < p_.w.kernel; ++s) {
-        offsets_.push_back(phase_at(p_.h.phase(r), p_.w.phase(s)) + p_.h.shift(r) * x_row_ +
-                           p_.w.shift(s) * width_);
-      }
-    }
-  }
-
-  int64_t bands() const { return (p_.h.output + height_ - 1) / height_; }
-
-  // copy(from, from_row, pixel, stride, to, to_row, rows, count) copies `rows` rows of `count`
-  // pixels, from `pixel` on and `stride` apart.
-  template <class Copy>
-  void fill_input(int64_t band, const T* image, int64_t row_stride, const Copy& copy) {
-    const int64_t top = band * height_;
-    for (int64_t v = 0; v < p_.h.stride; ++v) {
-      if (p_.h.reach(v) < 0) continue;
-      const int64_t end = top + rows_of(band) + p_.h.reach(v);
-      const int64_t first = std::clamp(p_.h.first(v), top, end);
-      const int64_t last = std::clamp(p_.h.last(v), first, end);
-      for (int64_t u = 0; u < p_.w.stride; ++u) {
-        const int64_t left = p_.w.first(u), count = p_.w.last(u) - left;
-        if (count <= 0) continue;
-        C* phase = x_ + phase_at(v, u);
-        std::fill_n(phase, (first - top) * x_row_, C(0));
-        std::fill_n(phase + (last - top) * x_row_, (end - last) * x_row_, C(0));
-        if (first == last) continue;
-        copy(image + p_.h.position(first, v) * row_stride, p_.h.stride * row_stride,
-             p_.w.position(left, u), p_.w.stride, phase + (first - top) * x_row_ + left * width_,
-             x_row_, last - first, count);
-      }
-    }
-  }
-
-  template <class Copy>
-  void fill_grad(int64_t band, const T* image, int64_t row_stride, const Copy& copy) {
-    copy(image + band * height_ * row_stride, row_stride, 0, 1, dy_, dy_row_, rows_of(band),
-         p_.w.output);
-  }
-
-  // Adds the band to `sums`; `lane` picks a vector of each pixel.
-  void add(int64_t band, int64_t lane, Sums<T>& sums) const {
-    const int64_t step = in_columns_ ? kLanes : width_, rows = rows_of(band);
-    const int64_t most_columns = std::min(columns_, Sums<T>::kMostVectors);
-    const int64_t most_rows = Sums<T>::kMostVectors / most_columns;
-    for (int64_t row = 0; row < rows; row += most_rows) {
-      for (int64_t column = 0; column < columns_; column += most_columns) {
-        const Correlation<C> c{dy_ + lane + row * dy_row_ + column * step,
-                               dy_row_,
-                               x_ + lane + row * x_row_ + column * step,
-                               x_row_,
-                               std::min(most_rows, rows - row),
-                               std::min(most_columns, columns_ - column),
-                               step};
-        k_.correlate(c, offsets_.data(), p_.taps(), sums.lanes_for(c.rows * c.columns));
-        if (p_.want_bias) k_.sum(c, sums.bias_lanes());
-      }
-    }
-  }
-
- private:
-  static C* aligned_zeros(std::vector<C>& memory, int64_t count) {
-    constexpr size_t kCacheLine = 64;
-    memory.assign(count + kCacheLine / sizeof(C), C(0));
-    const auto address = reinterpret_cast<uintptr_t>(memory.data());
-    return memory.data() + (kCacheLine - address % kCacheLine) % kCacheLine / sizeof(C);
-  }
-
-  int64_t rows_of(int64_t band) const { return std::min(height_, p_.h.output - band * height_); }
-  int64_t phase_at(int64_t v, int64_t u) const { return (v * p_.w.stride + u) * x_phase_; }
-
-  const Problem& p_;
-  const Kernels<T>& k_;
-  int64_t width_;
-  bool in_columns_;
-  int64_t columns_, height_, x_row_, x_phase_, dy_row_;
-  std::vector<C> x_memory_, dy_memory_;
-  C *x_, *dy_;
-  std::vector<int64_t> offsets_;
-};
 
 // Both functions fill partial[part][n][taps + 1], bias last, and return the number of parts.
 
@@ -340,6 +141,7 @@ Axis checked_axis(const Tensor& grad, const Tensor& input, const std::vector<int
 }
 
 }  // namespace
+}  // namespace depthwise
 
 std::tuple<Tensor, Tensor> depthwise_wgrad(const Tensor& grad_output, const Tensor& input,
                                            const std::vector<int64_t>& weight_shape,
@@ -362,12 +164,12 @@ std::tuple<Tensor, Tensor> depthwise_wgrad(const Tensor& grad_output, const Tens
           weight_shape[0], " filters of ", weight_shape[1], " channels");
   require(grad_output.size(0) == input.size(0), "grad_output: expected batch ", input.size(0),
           ", got ", grad_output.size(0));
-  Problem p{};
+  depthwise::Problem p{};
   p.images = input.size(0);
   p.input_channels = in;
   p.output_channels = out;
-  p.h = checked_axis(grad_output, input, weight_shape, stride, padding, dilation, 0);
-  p.w = checked_axis(grad_output, input, weight_shape, stride, padding, dilation, 1);
+  p.h = depthwise::checked_axis(grad_output, input, weight_shape, stride, padding, dilation, 0);
+  p.w = depthwise::checked_axis(grad_output, input, weight_shape, stride, padding, dilation, 1);
   p.active = checked_order(order, n, out);
   p.n = n;
   p.want_bias = want_bias;
@@ -388,7 +190,7 @@ std::tuple<Tensor, Tensor> depthwise_wgrad(const Tensor& grad_output, const Tens
     if (n > 0 && dy.numel() > 0) {
       int64_t parts = 0;
       const std::vector<double> partial =
-          last ? nhwc(p, grad, data, parts) : nchw(p, grad, data, parts);
+          last ? depthwise::nhwc(p, grad, data, parts) : depthwise::nchw(p, grad, data, parts);
       for (int64_t part = 0; part < parts; ++part) {
         for (int64_t i = 0; i < n * cells; ++i) total[i] += partial[part * n * cells + i];
       }

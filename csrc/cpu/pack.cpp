@@ -98,8 +98,8 @@ Tensor scatter_rows(const Tensor& rows, const Tensor& like, const Tensor& order,
   require(rows.numel() == n * outer * inner, "rows: expected ", n, " neurons of ", outer * inner,
           " elements, got shape ", shape(rows));
 
-  // Rows come one neuron after the other when there are groups (or one part per neuron), else with
-  // the neurons where like has them.
+  // Rows come one neuron after the other when there are groups, else with the neurons where like
+  // has them.
   const bool neuron_first = groups > 1;
   std::vector<int64_t> dims = memory_order(like);
   Tensor source = rows;
