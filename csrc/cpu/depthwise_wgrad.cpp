@@ -14,7 +14,7 @@ namespace neq {
 namespace depthwise {
 namespace {
 
-// Both functions fill partial[part][n][taps + 1], bias last, and return the number of parts.
+// Both functions give partial[part][n][taps + 1], bias last, and set the number of parts.
 
 template <class T>
 std::vector<double> nchw(const Problem& p, const T* grad, const T* input, int64_t& parts) {
