@@ -100,13 +100,15 @@ def linear_backward(
     if n > _DENSE_SHARE * k:
         dense = aten.linear_wgrad(grad_output, x, want)
         return grad_input, *_overwrite_frozen(dense, _ROWS, order[n:])
-    m = aten.at_least_fewest(n, k)
-    if start >= 0 and m == n:
-        packed = grad_output.narrow(-1, start, n)
+    m, skipped = aten.rounded_up(n, k), 0
+    if start >= 0:
+        first = min(start, k - m)
+        packed, skipped = grad_output.narrow(-1, first, m), start - first
     else:
         packed = primitives.pack(grad_output.reshape(-1, k), order, m, 1)
     weight_rows, bias_rows = (
-        None if rows is None else rows[:n] for rows in aten.linear_wgrad(packed, x, want)
+        None if rows is None else rows.narrow(0, skipped, n)
+        for rows in aten.linear_wgrad(packed, x, want)
     )
     return grad_input, *_scatter((weight_rows, bias_rows), weight, k, order, n, _ROWS, primitives)
 

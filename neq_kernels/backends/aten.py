@@ -17,9 +17,9 @@ from neq_kernels.channels import NeuronLayout
 
 _ROWS = NeuronLayout()
 
-# With fewer rows BLAS adds one product after the other, without blocking: 30 times the error of
-# the dense gradient at a reduction length of 100,000 in float32.
-_FEWEST_ROWS = 4
+# BLAS works on this many rows at a time. What is left over, on any of its threads, it sums one
+# product after the other, with up to 30 times the error of the rest (float32, 100,000 products).
+_ROWS_AT_A_TIME = 4
 
 
 def unavailable() -> str | None:
@@ -56,9 +56,9 @@ def channel_similarity(a: Tensor, b: Tensor, dim: int) -> Tensor:
     return torch.stack([(a * b).sum(dims), (a * a).sum(dims), (b * b).sum(dims)])
 
 
-def at_least_fewest(n: int, k: int) -> int:
+def rounded_up(n: int, k: int) -> int:
     """How many of ``order``'s channels to pack for n active of k; those behind n are dropped."""
-    return min(k, max(n, _FEWEST_ROWS))
+    return min(k, -(-n // _ROWS_AT_A_TIME) * _ROWS_AT_A_TIME)
 
 
 class Primitives(Protocol):
@@ -115,7 +115,7 @@ def conv_active_rows(
     primitives: Primitives,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Weight rows and bias entries of the active channels alone, for ``groups == 1``."""
-    m = at_least_fewest(n, len(order))
+    m = rounded_up(n, len(order))
     packed = primitives.pack(grad_output, order, m, 1)
     axis = geometry.layout.axis
     assert axis is not None
@@ -146,7 +146,7 @@ def conv_active_rows_grouped(
     live, counts = torch.unique_consecutive(
         active.div(per_group, rounding_mode="floor"), return_counts=True
     )
-    width = at_least_fewest(int(counts.max()), per_group)
+    width = rounded_up(int(counts.max()), per_group)
     slot = torch.arange(width, device=order.device)
     used = slot < counts[:, None]
     first = counts.cumsum(0) - counts
