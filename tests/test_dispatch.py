@@ -1,0 +1,50 @@
+"""Which backend serves."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from neq_kernels import dispatch
+from neq_kernels.backends import cpu
+from tests import oracle
+
+
+def test_the_extension_is_built():
+    """Without it the suite would test less than it says. NEQ_KERNELS_BACKEND=aten says so on
+    purpose."""
+    reason = cpu.unavailable()
+    chosen = os.environ.get(dispatch.ENVIRONMENT_VARIABLE)
+    assert reason is None or chosen == "aten", reason
+
+
+def test_the_best_usable_backend_serves(monkeypatch):
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    dispatch.backend_for.cache_clear()
+    assert dispatch.backend_for("cpu") == ("cpu" if cpu.unavailable() is None else "aten")
+    assert dispatch.backend_for("meta") == "aten"
+    dispatch.backend_for.cache_clear()
+
+
+def test_a_missing_extension_falls_back_and_says_so_once(monkeypatch, caplog):
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(cpu, "unavailable", lambda: "it is missing on purpose")
+    dispatch.backend_for.cache_clear()
+    for _ in range(3):
+        assert dispatch.backend_for("cpu") == "aten"
+    dispatch.backend_for.cache_clear()
+    assert [r.message for r in caplog.records] == [
+        "backend cpu is not used for cpu tensors: it is missing on purpose"
+    ]
+
+
+def test_a_forced_backend_that_cannot_serve_raises(monkeypatch):
+    monkeypatch.setattr(cpu, "unavailable", lambda: "it is missing on purpose")
+    with oracle.forced_backend("cpu"), pytest.raises(RuntimeError, match="missing on purpose"):
+        dispatch.backend_for("cpu")
+    monkeypatch.undo()
+    with oracle.forced_backend("cpu"), pytest.raises(RuntimeError, match=r"got meta|not built"):
+        dispatch.backend_for("meta")
+    with oracle.forced_backend("cudnn"), pytest.raises(ValueError, match="got 'cudnn'"):
+        dispatch.backend_for("cpu")
