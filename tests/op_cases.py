@@ -1,4 +1,4 @@
-"""Convolutions, masks and memory formats for the tests of the ops, and how to run the ops on them."""
+"""Convolutions, masks and memory formats for the tests of the ops, and how to run the ops."""
 
 from __future__ import annotations
 
