@@ -50,9 +50,11 @@ def linear(
         ValueError: ``channels`` does not fit ``weight``, or an unknown ``grad_input``.
         RuntimeError: in backward, when ``channels`` was changed after the forward.
     """
-    if _plain(input, weight, bias):
+    if not learns(weight, bias):
         return F.linear(input, weight, bias)
     _validate(input, weight, bias, channels, weight.shape[0], grad_input)
+    if all_active(channels):
+        return watched(F.linear(input, weight, bias), channels)
     if not torch.compiler.is_compiling() and channels.n_active == 0 and not input.requires_grad:
         return F.linear(input, weight.detach(), _detached(bias))
     out: Tensor = _Linear.apply(
@@ -108,10 +110,12 @@ def conv(
         transposed,
         _expand("output_padding", output_padding, spatial),
     )
-    if _plain(input, weight, bias):
+    if not learns(weight, bias):
         return _convolve(input, weight, bias, *arguments)
     k = weight.shape[1] * groups if transposed else weight.shape[0]
     _validate(input, weight, bias, channels, k, grad_input)
+    if all_active(channels):
+        return watched(_convolve(input, weight, bias, *arguments), channels)
     if not torch.compiler.is_compiling() and channels.n_active == 0 and not input.requires_grad:
         return _convolve(input, weight.detach(), _detached(bias), *arguments)
     batched = input.dim() != spatial + 1
@@ -130,6 +134,9 @@ def affine(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The scale and shift of a norm layer, unchanged, with gradients of active entries only.
 
+    With everything active these are the parameters themselves: give the layer's output to
+    :func:`watched`.
+
     Args:
         weight, bias: ``[K]`` or None.
         channels: the active entries. With none active the results need no gradient.
@@ -137,20 +144,35 @@ def affine(
     Raises:
         ValueError: ``channels`` does not fit the parameters.
     """
-    parameters = [p for p in (weight, bias) if p is not None]
-    if (
-        not torch.is_grad_enabled()
-        or not any(p.requires_grad for p in parameters)
-        or _transformed()
-    ):
+    if not learns(weight, bias):
         return weight, bias
+    parameters = [p for p in (weight, bias) if p is not None]
     if len(channels) != len(parameters[0]):
         raise ValueError(f"channels: expected {len(parameters[0])} channels, got {len(channels)}")
+    if all_active(channels):
+        return weight, bias
     if not torch.compiler.is_compiling() and channels.n_active == 0:
         return _detached(weight), _detached(bias)
     order, _, host_count, live = _selection(channels, parameters[0])
     out: tuple[Tensor | None, Tensor | None] = _Affine.apply(weight, bias, order, host_count, live)
     return out
+
+
+def all_active(channels: ActiveChannels) -> bool:
+    """Whether PyTorch's own graph serves: in eager, with every channel active."""
+    return not torch.compiler.is_compiling() and channels.n_active == len(channels)
+
+
+def watched(output: Tensor, channels: ActiveChannels) -> Tensor:
+    """``output`` of PyTorch's own graph, whose backward raises RuntimeError if ``channels`` was
+    changed after the forward."""
+    if output.requires_grad:
+        generation = channels.generation
+        # An in-place activation on a view leaves the view's own hooks behind, not its base's.
+        base = output._base if output._is_view() else output
+        assert base is not None
+        base.register_hook(lambda grad: _check_unchanged(channels, generation))
+    return output
 
 
 class _Linear(torch.autograd.Function):
@@ -255,10 +277,10 @@ class _Affine(torch.autograd.Function):
         return *(_mask_entries(ctx, grad) for grad in grads), None, None, None
 
 
-def _plain(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """No gradient of a parameter is wanted here, or ours would be in the way."""
-    learns = weight.requires_grad or (bias is not None and bias.requires_grad)
-    return not learns or not torch.is_grad_enabled() or _transformed()
+def learns(weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether a gradient of a parameter is wanted here, and ours would not be in the way."""
+    wanted = any(p is not None and p.requires_grad for p in (weight, bias))
+    return wanted and torch.is_grad_enabled() and not _transformed()
 
 
 def _transformed() -> bool:
@@ -315,14 +337,18 @@ def _restore(ctx: Any) -> tuple[Tensor | None, Tensor, tuple[Tensor, Tensor, Ten
 
 
 def _unchanged(ctx: Any) -> ActiveChannels:
+    _check_unchanged(ctx.channels, ctx.generation)
     channels: ActiveChannels = ctx.channels
-    if channels.generation != ctx.generation:
+    return channels
+
+
+def _check_unchanged(channels: ActiveChannels, generation: int) -> None:
+    if channels.generation != generation:
         raise RuntimeError(
             "the active channels of a layer were changed between its forward and its backward: "
-            f"expected generation {ctx.generation}, got {channels.generation}; call set(), reset() "
+            f"expected generation {generation}, got {channels.generation}; call set(), reset() "
             "and controller.step() only after backward"
         )
-    return channels
 
 
 def _mask_entries(ctx: Any, grad: Tensor | None) -> Tensor | None:

@@ -193,8 +193,11 @@ class _Norm(NeuronLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """The stock layer, run on a scale and shift whose gradients are masked."""
-        weight, bias = functional.affine(*self._parameters_in_graph(), self.channels)
-        return self._anchored(self._normalize(input, weight, bias))
+        parameters = self._parameters_in_graph()
+        out = self._normalize(input, *functional.affine(*parameters, self.channels))
+        if functional.learns(*parameters) and functional.all_active(self.channels):
+            out = functional.watched(out, self.channels)
+        return self._anchored(out)
 
     def _normalize(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         raise NotImplementedError

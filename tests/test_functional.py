@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
 from neq_kernels import ActiveChannels, dispatch
-from neq_kernels.functional import affine, conv, linear
+from neq_kernels.functional import affine, all_active, conv, linear, watched
 from tests import oracle
 from tests.oracle import Conv
 
@@ -291,7 +291,7 @@ def test_backprop_stops_where_nothing_below_learns(monkeypatch):
     """Three linears; freezing the lowest ones ends backprop above them."""
     counts = counting(monkeypatch, "linear_backward")
     weights = [torch.randn(4, 4, requires_grad=True) for _ in range(3)]
-    channels = [ActiveChannels(4) for _ in range(3)]
+    channels = [oracle.channels_with(oracle.half(4)) for _ in range(3)]
 
     def step():
         h = torch.randn(2, 4)
@@ -309,7 +309,7 @@ def test_backprop_stops_where_nothing_below_learns(monkeypatch):
     assert step() == (2, [False, True, True])
     channels[1].set([])
     assert step() == (1, [False, False, True])
-    channels[0].reset()
+    channels[0].set([1])
     assert step() == (3, [True, False, True])
 
 
@@ -365,7 +365,8 @@ def test_functorch_transforms_take_the_dense_path():
 
 def scaled(channels):
     weight = torch.ones(4, requires_grad=True)
-    return affine(weight, None, channels)[0] * torch.arange(4.0)
+    out = affine(weight, None, channels)[0] * torch.arange(4.0)
+    return watched(out, channels) if all_active(channels) else out
 
 
 @pytest.mark.parametrize(
@@ -373,17 +374,23 @@ def scaled(channels):
     [
         lambda c: linear(torch.randn(2, 3), torch.randn(4, 3, requires_grad=True), None, c),
         lambda c: conv(torch.randn(2, 3, 5), torch.randn(4, 3, 2, requires_grad=True), None, c),
+        lambda c: linear(
+            torch.randn(2, 2, 3), torch.randn(4, 3, requires_grad=True), torch.zeros(4), c
+        ).relu_(),
         scaled,
     ],
-    ids=["linear", "conv", "affine"],
+    ids=["linear", "conv", "linear 3d in place", "affine"],
 )
 class TestGeneration:
-    def test_a_change_between_forward_and_backward_raises(self, forward):
-        channels = ActiveChannels(4)
+    @pytest.mark.parametrize("before", [[True] * 4, [True, False, False, True]])
+    def test_a_change_between_forward_and_backward_raises(self, forward, before):
+        channels = oracle.channels_with(before)
+        generation = channels.generation
         out = forward(channels)
         channels.set([0, 2])
         with pytest.raises(
-            RuntimeError, match=r"changed between its forward and its backward.*0.*1"
+            RuntimeError,
+            match=rf"changed between its forward and its backward.*{generation}.*{generation + 1}",
         ):
             out.sum().backward()
 
@@ -410,8 +417,7 @@ class TestGeneration:
         forward(channels).sum().backward()
 
 
-@pytest.mark.parametrize("mask", [[True] * 4, [True, False, True, False]])
-@pytest.mark.parametrize(
+TWICE = pytest.mark.parametrize(
     "forward",
     [
         lambda x, w, c: linear(x, w.flatten(1), None, c),
@@ -420,7 +426,22 @@ class TestGeneration:
     ],
     ids=["linear", "conv", "affine"],
 )
-def test_double_backward_raises(forward, mask):
+
+
+@TWICE
+def test_double_backward_with_everything_active_is_torchs(forward):
+    x = torch.randn(2, 4, dtype=torch.float64)
+    weight = torch.randn(4, 4, 1, dtype=torch.float64, requires_grad=True)
+
+    def loss(w):
+        return forward(x, w, ActiveChannels(4)).pow(3).sum()
+
+    assert torch.autograd.gradgradcheck(loss, (weight,))
+
+
+@TWICE
+@pytest.mark.parametrize("mask", [[True, False, False, False], [True, False, True, False]])
+def test_double_backward_raises_while_channels_are_frozen(forward, mask):
     x = torch.randn(2, 4, requires_grad=True)
     weight = torch.randn(4, 4, 1, requires_grad=True)
     out = forward(x, weight, oracle.channels_with(mask))

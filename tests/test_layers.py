@@ -545,3 +545,16 @@ def test_neuron_owners_know_the_parameters_that_follow():
     assert channels.n_active == 1
     model[0].linear.channels.set([])
     assert neuron_owners(model)[model[0].scale][0][0].n_active == 0
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("before", [lambda k: [True] * k, oracle.half])
+def test_a_change_between_forward_and_backward_raises(name, before):
+    make, shape = LAYERS[name]
+    layer = neq.convert(make())
+    k = len(layer.channels)
+    layer.channels.set(before(k))
+    out = nn.functional.relu(layer(torch.randn(shape)), inplace=True)
+    layer.channels.set([0])
+    with pytest.raises(RuntimeError, match="changed between its forward and its backward"):
+        out.sum().backward()
