@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from neq_kernels.convert import revert
 from neq_kernels.layers import neuron_owners, unwrap
+from neq_kernels.measure.bandwidth import read_bandwidth
 from neq_kernels.measure.flops import FlopCount
 from neq_kernels.measure.machine import Machine, machine
 from neq_kernels.measure.recorder import PRODUCTS, Call, Recorder
@@ -32,16 +33,21 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 @dataclass(frozen=True)
 class LayerShare:
     """Shares of the dense step: ``wgrad``, and ``dgrad``, all the rest of the layer's backward
-    that a stop of backprop would save (0 for a layer that has no input gradient anyway)."""
+    that a stop of backprop would save (0 for a layer that has no input gradient anyway); and the
+    bytes of its input and of its output's gradient in one step (None where nobody measured)."""
 
     name: str
     wgrad: float
     dgrad: float
+    input_bytes: int | None = None
+    grad_output_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class StepShares:
-    """Medians of one dense step, as shares of it. ``seconds`` are its absolute time."""
+    """Medians of one dense step, as shares of it. ``seconds`` are its absolute time,
+    ``read_bandwidth`` bytes per second (:func:`~neq_kernels.measure.bandwidth.read_bandwidth`; None
+    where nobody measured)."""
 
     seconds: Quantiles
     forward: float
@@ -49,11 +55,31 @@ class StepShares:
     optimizer: float
     layers: tuple[LayerShare, ...]
     machine: Machine = field(default_factory=machine)
+    read_bandwidth: float | None = None
 
     @property
     def wgrad(self) -> float:
         """Share of all weight gradients."""
         return sum(layer.wgrad for layer in self.layers)
+
+    def floor(self, layer: LayerShare, active_share: float) -> float:
+        """The least that the wgrad of ``active_share`` of a layer's neurons can cost, as a share of
+        the dense step: reading its input once, and that share of its output's gradient, at
+        ``read_bandwidth``. 0 with none active, at most the dense wgrad.
+
+        Channels that share a cache line are read together, so where they lie innermost (linear
+        layers, channels_last) more is touched than is counted here; and what still lies in a cache
+        is read faster.
+
+        Raises:
+            ValueError: bandwidth or bytes were not measured.
+        """
+        if self.read_bandwidth is None or layer.input_bytes is None:
+            raise ValueError("shares: expected bytes and a read bandwidth, got ones saved without")
+        if active_share == 0:
+            return 0.0
+        read = layer.input_bytes + active_share * (layer.grad_output_bytes or 0)
+        return min(layer.wgrad, read / self.read_bandwidth / self.seconds.median)
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON; :meth:`from_dict` is the way back."""
@@ -66,6 +92,7 @@ class StepShares:
             seconds=Quantiles(**saved["seconds"]),
             layers=tuple(LayerShare(**layer) for layer in saved["layers"]),
             machine=Machine(**saved["machine"]),
+            read_bandwidth=saved.get("read_bandwidth"),
             **{name: saved[name] for name in ("forward", "backward", "optimizer")},
         )
 
@@ -110,7 +137,9 @@ def backward_shares(
         return _measure(variant, batches, warmup, repeats)
 
 
-def bound(shares: StepShares, now: FlopCount, frozen_parameters: float = 0.0) -> float:
+def bound(
+    shares: StepShares, now: FlopCount, frozen_parameters: float = 0.0, *, floor: bool = False
+) -> float:
     """The most that the present masks can speed a step up, by measured shares of the dense step:
     ``1 / (1 - sum(wgrad * frozen share) - sum(dgrad where backprop stops) - optimizer * f)``.
 
@@ -120,10 +149,12 @@ def bound(shares: StepShares, now: FlopCount, frozen_parameters: float = 0.0) ->
             that it did not see run (auxiliary heads, used in training only) are taken as active.
         frozen_parameters: ``f``, the share of parameters the optimizer need not touch
             (:func:`frozen_parameter_fraction`).
+        floor: the tighter bound, in which no layer's wgrad costs less than reading what it needs
+            (:meth:`StepShares.floor`).
 
     Raises:
-        ValueError: the two do not describe the same layers, or ``frozen_parameters`` is not in
-            0..1.
+        ValueError: the two do not describe the same layers, ``frozen_parameters`` is not in 0..1,
+            or ``floor`` is asked of shares that hold no bandwidth.
     """
     if not 0 <= frozen_parameters <= 1:
         raise ValueError(f"frozen_parameters: expected 0..1, got {frozen_parameters}")
@@ -135,7 +166,10 @@ def bound(shares: StepShares, now: FlopCount, frozen_parameters: float = 0.0) ->
         if layer.name not in counted:
             raise ValueError(f"now: expected a count of the measured model, no layer {layer.name}")
         row = counted[layer.name]
-        saved += layer.wgrad * (1 - row.active_share)
+        needed = layer.wgrad * row.active_share
+        if floor:
+            needed = max(needed, shares.floor(layer, row.active_share))
+        saved += layer.wgrad - needed
         if row.dgrad_macs == 0:
             saved += layer.dgrad
     return 1 / (1 - saved)
@@ -158,7 +192,7 @@ def frozen_parameter_fraction(model: nn.Module) -> float:
 def _measure(variant: Variant, batches: Sequence[Any], warmup: int, repeats: int) -> StepShares:
     steps, layers = PhaseClock(variant.device), PhaseClock(variant.device)
     arrivals: list[dict[str, float]] = []
-    has_dgrad: dict[str, bool] = {}
+    traced = None
     for i in range(warmup + repeats):
         if i == warmup:
             steps, layers = PhaseClock(variant.device), PhaseClock(variant.device)
@@ -168,8 +202,8 @@ def _measure(variant: Variant, batches: Sequence[Any], warmup: int, repeats: int
         traced = _TracedStep(variant, batch)
         arrivals.append(traced.backward_by_layer())
         traced.replay_weight_gradients(layers)
-        has_dgrad = traced.has_dgrad
-    if not any(arrivals[0].keys() & has_dgrad.keys()):
+    assert traced is not None
+    if not any(arrivals[0].keys() & traced.has_dgrad.keys()):
         raise ValueError("model: no convolution, linear or norm layer got a gradient")
     medians = {phase: Quantiles.of(samples).median for phase, samples in steps.samples.items()}
     step = Quantiles.of([sum(s) for s in zip(*steps.samples.values(), strict=True)])
@@ -178,19 +212,21 @@ def _measure(variant: Variant, batches: Sequence[Any], warmup: int, repeats: int
     # The hooks of the traced backward take time too: its layers share the time of the clean one.
     scale = medians["backward"] / traced_total
     shares = []
-    for name, propagates in has_dgrad.items():
+    for name, propagates in traced.has_dgrad.items():
         if name not in arrivals[0]:  # its output is not part of the loss
             continue
         whole = scale * _median(arrivals, name)
         alone = Quantiles.of(layers.samples[name]).median if name in layers.samples else 0.0
         wgrad = min(alone, whole) if propagates else whole
-        shares.append(LayerShare(name, wgrad / total, (whole - wgrad) / total))
+        bytes_read = traced.bytes_read.get(name, (0, 0))
+        shares.append(LayerShare(name, wgrad / total, (whole - wgrad) / total, *bytes_read))
     return StepShares(
         seconds=step,
         forward=medians["forward"] / total,
         backward=medians["backward"] / total,
         optimizer=medians["optimizer"] / total,
         layers=tuple(shares),
+        read_bandwidth=read_bandwidth(variant.device),
     )
 
 
@@ -207,6 +243,7 @@ class _TracedStep:
         self._arrived: list[tuple[str, float]] = []
         self._products: list[_Product] = []
         self.has_dgrad: dict[str, bool] = {}
+        self.bytes_read: dict[str, tuple[int, int]] = {}
         recorder = Recorder(variant.model, on_call=self._watch)
         with recorder.watching():
             self._loss = variant.loss(variant.model, batch)
@@ -255,6 +292,9 @@ class _TracedStep:
         self.has_dgrad[call.name] = self.has_dgrad.get(call.name, False) or call.input_needs_grad
         learns = call.weight is not None and call.weight.requires_grad
         if func in PRODUCTS and learns:
+            of_inputs, of_outputs = self.bytes_read.get(call.name, (0, 0))
+            of_inputs += (args[0] if args else kwargs["input"]).nbytes
+            self.bytes_read[call.name] = (of_inputs, of_outputs + output.nbytes)
             self._products.append(_Product(call.name, func, args, kwargs, _autocast_dtype(output)))
 
 

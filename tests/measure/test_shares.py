@@ -142,6 +142,71 @@ def test_hand_worked_bounds(active, stopped, frozen_parameters, expected):
     assert bound(SHARES, counted(active, stopped), frozen_parameters) == pytest.approx(expected)
 
 
+# The step takes 1 s, memory yields 1000 bytes/s: a byte is a thousandth of the step.
+READ = StepShares(
+    seconds=Quantiles(0.9, 1.0, 1.1),
+    forward=0.3,
+    backward=0.6,
+    optimizer=0.1,
+    layers=(
+        LayerShare("a", 0.1, 0.0, input_bytes=20, grad_output_bytes=40),
+        LayerShare("b", 0.2, 0.1, input_bytes=100, grad_output_bytes=50),
+        LayerShare("c", 0.1, 0.1, input_bytes=300, grad_output_bytes=10),
+    ),
+    read_bandwidth=1000.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("active", "stopped", "saved"),
+    [
+        ({"a": 10, "b": 10, "c": 10}, "a", 0.0),
+        # a: 5/10 of 0.1 is more than 0.020 + 0.5 * 0.040
+        ({"a": 5, "b": 10, "c": 10}, "a", 0.05),
+        # a: 1/10 of 0.1 is less than 0.020 + 0.1 * 0.040
+        ({"a": 1, "b": 10, "c": 10}, "a", 0.1 - 0.024),
+        # b: 0.100 + 0.2 * 0.050; c: its input alone takes longer than its whole wgrad did
+        ({"a": 10, "b": 2, "c": 1}, "a", 0.2 - 0.11),
+        # Nothing of a layer that is skipped is read
+        ({"a": 0, "b": 0, "c": 10}, "abc", 0.1 + 0.2 + 0.1 + 0.1),
+    ],
+)
+def test_hand_worked_floors(active, stopped, saved):
+    now = counted(active, stopped)
+    assert bound(READ, now, floor=True) == pytest.approx(1 / (1 - saved))
+    assert bound(READ, now, floor=True) <= bound(READ, now) + 1e-12
+
+
+def test_shares_saved_without_bytes_have_no_floor():
+    saved = json.loads(json.dumps(SHARES.to_dict()))
+    del saved["read_bandwidth"]
+    for layer in saved["layers"]:
+        del layer["input_bytes"], layer["grad_output_bytes"]
+    older = StepShares.from_dict(saved)
+    assert older == SHARES
+    now = counted({"a": 10, "b": 5, "c": 10})
+    assert bound(older, now) == pytest.approx(1 / (1 - 0.1))
+    with pytest.raises(ValueError, match="ones saved without"):
+        bound(older, now, floor=True)
+
+
+def test_bytes_are_those_of_one_step():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5))
+    shares = backward_shares(model, BATCHES, cross_entropy, warmup=0, repeats=1)
+    conv, linear = sorted(shares.layers, key=lambda layer: layer.name)
+    assert (conv.input_bytes, conv.grad_output_bytes) == (4 * 2 * 3 * 64, 4 * 2 * 4 * 36)
+    assert (linear.input_bytes, linear.grad_output_bytes) == (4 * 2 * 4 * 36, 4 * 2 * 5)
+    assert shares.read_bandwidth > 0
+
+
+def test_bytes_of_a_layer_called_twice_add_up():
+    layer = nn.Linear(8, 8)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    batches = [torch.randn(2, 8)]
+    shares = backward_shares(model, batches, lambda m, b: m(b).sum(), warmup=0, repeats=1)
+    assert shares.layers[0].input_bytes == 2 * 4 * 2 * 8
+
+
 def test_layers_that_run_in_training_only_are_taken_as_active():
     seen = counted({"a": 10, "b": 5})
     now = FlopCount(seen.layers, not_called=("c",))
@@ -173,6 +238,7 @@ def test_shares_survive_json():
     saved = json.loads(json.dumps(SHARES.to_dict()))
     assert StepShares.from_dict(saved) == SHARES
     assert saved["wgrad"] == pytest.approx(0.4)
+    assert StepShares.from_dict(json.loads(json.dumps(READ.to_dict()))) == READ
 
 
 def test_frozen_parameter_fraction_counts_elements():

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+from neq_kernels.measure import bandwidth
+
+
+def test_bandwidth_is_that_of_the_fastest_trial(monkeypatch):
+    seconds = iter([0.5, 0.25, 1.0])
+
+    class Timer:
+        def __init__(self, statement, *, globals, num_threads):
+            assert globals["buffer"].nbytes == bandwidth.BUFFER_BYTES
+
+        def timeit(self, number):
+            assert number == 1
+            return type("Measurement", (), {"mean": next(seconds)})
+
+    monkeypatch.setattr(bandwidth, "Timer", Timer)
+    monkeypatch.setattr(bandwidth, "TRIALS", 3)
+    assert bandwidth.read_bandwidth() == bandwidth.BUFFER_BYTES / 0.25
