@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from neq_kernels.measure.machine import machine
+from neq_kernels.machine import machine
 
 Row = dict[str, Any]
 
@@ -47,7 +47,10 @@ class Record:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         self._file.close()
         write_csv(self.path.with_suffix(".csv"), self.header, self.rows)

@@ -23,8 +23,8 @@ from benchmarks.arm import Arm
 from benchmarks.interrupt import Interrupted, Interruptible
 from benchmarks.runs import RunFolder
 from benchmarks.settings import Settings, add_arguments
+from neq_kernels.machine import machine
 from neq_kernels.measure import StepShares
-from neq_kernels.measure.machine import machine
 
 
 def main(arguments: list[str] | None = None) -> int:

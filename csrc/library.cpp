@@ -13,6 +13,15 @@ STABLE_TORCH_LIBRARY(neq_kernels_cpu, m) {
       "depthwise_wgrad(Tensor grad_output, Tensor input, int[] weight_shape, int[] stride, "
       "int[] padding, int[] dilation, Tensor order, int n, bool want_bias) -> (Tensor, Tensor)");
   m.def(
+      "linear_backward(Tensor grad_output, Tensor input, int[] input_size, Tensor weight, "
+      "Tensor order, int n, int start, bool want_input, bool want_weight, bool want_bias, "
+      "int strategy) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "conv_backward(Tensor grad_output, Tensor input, Tensor weight, int[] stride, int[] padding, "
+      "int[] dilation, bool transposed, int[] output_padding, int groups, Tensor order, int n, "
+      "bool want_input, bool want_weight, bool want_bias, int strategy) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
       "sgd_rows_(Tensor(a!) param, Tensor grad, Tensor(b!)? momentum_buffer, Tensor(c!)? steps, "
       "Tensor order, int n, int groups, int outer, int per_group, int inner, float lr, "
       "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize) -> ()");
@@ -32,6 +41,8 @@ STABLE_TORCH_LIBRARY_IMPL(neq_kernels_cpu, CPU, m) {
   m.impl("scatter_rows", TORCH_BOX(&neq::scatter_rows));
   m.impl("channel_similarity", TORCH_BOX(&neq::channel_similarity));
   m.impl("depthwise_wgrad", TORCH_BOX(&neq::depthwise_wgrad));
+  m.impl("linear_backward", TORCH_BOX(&neq::linear_backward));
+  m.impl("conv_backward", TORCH_BOX(&neq::conv_backward));
   m.impl("sgd_rows_", TORCH_BOX(&neq::sgd_rows_));
   m.impl("adam_rows_", TORCH_BOX(&neq::adam_rows_));
 }

@@ -23,8 +23,8 @@ from neq_kernels.convert import (
 )
 from neq_kernels.measure import flops
 from neq_kernels.optim import attach
-
-__version__ = "0.1.0"
+from neq_kernels.tune import tune
+from neq_kernels.version import __version__
 
 __all__ = [
     "ActiveChannels",
@@ -33,6 +33,7 @@ __all__ = [
     "NEqController",
     "NeuronLayout",
     "StochasticController",
+    "__version__",
     "attach",
     "conversion_report",
     "convert",
@@ -41,5 +42,6 @@ __all__ = [
     "measure",
     "revert",
     "specialize",
+    "tune",
     "verify",
 ]

@@ -106,6 +106,7 @@ class ActiveChannels:
             raise ValueError(f"n_channels: expected at least 1, got {n_channels}")
         self._generation = 0
         self._n_active = n_channels
+        self._start = 0
         # Apart from the count: compiled code may be specialised on it, and on nothing else.
         self._stopped = False
         cpu = torch.device("cpu")
@@ -130,6 +131,11 @@ class ActiveChannels:
     def n_active(self) -> int:
         """K', the number of active channels."""
         return self._n_active
+
+    @property
+    def start(self) -> int:
+        """The first active channel when the active ones are neighbours, else -1."""
+        return self._start
 
     @property
     def stopped(self) -> bool:
@@ -199,9 +205,10 @@ class ActiveChannels:
         is_run = n > 0 and int(active[-1]) - int(active[0]) == n - 1
         self._mask = mask
         self._n_active = n
+        self._start = int(active[0]) if is_run else -1
         self._stopped = n == 0
         self._generation += 1
-        self._host_count.copy_(torch.tensor([n, int(active[0]) if is_run else -1], device="cpu"))
+        self._host_count.copy_(torch.tensor([n, self._start], device="cpu"))
         order = torch.cat([active, frozen])
         for tensor in self._order.values():
             tensor.copy_(order)

@@ -15,9 +15,9 @@ import torch
 
 import neq_kernels
 from neq_kernels import dispatch, selfcheck
+from neq_kernels.machine import machine
 from neq_kernels.measure import EnergyMeter, flops
 from neq_kernels.measure.energy import NO_COUNTER
-from neq_kernels.measure.machine import machine
 from neq_kernels.measure.models import named_model
 
 FAILED_CHECK = 1

@@ -5,25 +5,26 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from neq_kernels import contest, heuristics, tuning
 from neq_kernels.backends import aten, cpu, reference
-from neq_kernels.backends.geometry import ConvGeometry
-from neq_kernels.channels import NeuronLayout
+from neq_kernels.machine import machine
+from neq_kernels.problem import ConvGeometry, Problem, Strategy
+from neq_kernels.version import __version__
 
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "NEQ_KERNELS_BACKEND"
 _BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "aten": aten, "reference": reference}
 _AUTOMATIC = {"cpu": ("cpu", "aten")}
-_ROWS = NeuronLayout()
 
-# Above this share of active channels gathering costs more than the rows it saves.
-_DENSE_SHARE = 0.85
+_forced: Strategy | None = None
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -61,56 +62,125 @@ def backend_for(device_type: str) -> str:
     raise AssertionError("aten is always available")
 
 
+def module_of(backend: str) -> ModuleType:
+    """The module of a backend."""
+    return _BACKENDS[backend]
+
+
+def candidates(problem: Problem, backend: str) -> tuple[Strategy, ...]:
+    """The strategies among which this backend has a choice."""
+    if backend == "reference":
+        return (Strategy.DENSE,)
+    usable: tuple[Strategy, ...] = _BACKENDS[backend].strategies(problem)
+    return usable
+
+
+@functools.lru_cache(maxsize=8192)
+def strategy_for(problem: Problem, n: int, backend: str, threads: int) -> Strategy:
+    """How the weight gradient of ``n`` active channels is computed."""
+    usable = candidates(problem, backend)
+    if _forced is not None:
+        return _forced if _forced in usable else usable[0]
+    if len(usable) == 1 or n == 0:
+        return usable[0]
+    table = table_for(threads)
+    winner = table.get(problem, n)
+    if winner in usable:
+        assert winner is not None
+        return winner
+    if tuning.measures_on_the_fly():
+        winner = contest.fastest(problem, n, _BACKENDS[backend], usable)
+        table.put(problem, n, winner)
+        table.save()
+        return winner
+    return heuristics.strategy(problem, n, usable)
+
+
+@functools.cache
+def table_for(threads: int) -> tuning.TuningTable:
+    """The table of winners measured on this machine with so many threads."""
+    about = machine()
+    return tuning.TuningTable(
+        tuning.directory(),
+        {
+            "cpu": about.cpu,
+            "accelerator": about.accelerator,
+            "instructions": about.instructions,
+            "kernels": cpu.capability() if cpu.unavailable() is None else None,
+            "threads": threads,
+            "torch": about.torch,
+            "neq_kernels": __version__,
+        },
+    )
+
+
+@contextmanager
+def forced_strategy(strategy: Strategy) -> Iterator[None]:
+    """Within it ``strategy`` is used wherever it can serve, else ``DENSE``: for tests and
+    measurements."""
+    global _forced
+    before, _forced = _forced, strategy
+    strategy_for.cache_clear()
+    try:
+        yield
+    finally:
+        _forced = before
+        strategy_for.cache_clear()
+
+
+def replaces_library(input: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
+    """Whether a convolution with every channel active is faster by other means than by
+    ``aten.convolution_backward``."""
+    if weight.device.type != "cpu" or backend_for("cpu") != "cpu":
+        return False
+    problem = Problem.conv(input, weight, geometry)
+    strategy = strategy_for(problem, problem.neurons, "cpu", torch.get_num_threads())
+    return strategy != Strategy.DENSE
+
+
 def linear_backward(
     grad_output: Tensor,
     input: Tensor | None,
     input_size: Sequence[int],
     weight: Tensor,
     order: Tensor,
-    host_count: Tensor,
+    n: int,
+    start: int,
     output_mask: Sequence[bool],
     active_dgrad: bool,
 ) -> Grads:
+    """Gradients of input, weight and bias, None where ``output_mask`` is False.
+
+    Args:
+        order: int64[K], the active features first.
+        n: how many are active.
+        start: the first of them when they are neighbours, else -1.
+        active_dgrad: only active features propagate to the input gradient.
+        The others are those of ``torch.ops.neq_kernels.linear_backward``.
+    """
     k = weight.shape[0]
-    n, start = host_count.tolist()
     backend = backend_for(weight.device.type)
     if backend == "reference":
         return reference.linear_backward(
             grad_output, input, input_size, weight, order, n, output_mask, active_dgrad
         )
-    primitives = _BACKENDS[backend]
+    strategy = Strategy.DENSE
+    if 0 < n < k and (output_mask[1] or output_mask[2]):
+        _refuse_capture(weight, "linear_backward")
+        rows = grad_output.numel() // k
+        problem = Problem.linear(rows, weight)
+        strategy = strategy_for(problem, n, backend, torch.get_num_threads())
+    module = _BACKENDS[backend]
+    extra = () if backend == "cpu" else (module,)
+    wanted = output_mask
     grad_input = None
-    if output_mask[0]:
-        if active_dgrad and n < k:
-            grad_input = aten.linear_active_dgrad(
-                grad_output, weight, input_size, order, n, primitives
-            )
-        else:
-            grad_input = aten.linear_dgrad(grad_output, weight, input_size)
-    want = (output_mask[1], output_mask[2])
-    if not any(want):
-        return grad_input, None, None
-    if n == 0:
-        return grad_input, *_zeros(weight, k, want)
-    # Bias alone was wanted: the input was not saved and is not read.
-    x = grad_output if input is None else input
-    if n == k:
-        return grad_input, *aten.linear_wgrad(grad_output, x, want)
-    _refuse_capture(weight, "linear_backward")
-    if n > _DENSE_SHARE * k:
-        dense = aten.linear_wgrad(grad_output, x, want)
-        return grad_input, *_overwrite_frozen(dense, _ROWS, order[n:])
-    m, skipped = aten.rounded_up(n, k), 0
-    if start >= 0:
-        first = min(start, k - m)
-        packed, skipped = grad_output.narrow(-1, first, m), start - first
-    else:
-        packed = primitives.pack(grad_output.reshape(-1, k), order, m, 1)
-    weight_rows, bias_rows = (
-        None if rows is None else rows.narrow(0, skipped, n)
-        for rows in aten.linear_wgrad(packed, x, want)
+    if active_dgrad and output_mask[0] and n < k:
+        grad_input = aten.linear_active_dgrad(grad_output, weight, input_size, order, n, module)
+        wanted = (False, *output_mask[1:])
+    grads: Grads = module.linear_backward(
+        grad_output, input, input_size, weight, order, n, start, wanted, strategy, *extra
     )
-    return grad_input, *_scatter((weight_rows, bias_rows), weight, k, order, n, _ROWS, primitives)
+    return grads if grad_input is None else (grad_input, *grads[1:])
 
 
 def conv_backward(
@@ -120,12 +190,19 @@ def conv_backward(
     weight: Tensor,
     geometry: ConvGeometry,
     order: Tensor,
-    host_count: Tensor,
+    n: int,
     output_mask: Sequence[bool],
     active_dgrad: bool,
 ) -> Grads:
+    """Gradients of input, weight and bias, None where ``output_mask`` is False.
+
+    Args:
+        order: int64[K], the active channels first.
+        n: how many are active.
+        active_dgrad: only active channels propagate to the input gradient.
+        The others are those of ``torch.ops.neq_kernels.conv_backward``.
+    """
     k = grad_output.shape[1]
-    n, _ = host_count.tolist()
     backend = backend_for(weight.device.type)
     if backend == "reference":
         return reference.conv_backward(
@@ -133,102 +210,29 @@ def conv_backward(
         )
     # Where only the input's shape matters (dgrad alone), nothing is allocated for it.
     x = grad_output.new_empty(1).expand(input_size) if input is None else input
-    want_dgrad, want = output_mask[0], (output_mask[1], output_mask[2])
-    if n == k:
-        return geometry.backward(grad_output, x, weight, output_mask)
-    _refuse_capture(weight, "conv_backward")
+    strategy = Strategy.DENSE
+    # The ragged selection of a group's channels is made on the host.
+    if n > 0 and output_mask[1] and (geometry.groups == 1 or weight.is_cpu):
+        if n < k:
+            _refuse_capture(weight, "conv_backward")
+        problem = Problem.conv(x, weight, geometry)
+        strategy = strategy_for(problem, n, backend, torch.get_num_threads())
+    module = _BACKENDS[backend]
+    extra = () if backend == "cpu" else (module,)
+    wanted = output_mask
     grad_input = None
-    if want_dgrad and active_dgrad:
-        masked = grad_output.index_fill(1, order[n:], 0)
-        grad_input = geometry.backward(masked, x, weight, (True, False, False))[0]
-        want_dgrad = False
-    fused = backend == "cpu" and want[0] and _is_depthwise(input_size, weight, geometry)
-    if n > 0 and any(want) and not fused and _prefers_dense(grad_output, geometry, n):
-        dgrad, *dense = geometry.backward(grad_output, x, weight, (want_dgrad, *want))
-        wgrad = _overwrite_frozen((dense[0], dense[1]), geometry.layout, order[n:])
-        return (dgrad if want_dgrad else grad_input), *wgrad
-    if want_dgrad:
-        grad_input = geometry.backward(grad_output, x, weight, (True, False, False))[0]
-    if not any(want):
-        return grad_input, None, None
-    if n == 0:
-        return grad_input, *_zeros(weight, k, want)
-    primitives = _BACKENDS[backend]
-    rows: tuple[Tensor | None, Tensor | None]
-    if fused:
-        weight_rows, bias_rows = cpu.depthwise_wgrad(
-            grad_output,
-            x,
-            weight.shape,
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            order,
-            n,
-            want[1],
-        )
-        rows = (weight_rows, bias_rows if want[1] else None)
-    else:
-        grouped = geometry.groups > 1
-        active_rows = aten.conv_active_rows_grouped if grouped else aten.conv_active_rows
-        rows = active_rows(grad_output, x, weight, geometry, order, n, want, primitives)
-    return grad_input, *_scatter(rows, weight, k, order, n, geometry.layout, primitives)
+    if active_dgrad and output_mask[0] and n < k:
+        grad_input = aten.conv_active_dgrad(grad_output, x, weight, geometry, order, n)
+        wanted = (False, *output_mask[1:])
+    grads: Grads = module.conv_backward(
+        grad_output, x, weight, geometry, order, n, wanted, strategy, *extra
+    )
+    return grads if grad_input is None else (grad_input, *grads[1:])
 
 
 def channel_similarity(a: Tensor, b: Tensor, dim: int) -> Tensor:
     result: Tensor = _BACKENDS[backend_for(a.device.type)].channel_similarity(a, b, dim)
     return result
-
-
-def _is_depthwise(input_size: Sequence[int], weight: Tensor, geometry: ConvGeometry) -> bool:
-    """What the fused kernel serves; the library is slow there, packed or not."""
-    return weight.dim() == 4 and not geometry.transposed and geometry.groups == input_size[1] > 1
-
-
-def _prefers_dense(grad_output: Tensor, geometry: ConvGeometry, n: int) -> bool:
-    if n > _DENSE_SHARE * grad_output.shape[1]:
-        return True
-    # Grouped: the ragged selection is made on the host, and the rows of a transposed weight are no
-    # plain block.
-    return geometry.groups > 1 and (geometry.transposed or grad_output.device.type != "cpu")
-
-
-def _scatter(
-    rows: tuple[Tensor | None, Tensor | None],
-    weight: Tensor,
-    k: int,
-    order: Tensor,
-    n: int,
-    layout: NeuronLayout,
-    primitives: ModuleType,
-) -> tuple[Tensor | None, Tensor | None]:
-    weight_rows, bias_rows = rows
-    return (
-        None
-        if weight_rows is None
-        else primitives.scatter_rows(weight_rows, weight, order, n, layout),
-        None
-        if bias_rows is None
-        else primitives.scatter_rows(bias_rows, weight.new_empty(k), order, n, _ROWS),
-    )
-
-
-def _zeros(weight: Tensor, k: int, want: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
-    return (
-        torch.zeros_like(weight) if want[0] else None,
-        weight.new_zeros(k) if want[1] else None,
-    )
-
-
-def _overwrite_frozen(
-    grads: tuple[Tensor | None, Tensor | None], layout: NeuronLayout, frozen: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    grad_weight, grad_bias = grads
-    if grad_weight is not None:
-        layout.fill_(grad_weight, frozen, 0)
-    if grad_bias is not None:
-        _ROWS.fill_(grad_bias, frozen, 0)
-    return grad_weight, grad_bias
 
 
 def _refuse_capture(weight: Tensor, op: str) -> None:

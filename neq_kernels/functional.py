@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from neq_kernels import ops
+from neq_kernels import dispatch, ops
 from neq_kernels.channels import ActiveChannels
+from neq_kernels.problem import ConvGeometry
 
 GradInput = Literal["exact", "active"]
 
@@ -114,7 +115,7 @@ def conv(
         return _convolve(input, weight, bias, *arguments)
     k = weight.shape[1] * groups if transposed else weight.shape[0]
     _validate(input, weight, bias, channels, k, grad_input)
-    if all_active(channels):
+    if all_active(channels) and not _replaces_library(input, weight, arguments):
         return watched(_convolve(input, weight, bias, *arguments), channels)
     if not torch.compiler.is_compiling() and channels.n_active == 0 and not input.requires_grad:
         return _convolve(input, weight.detach(), _detached(bias), *arguments)
@@ -200,12 +201,12 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        x, weight, selection, output_mask = _restore(ctx)
+        x, weight, active, output_mask = _restore(ctx)
         with _no_autocast(grad_output):
             grads = ops.linear_backward(
-                grad_output, x, ctx.input_size, weight, *selection, output_mask, ctx.active_dgrad
+                grad_output, x, ctx.input_size, weight, active, output_mask, ctx.active_dgrad
             )
-        return *_wanted(grads, output_mask, ctx.dtypes), None, None, None, None, None
+        return *_cast(grads, ctx.dtypes), None, None, None, None, None
 
 
 class _Conv(torch.autograd.Function):
@@ -230,25 +231,47 @@ class _Conv(torch.autograd.Function):
         x, w, b = _autocast(input, weight, bias)
         _save(ctx, x, w, order, count, host_count, channels, active_dgrad)
         ctx.dtypes = (input.dtype, weight.dtype)
-        ctx.geometry = (stride, padding, dilation, transposed, output_padding, groups)
+        ctx.geometry = ConvGeometry(
+            tuple(stride),
+            tuple(padding),
+            tuple(dilation),
+            transposed,
+            tuple(output_padding),
+            groups,
+        )
         return _convolve(x, w, b, stride, padding, dilation, groups, transposed, output_padding)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        x, weight, selection, output_mask = _restore(ctx)
-        with _no_autocast(grad_output):
-            grads = ops.conv_backward(
-                grad_output,
-                x,
-                ctx.input_size,
-                weight,
-                *ctx.geometry,
-                *selection,
-                output_mask,
-                ctx.active_dgrad,
-            )
-        return *_wanted(grads, output_mask, ctx.dtypes), *(None,) * 11
+        if torch.is_grad_enabled() and ctx.channels is not None and all_active(ctx.channels):
+            return _conv_backward_of_library(ctx, grad_output)
+        return _conv_backward(ctx, grad_output)
+
+
+def _conv_backward_of_library(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    """One that can be differentiated again: every channel is active."""
+    x, weight, _, wanted = _restore(ctx)
+    assert x is not None
+    with _no_autocast(grad_output):
+        grads = ctx.geometry.backward(grad_output, x, weight, wanted)
+    return *_cast(grads, ctx.dtypes), *(None,) * 11
+
+
+@once_differentiable
+def _conv_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    x, weight, active, output_mask = _restore(ctx)
+    with _no_autocast(grad_output):
+        grads = ops.conv_backward(
+            grad_output,
+            x,
+            ctx.input_size,
+            weight,
+            ctx.geometry,
+            active,
+            output_mask,
+            ctx.active_dgrad,
+        )
+    return *_cast(grads, ctx.dtypes), *(None,) * 11
 
 
 class _Affine(torch.autograd.Function):
@@ -323,7 +346,7 @@ def _save(
     ctx.save_for_backward(x if reads_input else None, weight)
 
 
-def _restore(ctx: Any) -> tuple[Tensor | None, Tensor, tuple[Tensor, Tensor, Tensor], list[bool]]:
+def _restore(ctx: Any) -> tuple[Tensor | None, Tensor, ops.Active, list[bool]]:
     wanted = list(ctx.needs_input_grad[:3])
     if ctx.channels is None:
         x, weight, order, count, host_count = ctx.saved_tensors
@@ -332,8 +355,7 @@ def _restore(ctx: Any) -> tuple[Tensor | None, Tensor, tuple[Tensor, Tensor, Ten
     x, weight = ctx.saved_tensors
     if channels.n_active == 0:
         wanted[1:] = [False, False]
-    device = weight.device
-    return x, weight, (channels.order(device), channels.count(device), channels.host_count), wanted
+    return x, weight, channels, wanted
 
 
 def _unchanged(ctx: Any) -> ActiveChannels:
@@ -366,13 +388,12 @@ def _mask_entries(ctx: Any, grad: Tensor | None) -> Tensor | None:
     return grad.index_fill(0, channels.order(grad.device)[channels.n_active :], 0)
 
 
-def _wanted(
-    grads: Sequence[Tensor], mask: Sequence[bool], dtypes: tuple[torch.dtype, torch.dtype]
+def _cast(
+    grads: Sequence[Tensor | None], dtypes: tuple[torch.dtype, torch.dtype]
 ) -> tuple[Tensor | None, ...]:
     targets = (dtypes[0], dtypes[1], dtypes[1])
     return tuple(
-        grad.to(dtype) if wanted else None
-        for grad, wanted, dtype in zip(grads, mask, targets, strict=True)
+        None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, targets, strict=True)
     )
 
 
@@ -420,6 +441,14 @@ def _convolve(
         return function(input, weight, bias, stride, padding, output_padding, groups, dilation)
     out: Tensor = _CONV[which](input, weight, bias, stride, padding, dilation, groups)
     return out
+
+
+def _replaces_library(input: Tensor, weight: Tensor, arguments: tuple[Any, ...]) -> bool:
+    stride, padding, dilation, groups, transposed, output_padding = arguments
+    if isinstance(padding, str) or weight.device.type != "cpu" or weight.dtype != input.dtype:
+        return False
+    geometry = ConvGeometry(stride, padding, dilation, transposed, output_padding, groups)
+    return dispatch.replaces_library(input, weight, geometry)
 
 
 def _string_padding(

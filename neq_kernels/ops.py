@@ -13,14 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from neq_kernels import dispatch
-from neq_kernels.backends.geometry import ConvGeometry
+from neq_kernels.channels import ActiveChannels
+from neq_kernels.problem import ConvGeometry
 
 _LIBRARY = torch.library.Library("neq_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
+_PLAIN = (Tensor, Parameter)
 _Triple = tuple[Tensor, Tensor, Tensor]
+# In a compiled graph the three tensors (order, count, host_count).
+Active = ActiveChannels | tuple[Tensor, Tensor, Tensor]
 
 _LIBRARY.define(
     "linear_backward(Tensor grad_output, Tensor? input, SymInt[] input_size, Tensor weight, "
@@ -49,8 +54,9 @@ def _linear_backward(
     output_mask: Sequence[bool],
     active_dgrad: bool,
 ) -> _Triple:
+    n, start = host_count.tolist()
     grads = dispatch.linear_backward(
-        grad_output, input, input_size, weight, order, host_count, output_mask, active_dgrad
+        grad_output, input, input_size, weight, order, n, start, output_mask, active_dgrad
     )
     return _complete(grads, weight)
 
@@ -72,7 +78,8 @@ def _conv_backward(
     output_mask: Sequence[bool],
     active_dgrad: bool,
 ) -> _Triple:
-    geometry = ConvGeometry(stride, padding, dilation, transposed, output_padding, groups)
+    geometry = _geometry(stride, padding, dilation, transposed, output_padding, groups)
+    n, _ = host_count.tolist()
     grads = dispatch.conv_backward(
         grad_output,
         input,
@@ -80,18 +87,36 @@ def _conv_backward(
         weight,
         geometry,
         order,
-        host_count,
+        n,
         output_mask,
         active_dgrad,
     )
     return _complete(grads, weight)
 
 
+def _geometry(
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> ConvGeometry:
+    return ConvGeometry(
+        tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups
+    )
+
+
+def _in_layout_of(weight: Tensor, grads: dispatch.Grads) -> dispatch.Grads:
+    grad_input, grad_weight, grad_bias = grads
+    if grad_weight is None or grad_weight.stride() == weight.stride():
+        return grads
+    return grad_input, torch.empty_like(weight).copy_(grad_weight), grad_bias
+
+
 def _complete(grads: dispatch.Grads, weight: Tensor) -> _Triple:
     """Empty tensors for what was not asked for; the weight gradient in the weight's layout."""
-    grad_input, grad_weight, grad_bias = grads
-    if grad_weight is not None and grad_weight.stride() != weight.stride():
-        grad_weight = torch.empty_like(weight).copy_(grad_weight)
+    grad_input, grad_weight, grad_bias = _in_layout_of(weight, grads)
     return (
         weight.new_empty(0) if grad_input is None else grad_input,
         weight.new_empty(0) if grad_weight is None else grad_weight,
@@ -144,7 +169,7 @@ def _(
     grad_input = weight.new_empty(0)
     if output_mask[0]:
         # aten's own fake knows the memory format its kernel for this device returns.
-        geometry = ConvGeometry(stride, padding, dilation, transposed, output_padding, groups)
+        geometry = _geometry(stride, padding, dilation, transposed, output_padding, groups)
         x = grad_output.new_empty(1).expand(input_size) if input is None else input
         dgrad, _, _ = geometry.backward(grad_output, x, weight, (True, False, False))
         assert dgrad is not None
@@ -186,16 +211,96 @@ def channel_similarity(a: Tensor, b: Tensor, dim: int) -> Tensor:
     return result
 
 
-def linear_backward(*args: Any) -> _Triple:
-    """The operator of the same name; see the schema at the top of this module."""
-    result: _Triple = torch.ops.neq_kernels.linear_backward(*args)
-    return result
+def linear_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    input_size: Sequence[int],
+    weight: Tensor,
+    active: Active,
+    output_mask: Sequence[bool],
+    active_dgrad: bool,
+) -> dispatch.Grads:
+    """The operator of the same name; in eager without the detour through the dispatcher.
+
+    Returns None for what ``output_mask`` does not ask for.
+    """
+    if isinstance(active, ActiveChannels):
+        order = active.order(weight.device)
+        if _needs_no_operator(weight, grad_output):
+            n, start = active.n_active, active.start
+            grads = dispatch.linear_backward(
+                grad_output, input, input_size, weight, order, n, start, output_mask, active_dgrad
+            )
+            return _in_layout_of(weight, grads)
+        active = order, active.count(weight.device), active.host_count
+    grads = torch.ops.neq_kernels.linear_backward(
+        grad_output, input, input_size, weight, *active, output_mask, active_dgrad
+    )
+    return _wanted(grads, output_mask)
 
 
-def conv_backward(*args: Any) -> _Triple:
-    """The operator of the same name; see the schema at the top of this module."""
-    result: _Triple = torch.ops.neq_kernels.conv_backward(*args)
-    return result
+def conv_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    input_size: Sequence[int],
+    weight: Tensor,
+    geometry: ConvGeometry,
+    active: Active,
+    output_mask: Sequence[bool],
+    active_dgrad: bool,
+) -> dispatch.Grads:
+    """The operator of the same name; in eager without the detour through the dispatcher.
+
+    Returns None for what ``output_mask`` does not ask for.
+    """
+    if isinstance(active, ActiveChannels):
+        order = active.order(weight.device)
+        if _needs_no_operator(weight, grad_output):
+            grads = dispatch.conv_backward(
+                grad_output,
+                input,
+                input_size,
+                weight,
+                geometry,
+                order,
+                active.n_active,
+                output_mask,
+                active_dgrad,
+            )
+            return _in_layout_of(weight, grads)
+        active = order, active.count(weight.device), active.host_count
+    g = geometry
+    grads = torch.ops.neq_kernels.conv_backward(
+        grad_output,
+        input,
+        input_size,
+        weight,
+        g.stride,
+        g.padding,
+        g.dilation,
+        g.transposed,
+        g.output_padding,
+        g.groups,
+        *active,
+        output_mask,
+        active_dgrad,
+    )
+    return _wanted(grads, output_mask)
+
+
+def _needs_no_operator(weight: Tensor, grad_output: Tensor) -> bool:
+    """Nobody watches the dispatcher, and the tensors are plain ones with data."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and type(grad_output) is Tensor
+        and type(weight) in _PLAIN
+        and not weight.is_meta
+    )
+
+
+def _wanted(grads: Sequence[Tensor], output_mask: Sequence[bool]) -> dispatch.Grads:
+    dx, dw, db = (g if want else None for g, want in zip(grads, output_mask, strict=True))
+    return dx, dw, db
 
 
 def _n_active(host_count: Tensor, k: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from neq_kernels import ops
 from tests import oracle
 from tests.oracle import Conv
 
@@ -30,11 +29,12 @@ def selection(mask):
 
 def run_linear(x, weight, dy, mask, wanted=ALL, active_dgrad=False):
     size = dy.shape[:-1] + weight.shape[1:]
-    return ops.linear_backward(dy, x, size, weight, *selection(mask), list(wanted), active_dgrad)
+    operator = torch.ops.neq_kernels.linear_backward
+    return operator(dy, x, size, weight, *selection(mask), list(wanted), active_dgrad)
 
 
 def run_conv(case, x, weight, dy, mask, wanted=ALL, active_dgrad=False, input_size=None):
-    return ops.conv_backward(
+    return torch.ops.neq_kernels.conv_backward(
         dy,
         x,
         list(x.shape if input_size is None else input_size),

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from neq_kernels import dispatch, ops
 from neq_kernels.channels import ActiveChannels
+from neq_kernels.problem import Strategy
 
 CONV = (F.conv1d, F.conv2d, F.conv3d)
 CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -27,22 +28,25 @@ CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 def usable_backends() -> list[str]:
-    """The backends that serve CPU tensors on this machine."""
-    return [
-        name
-        for name, reason in dispatch.backends()
-        if reason is None and name in ("reference", "aten", "cpu")
-    ]
+    """The backends that serve CPU tensors on this machine; one with a choice of strategies once for
+    each of them too, as ``backend-strategy``."""
+    names = [name for name, reason in dispatch.backends() if reason is None]
+    usable = [name for name in ("reference", "aten", "cpu") if name in names]
+    strategies = (Strategy.DENSE, Strategy.PACK, Strategy.MATMUL, Strategy.FUSED)
+    return usable + [f"cpu-{s.name}" for s in strategies if "cpu" in usable]
 
 
 @contextlib.contextmanager
 def forced_backend(name: str) -> Iterator[None]:
-    """Everything inside is served by the backend of this name."""
+    """Everything inside is served by the backend of this name, see :func:`usable_backends`."""
+    name, _, strategy = name.partition("-")
     before = os.environ.get(dispatch.ENVIRONMENT_VARIABLE)
     os.environ[dispatch.ENVIRONMENT_VARIABLE] = name
     dispatch.backend_for.cache_clear()
+    forced = dispatch.forced_strategy(Strategy[strategy]) if strategy else contextlib.nullcontext()
     try:
-        yield
+        with forced:
+            yield
     finally:
         del os.environ[dispatch.ENVIRONMENT_VARIABLE]
         if before is not None:

@@ -13,8 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import neq_kernels as neq
+from neq_kernels import dispatch
+from neq_kernels.backends import cpu
 from neq_kernels.channels import WHOLE_PARAMETER, NeuronLayout
 from neq_kernels.layers import named_neuron_layers, neuron_owners, unwrap
+from neq_kernels.problem import Strategy
 from tests import oracle
 
 # name: (how to make it, shape of an input)
@@ -194,7 +197,20 @@ def calls_of_a_step(model, x):
 @pytest.mark.usefixtures("stock_algorithms")
 def test_with_everything_active_a_step_is_pytorchs_own_calls(name):
     plain, ours, x = twins(name)
-    assert calls_of_a_step(ours, x) == calls_of_a_step(plain, x)
+    with dispatch.forced_strategy(Strategy.DENSE):
+        assert calls_of_a_step(ours, x) == calls_of_a_step(plain, x)
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="it needs the extension's kernel")
+def test_with_everything_active_a_depthwise_convolution_is_served_by_its_own_kernel():
+    plain, ours, x = twins("conv2d depthwise")
+    assert "conv_backward" in calls_of_a_step(ours, x)
+    x.requires_grad_()
+    for layer in (plain, ours):
+        layer.zero_grad()
+        (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        dx.square().sum().backward()
+    torch.testing.assert_close(ours.weight.grad, plain.weight.grad)
 
 
 @every_layer

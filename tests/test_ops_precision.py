@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from neq_kernels import dispatch
+from neq_kernels.problem import Strategy
 from tests import oracle
 from tests.op_cases import (
     CONVS,
@@ -148,7 +150,12 @@ def test_two_runs_give_the_same_bits(backend):
 
 
 @pytest.mark.usefixtures("stock_algorithms")
-def test_everything_active_is_torchs_own_calls_and_bits():
+def test_everything_active_densely_is_torchs_own_calls_and_bits():
+    with dispatch.forced_strategy(Strategy.DENSE):
+        assert_torchs_own_calls_and_bits()
+
+
+def assert_torchs_own_calls_and_bits():
     for case in CONVS.values():
         x, weight, dy = conv_tensors(case, make=torch.randn, dtype=torch.float32)
         theirs = oracle.dense(case.forward, x, weight, torch.zeros(case.k), grad_output=dy)

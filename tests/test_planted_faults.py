@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from neq_kernels import dispatch
-from neq_kernels.backends import aten
+from neq_kernels.backends import aten, cpu
+from neq_kernels.problem import Strategy
 from tests import oracle, test_ops, test_ops_precision
 from tests.op_cases import CONVS, MASKS
 
@@ -61,28 +63,69 @@ def multiplied(overwrite):
     return wrong
 
 
+def conv_test(case):
+    test_ops.test_conv_backward_is_the_dense_one_with_frozen_neurons_at_zero(
+        None, case, MASKS["ragged"]
+    )
+
+
+def linear_test():
+    test_ops.test_linear_backward_is_the_dense_one_with_frozen_neurons_at_zero(
+        None, (4, 3, 7), MASKS["ragged"]
+    )
+
+
 @pytest.mark.parametrize("fault", [off_by_one, tail_left_as_allocated])
 def test_planted_faults_in_scatter_are_caught(monkeypatch, fault):
-    primitives = dispatch._BACKENDS[dispatch.backend_for("cpu")]
-    planted(monkeypatch, primitives, "scatter_rows", fault)
-    with pytest.raises(AssertionError):
-        test_ops.test_conv_backward_is_the_dense_one_with_frozen_neurons_at_zero(
-            None, CONVS["plain"], MASKS["ragged"]
-        )
-    with pytest.raises(AssertionError):
-        test_ops.test_linear_backward_is_the_dense_one_with_frozen_neurons_at_zero(
-            None, (4, 3, 7), MASKS["ragged"]
-        )
+    planted(monkeypatch, aten, "scatter_rows", fault)
+    with oracle.forced_backend("aten"):
+        with pytest.raises(AssertionError):
+            conv_test(CONVS["plain"])
+        with pytest.raises(AssertionError):
+            linear_test()
 
 
 def test_a_planted_fault_in_pack_is_caught(monkeypatch):
-    primitives = dispatch._BACKENDS[dispatch.backend_for("cpu")]
-    planted(monkeypatch, primitives, "pack", one_row_twice)
+    planted(monkeypatch, aten, "pack", one_row_twice)
     for case in (CONVS["plain"], CONVS["grouped"]):
-        with pytest.raises(AssertionError):
-            test_ops.test_conv_backward_is_the_dense_one_with_frozen_neurons_at_zero(
-                None, case, MASKS["ragged"]
-            )
+        with oracle.forced_backend("aten"), pytest.raises(AssertionError):
+            conv_test(case)
+
+
+def next_channel(backward):
+    """The gradients are those of the channels one further."""
+
+    def wrong(*args):
+        at = next(i for i, a in enumerate(args) if isinstance(a, Tensor) and a.dtype == torch.int64)
+        order = (args[at] + 1) % len(args[at])
+        return backward(*args[:at], order, *args[at + 1 :])
+
+    return wrong
+
+
+def one_channel_short(backward):
+    """The last active channel is taken for frozen."""
+
+    def wrong(*args):
+        at = next(i for i, a in enumerate(args) if isinstance(a, Tensor) and a.dtype == torch.int64)
+        return backward(*args[: at + 1], args[at + 1] - 1, *args[at + 2 :])
+
+    return wrong
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="the extension is what is tested")
+@pytest.mark.parametrize("fault", [next_channel, one_channel_short])
+@pytest.mark.parametrize("strategy", [Strategy.DENSE, Strategy.PACK, Strategy.FUSED])
+def test_planted_faults_in_the_leaf_ops_are_caught(monkeypatch, fault, strategy):
+    monkeypatch.setattr(dispatch, "strategy_for", lambda *_: strategy)
+    conv_test(CONVS["plain"])
+    linear_test()
+    planted(monkeypatch, cpu, "conv_backward", fault)
+    planted(monkeypatch, cpu, "linear_backward", fault)
+    with pytest.raises(AssertionError):
+        conv_test(CONVS["plain"])
+    with pytest.raises(AssertionError):
+        linear_test()
 
 
 def summed_in_one_chain(linear_wgrad):
@@ -99,12 +142,12 @@ def summed_in_one_chain(linear_wgrad):
 
 
 def test_a_careless_sum_is_caught(monkeypatch):
-    planted(monkeypatch, aten, "linear_wgrad", summed_in_one_chain)
+    planted(monkeypatch, aten, "_linear_wgrad", summed_in_one_chain)
     with oracle.forced_backend("aten"), pytest.raises(AssertionError, match="allowed"):
         test_ops_precision.test_linear_error_over_a_long_reduction(None, None)
 
 
 def test_rows_multiplied_instead_of_overwritten_are_caught(monkeypatch):
-    planted(monkeypatch, dispatch, "_overwrite_frozen", multiplied)
-    with pytest.raises(AssertionError):
+    planted(monkeypatch, aten, "_overwrite_frozen", multiplied)
+    with oracle.forced_backend("aten"), pytest.raises(AssertionError):
         test_ops.test_nan_and_inf_in_frozen_channels_reach_nothing(None, "all but one", torch.nan)

@@ -10,53 +10,12 @@
 #include <cstdint>
 #include <vector>
 
+#include "convolution.h"
 #include "kernels.h"
 
 namespace neq::depthwise {
 
 constexpr int64_t kScratchBytes = 96 * 1024;
-
-// One dimension of the convolution.
-struct Axis {
-  int64_t input, output, kernel, stride, padding, dilation;
-
-  int64_t phase(int64_t tap) const { return tap * dilation % stride; }
-  int64_t shift(int64_t tap) const { return tap * dilation / stride; }
-  int64_t max_shift() const { return shift(kernel - 1); }
-  // How far beyond the outputs the taps of this phase reach; -1 when no tap has this phase.
-  int64_t reach(int64_t of_phase) const {
-    int64_t reach = -1;
-    for (int64_t tap = 0; tap < kernel; ++tap) {
-      if (phase(tap) == of_phase) reach = shift(tap);
-    }
-    return reach;
-  }
-  // Input position of element `index` of a phase.
-  int64_t position(int64_t index, int64_t of_phase) const {
-    return index * stride + of_phase - padding;
-  }
-  // Elements [first, last) of a phase lie inside the input and are read by some tap.
-  int64_t first(int64_t of_phase) const {
-    return std::max<int64_t>(0, (padding - of_phase + stride - 1) / stride);
-  }
-  int64_t last(int64_t of_phase) const {
-    const int64_t inside = input - 1 + padding - of_phase;
-    const int64_t used = output + reach(of_phase);
-    return reach(of_phase) < 0 || inside < 0 ? 0 : std::min(inside / stride + 1, used);
-  }
-};
-
-struct Problem {
-  int64_t images, input_channels, output_channels;
-  Axis h, w;
-  const int64_t* active;
-  int64_t n;
-  bool want_bias;
-
-  int64_t taps() const { return h.kernel * w.kernel; }
-  int64_t cells() const { return taps() + 1; }
-  int64_t multiplier() const { return output_channels / input_channels; }
-};
 
 // Sums of one vector of channels (NHWC) or of one channel (NCHW): per tap, and last the bias. A
 // lane adds up only so many products in its own precision before they go to double.
@@ -113,7 +72,7 @@ class Band {
   using C = Compute<T>;
   static constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(C));
 
-  Band(const Problem& problem, int64_t width)
+  Band(const ConvProblem& problem, int64_t width)
       : p_(problem), k_(kernels<T>()), width_(width), in_columns_(width == 1) {
     columns_ = in_columns_ ? (p_.w.output + kLanes - 1) / kLanes : p_.w.output;
     const int64_t row_elements =
@@ -198,7 +157,7 @@ class Band {
   int64_t rows_of(int64_t band) const { return std::min(height_, p_.h.output - band * height_); }
   int64_t phase_at(int64_t v, int64_t u) const { return (v * p_.w.stride + u) * x_phase_; }
 
-  const Problem& p_;
+  const ConvProblem& p_;
   const Kernels<T>& k_;
   int64_t width_;
   bool in_columns_;

@@ -17,7 +17,7 @@ namespace {
 // Both functions give partial[part][n][taps + 1], bias last, and set the number of parts.
 
 template <class T>
-std::vector<double> nchw(const Problem& p, const T* grad, const T* input, int64_t& parts) {
+std::vector<double> nchw(const ConvProblem& p, const T* grad, const T* input, int64_t& parts) {
   using C = Compute<T>;
   const Split images(p.images, (63 + p.n) / p.n, 1);
   parts = images.parts;
@@ -84,7 +84,7 @@ class PixelCopy {
 };
 
 template <class T>
-std::vector<double> nhwc(const Problem& p, const T* grad, const T* input, int64_t& parts) {
+std::vector<double> nhwc(const ConvProblem& p, const T* grad, const T* input, int64_t& parts) {
   constexpr int64_t kLanes = Band<T>::kLanes, kWidth = 2 * kLanes;
   const int64_t chunks = (p.n + kWidth - 1) / kWidth;
   std::vector<int64_t> sources(p.n);
@@ -125,21 +125,6 @@ std::vector<double> nhwc(const Problem& p, const T* grad, const T* input, int64_
   return partial;
 }
 
-Axis checked_axis(const Tensor& grad, const Tensor& input, const std::vector<int64_t>& weight_shape,
-                  const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                  const std::vector<int64_t>& dilation, int64_t i) {
-  const Axis axis{input.size(2 + i), grad.size(2 + i), weight_shape[2 + i],
-                  stride[i],         padding[i],       dilation[i]};
-  require(axis.kernel > 0 && axis.stride > 0 && axis.dilation > 0 && axis.padding >= 0,
-          "kernel, stride, dilation: expected at least 1, and padding at least 0, got ",
-          axis.kernel, ", ", axis.stride, ", ", axis.dilation, " and ", axis.padding);
-  const int64_t reach = axis.input + 2 * axis.padding - axis.dilation * (axis.kernel - 1) - 1;
-  const int64_t output = reach < 0 ? 0 : reach / axis.stride + 1;
-  require(axis.output == output, "grad_output: expected size ", output, " in dimension ", 2 + i,
-          ", got ", axis.output);
-  return axis;
-}
-
 }  // namespace
 }  // namespace depthwise
 
@@ -149,31 +134,11 @@ std::tuple<Tensor, Tensor> depthwise_wgrad(const Tensor& grad_output, const Tens
                                            const std::vector<int64_t>& padding,
                                            const std::vector<int64_t>& dilation,
                                            const Tensor& order, int64_t n, bool want_bias) {
-  require_cpu(grad_output, "grad_output");
-  require_cpu(input, "input");
-  require_same_dtype(grad_output, input, "grad_output");
-  require(grad_output.dim() == 4 && input.dim() == 4 && weight_shape.size() == 4,
-          "grad_output, input, weight: expected 4 dimensions, got ", grad_output.dim(), ", ",
-          input.dim(), " and ", weight_shape.size());
-  require(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
-          "stride, padding, dilation: expected 2 values each, got ", stride.size(), ", ",
-          padding.size(), " and ", dilation.size());
-  const int64_t in = input.size(1), out = grad_output.size(1);
-  require(in > 0 && out % in == 0 && weight_shape[0] == out && weight_shape[1] == 1,
-          "weight: expected (", out, ", 1, kH, kW) with a multiple of ", in, " filters, got ",
+  const ConvProblem p = checked_problem(grad_output, input, weight_shape, stride, padding, dilation,
+                                        order, n, want_bias);
+  require(weight_shape[1] == 1 && p.output_channels % p.input_channels == 0, "weight: expected (",
+          p.output_channels, ", 1, kH, kW) with a multiple of ", p.input_channels, " filters, got ",
           weight_shape[0], " filters of ", weight_shape[1], " channels");
-  require(grad_output.size(0) == input.size(0), "grad_output: expected batch ", input.size(0),
-          ", got ", grad_output.size(0));
-  depthwise::Problem p{};
-  p.images = input.size(0);
-  p.input_channels = in;
-  p.output_channels = out;
-  p.h = depthwise::checked_axis(grad_output, input, weight_shape, stride, padding, dilation, 0);
-  p.w = depthwise::checked_axis(grad_output, input, weight_shape, stride, padding, dilation, 1);
-  p.active = checked_order(order, n, out);
-  p.n = n;
-  p.want_bias = want_bias;
-
   const std::vector<int64_t> channels_first{0, 1, 2, 3}, channels_last{0, 2, 3, 1};
   const bool last = !is_dense(input, channels_first) && is_dense(input, channels_last);
   const Tensor x = in_order(input, last ? channels_last : channels_first);

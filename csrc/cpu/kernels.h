@@ -57,6 +57,16 @@ struct Correlation {
   int64_t rows, columns, step;
 };
 
+// `rows` x `columns` pixels of dy and of x.
+template <class C>
+struct OuterProduct {
+  const C* dy;
+  int64_t dy_row, dy_column;
+  const C* x;
+  int64_t x_row, x_column;
+  int64_t rows, columns;
+};
+
 template <class T>
 struct Kernels {
   using C = Compute<T>;
@@ -75,6 +85,10 @@ struct Kernels {
   void (*sum)(const Correlation<C>& c, double* totals);
   void (*copy_rows)(const T* from, int64_t from_row, int64_t stride, C* to, int64_t to_row,
                     int64_t rows, int64_t count);
+  void (*outer_product)(const OuterProduct<C>& o, int64_t n, int64_t vectors, int64_t skip, C* sums,
+                        int64_t sums_row);
+  void (*interleave)(const T* const* planes, int64_t n, int64_t first, int64_t count, C* to,
+                     int64_t width);
 };
 
 // Of the word's size, whatever its type.

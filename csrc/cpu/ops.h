@@ -26,6 +26,20 @@ std::tuple<Tensor, Tensor> depthwise_wgrad(const Tensor& grad_output, const Tens
                                            const std::vector<int64_t>& dilation,
                                            const Tensor& order, int64_t n, bool want_bias);
 
+// Gradients of input, weight and bias; undefined where not wanted.
+using Grads = std::tuple<Tensor, Tensor, Tensor>;
+
+Grads linear_backward(const Tensor& grad_output, const Tensor& input,
+                      const std::vector<int64_t>& input_size, const Tensor& weight,
+                      const Tensor& order, int64_t n, int64_t start, bool want_input,
+                      bool want_weight, bool want_bias, int64_t strategy);
+
+Grads conv_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                    const std::vector<int64_t>& dilation, bool transposed,
+                    const std::vector<int64_t>& output_padding, int64_t groups, const Tensor& order,
+                    int64_t n, bool want_input, bool want_weight, bool want_bias, int64_t strategy);
+
 void sgd_rows_(const Tensor& param, const Tensor& grad, const std::optional<Tensor>& buffer,
                const std::optional<Tensor>& steps, const Tensor& order, int64_t n, int64_t groups,
                int64_t outer, int64_t per_group, int64_t inner, double lr, double momentum,

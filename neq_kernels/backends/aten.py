@@ -1,7 +1,7 @@
-"""Pack the active channels, call PyTorch's own library kernels on them, write the rows back.
+"""The strategies in terms of PyTorch's own operators.
 
 Works on every device and needs no compiler. The primitives at the top have faster versions in
-``backends.cpu``; the strategies below take whichever module serves (``primitives``).
+``backends.cpu``; what is below takes whichever module serves (``primitives``).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from neq_kernels.backends.geometry import ConvGeometry
 from neq_kernels.channels import NeuronLayout
+from neq_kernels.problem import ConvGeometry, Problem, Strategy
 
 _ROWS = NeuronLayout()
 
@@ -22,9 +22,20 @@ _ROWS = NeuronLayout()
 _ROWS_AT_A_TIME = 4
 
 
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
 def unavailable() -> str | None:
     """PyTorch itself is always there."""
     return None
+
+
+def strategies(problem: Problem) -> tuple[Strategy, ...]:
+    """The strategies that can serve."""
+    g = problem.geometry
+    # The rows of a grouped transposed weight are no plain block.
+    packs = g is None or g.groups == 1 or not g.transposed
+    return (Strategy.DENSE, Strategy.PACK) if packs else (Strategy.DENSE,)
 
 
 # --- primitives --------------------------------------------------------------------------------
@@ -74,9 +85,43 @@ class Primitives(Protocol):
 # --- linear ------------------------------------------------------------------------------------
 
 
-def linear_dgrad(grad_output: Tensor, weight: Tensor, input_size: Sequence[int]) -> Tensor:
-    dy = grad_output.reshape(-1, weight.shape[0])
-    return dy.mm(weight).reshape(input_size)
+def linear_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    input_size: Sequence[int],
+    weight: Tensor,
+    order: Tensor,
+    n: int,
+    start: int,
+    wanted: Sequence[bool],
+    strategy: Strategy,
+    primitives: Primitives,
+) -> Grads:
+    """Gradients of a linear layer; the input's is the exact one."""
+    k = weight.shape[0]
+    grad_input = None
+    if wanted[0]:
+        grad_input = grad_output.reshape(-1, k).mm(weight).reshape(input_size)
+    want = (wanted[1], wanted[2])
+    if not any(want) or n == 0:
+        return grad_input, *_zeros(weight, k, want)
+    # Bias alone was wanted: the input was not saved and is not read.
+    x = grad_output if input is None else input
+    m = rounded_up(n, k)
+    if strategy == Strategy.DENSE or m == k:
+        dense = _linear_wgrad(grad_output, x, want)
+        return grad_input, *(dense if n == k else _overwrite_frozen(dense, _ROWS, order[n:]))
+    skipped = 0
+    if start >= 0:
+        first = min(start, k - m)
+        packed, skipped = grad_output.narrow(-1, first, m), start - first
+    else:
+        packed = primitives.pack(grad_output.reshape(-1, k), order, m, 1)
+    weight_rows, bias_rows = (
+        None if rows is None else rows.narrow(0, skipped, n)
+        for rows in _linear_wgrad(packed, x, want)
+    )
+    return grad_input, *_scatter((weight_rows, bias_rows), weight, k, order, n, _ROWS, primitives)
 
 
 def linear_active_dgrad(
@@ -87,15 +132,15 @@ def linear_active_dgrad(
     n: int,
     primitives: Primitives,
 ) -> Tensor:
+    """The input gradient that the active features alone propagate."""
     dy = grad_output.reshape(-1, weight.shape[0])
     packed = primitives.pack(dy, order, n, 1)
     return packed.mm(primitives.pack(weight, order, n, 0)).reshape(input_size)
 
 
-def linear_wgrad(
+def _linear_wgrad(
     grad_output: Tensor, input: Tensor, want: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Dense weight and bias gradients of ``grad_output``'s channels, as autograd computes them."""
     dy = grad_output.reshape(-1, grad_output.shape[-1])
     grad_weight = dy.t().mm(input.reshape(len(dy), input.shape[-1])) if want[0] else None
     return grad_weight, dy.sum(0) if want[1] else None
@@ -104,7 +149,49 @@ def linear_wgrad(
 # --- convolution -------------------------------------------------------------------------------
 
 
-def conv_active_rows(
+def conv_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    order: Tensor,
+    n: int,
+    wanted: Sequence[bool],
+    strategy: Strategy,
+    primitives: Primitives,
+) -> Grads:
+    """Gradients of a convolution; the input's is the exact one."""
+    k = grad_output.shape[1]
+    want = (wanted[1], wanted[2])
+    if n == k:
+        return geometry.backward(grad_output, input, weight, wanted)
+    if strategy == Strategy.DENSE and n > 0 and any(want):
+        grad_input, *dense = geometry.backward(grad_output, input, weight, wanted)
+        return grad_input, *_overwrite_frozen((dense[0], dense[1]), geometry.layout, order[n:])
+    grad_input = None
+    if wanted[0]:
+        grad_input = geometry.backward(grad_output, input, weight, (True, False, False))[0]
+    if not any(want) or n == 0:
+        return grad_input, *_zeros(weight, k, want)
+    active_rows = _active_rows if geometry.groups == 1 else _active_rows_grouped
+    rows = active_rows(grad_output, input, weight, geometry, order, n, want, primitives)
+    return grad_input, *_scatter(rows, weight, k, order, n, geometry.layout, primitives)
+
+
+def conv_active_dgrad(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    order: Tensor,
+    n: int,
+) -> Tensor | None:
+    """The input gradient that the active channels alone propagate."""
+    masked = grad_output.index_fill(1, order[n:], 0)
+    return geometry.backward(masked, input, weight, (True, False, False))[0]
+
+
+def _active_rows(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -129,7 +216,7 @@ def conv_active_rows(
     )
 
 
-def conv_active_rows_grouped(
+def _active_rows_grouped(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -164,3 +251,44 @@ def conv_active_rows_grouped(
     kept = used.flatten().nonzero().flatten()
     rows, bias = (None if g is None else g.index_select(0, kept) for g in grads[1:])
     return rows, bias
+
+
+# --- whole gradients ---------------------------------------------------------------------------
+
+
+def _scatter(
+    rows: tuple[Tensor | None, Tensor | None],
+    weight: Tensor,
+    k: int,
+    order: Tensor,
+    n: int,
+    layout: NeuronLayout,
+    primitives: Primitives,
+) -> tuple[Tensor | None, Tensor | None]:
+    weight_rows, bias_rows = rows
+    return (
+        None
+        if weight_rows is None
+        else primitives.scatter_rows(weight_rows, weight, order, n, layout),
+        None
+        if bias_rows is None
+        else primitives.scatter_rows(bias_rows, weight.new_empty(k), order, n, _ROWS),
+    )
+
+
+def _zeros(weight: Tensor, k: int, want: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+    return (
+        torch.zeros_like(weight) if want[0] else None,
+        weight.new_zeros(k) if want[1] else None,
+    )
+
+
+def _overwrite_frozen(
+    grads: tuple[Tensor | None, Tensor | None], layout: NeuronLayout, frozen: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    grad_weight, grad_bias = grads
+    if grad_weight is not None:
+        layout.fill_(grad_weight, frozen, 0)
+    if grad_bias is not None:
+        _ROWS.fill_(grad_bias, frozen, 0)
+    return grad_weight, grad_bias

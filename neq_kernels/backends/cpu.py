@@ -1,4 +1,4 @@
-"""The C++ extension's leaf ops: the primitives of ``backends.aten``, faster, for CPU tensors.
+"""The C++ extension's leaf ops, for CPU tensors: what ``backends.aten`` does, and own kernels.
 
 ``NEQ_KERNELS_LIBRARY`` names another build of the extension to load (the sanitizer tests do).
 """
@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from neq_kernels.backends import aten
 from neq_kernels.channels import NeuronLayout
+from neq_kernels.problem import ConvGeometry, Problem, Strategy
 
 ENVIRONMENT_VARIABLE = "NEQ_KERNELS_LIBRARY"
 _LIBRARY = Path(__file__).parent.parent / "_C.so"
 
+_FUSED_DTYPES = (torch.float32, torch.float64)
+
 _leaf = torch.ops.neq_kernels_cpu
+_Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 @functools.cache
@@ -38,6 +44,102 @@ def capability() -> str:
     """The instruction set in use: ``"default"``, ``"avx2"`` or ``"avx512"``."""
     name: str = _leaf.capability()
     return name
+
+
+def strategies(problem: Problem) -> tuple[Strategy, ...]:
+    """The strategies that can serve."""
+    if problem.is_depthwise:
+        return Strategy.DENSE, Strategy.PACK, Strategy.FUSED
+    usable = list(aten.strategies(problem))
+    if problem.is_matmul:
+        usable.append(Strategy.MATMUL)
+    if (problem.geometry is None or problem.is_plain_conv2d) and problem.dtype in _FUSED_DTYPES:
+        usable.append(Strategy.FUSED)
+    return tuple(usable)
+
+
+def linear_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    input_size: Sequence[int],
+    weight: Tensor,
+    order: Tensor,
+    n: int,
+    start: int,
+    wanted: Sequence[bool],
+    strategy: Strategy,
+) -> _Grads:
+    """``aten.linear_backward``; what there is to save, in one call."""
+    saves = 0 < n < len(order) and (wanted[1] or wanted[2])
+    if not saves or not weight.is_contiguous():
+        return aten.linear_backward(
+            grad_output,
+            input,
+            input_size,
+            weight,
+            order,
+            n,
+            start,
+            wanted,
+            Strategy.DENSE if strategy == Strategy.DENSE else Strategy.PACK,
+            sys.modules[__name__],
+        )
+    grads: _Grads = _leaf.linear_backward.default(
+        grad_output,
+        grad_output if input is None else input,
+        input_size,
+        weight,
+        order,
+        n,
+        start,
+        *wanted,
+        strategy,
+    )
+    return grads
+
+
+def conv_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    order: Tensor,
+    n: int,
+    wanted: Sequence[bool],
+    strategy: Strategy,
+) -> _Grads:
+    """``aten.conv_backward``; what there is to save, in one call."""
+    saves = n < len(order) or strategy != Strategy.DENSE
+    saves = saves and n > 0 and (wanted[1] or wanted[2])
+    plain = geometry.groups == 1 or strategy == Strategy.FUSED
+    if not saves or not plain or geometry.layout.blocks(weight) is None:
+        return aten.conv_backward(
+            grad_output,
+            input,
+            weight,
+            geometry,
+            order,
+            n,
+            wanted,
+            Strategy.DENSE if strategy == Strategy.DENSE else Strategy.PACK,
+            sys.modules[__name__],
+        )
+    grads: _Grads = _leaf.conv_backward.default(
+        grad_output,
+        input,
+        weight,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        geometry.transposed,
+        geometry.output_padding,
+        geometry.groups,
+        order,
+        n,
+        *wanted,
+        strategy,
+    )
+    return grads
 
 
 def pack(t: Tensor, order: Tensor, n: int, dim: int) -> Tensor:

@@ -20,9 +20,9 @@ from torch.optim import Optimizer
 
 from neq_kernels.convert import revert
 from neq_kernels.layers import neuron_owners, unwrap
+from neq_kernels.machine import Machine, machine
 from neq_kernels.measure.bandwidth import read_bandwidth
 from neq_kernels.measure.flops import FlopCount
-from neq_kernels.measure.machine import Machine, machine
 from neq_kernels.measure.recorder import PRODUCTS, Call, Recorder
 from neq_kernels.measure.timing import Loss, PhaseClock, Quantiles, Variant, run_step
 

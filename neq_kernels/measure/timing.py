@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from neq_kernels.measure.machine import Machine, machine
+from neq_kernels.machine import Machine, machine
 
 PHASES = ("forward", "backward", "optimizer")
 Loss = Callable[[nn.Module, Any], Tensor]

@@ -7,6 +7,7 @@
 #include "../kernels.h"
 #include "correlate.h"
 #include "gather.h"
+#include "outer_product.h"
 #include "row_steps.h"
 #include "similarity.h"
 
@@ -26,6 +27,8 @@ const Kernels<T>& kernels() {
       correlate<C>,
       sum<C>,
       copy_rows<T>,
+      outer_product<C>,
+      interleave<T>,
   };
   return table;
 }

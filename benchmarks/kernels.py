@@ -1,0 +1,235 @@
+"""Weight gradients alone: every layer of the shape set, against what a user would write instead.
+
+>>> python -m benchmarks.kernels --out runs/bench
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks import console, kernel_targets, peers
+from benchmarks.record import Record, Row
+from benchmarks.shapes import NAMES, QUICK, Shape, shape_set
+from neq_kernels import contest, dispatch
+from neq_kernels.channels import ActiveChannels
+from neq_kernels.measure.timing import Quantiles
+from neq_kernels.problem import Problem, Strategy
+
+SHARES = ("1", "0.75", "0.5", "0.25", "0.1", "1/K")
+QUICK_SHARES = ("1", "0.5", "0.1")
+DENSE, PEER, OURS, TUNED = "dense", "index_select", "neq", "neq tuned"
+ALWAYS = (DENSE, PEER, OURS)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured besides dense, the strongest peer and ours."""
+
+    shares: Sequence[str]
+    peers: Sequence[str]
+    strategies: bool
+    tuned: bool
+    seconds: float
+
+
+def measure(shape: Shape, options: Options, run: int) -> Iterator[Row]:
+    """Rows of one shape. A provider whose gradient is wrong is not timed; its row says so."""
+    problem = shape.problem
+    grad_output, input, weight = contest.operands(problem)
+    exact = _exact(problem, grad_output, input, weight)
+    k, done = problem.neurons, set()
+    for share in options.shares:
+        n = k if share == "1" else (1 if share == "1/K" else max(1, round(float(share) * k)))
+        if n in done:
+            continue
+        done.add(n)
+        channels = contest.spread(n, k)
+        calls = _providers(problem, channels, grad_output, input, weight, options)
+        about: Row = {
+            "run": run,
+            "network": shape.network,
+            "layer": shape.layer,
+            "kind": _kind(problem),
+            "layout": _layout(problem),
+            "input": "x".join(map(str, problem.input_size)),
+            "weight": "x".join(map(str, problem.weight_size)),
+            "share": share,
+            "active": n,
+            "channels": k,
+        }
+        wrong = _wrong(calls, exact, channels)
+        yield from ({**about, "provider": name, "wrong": error} for name, error in wrong.items())
+        right = {name: call for name, call in calls.items() if name not in wrong}
+        chosen = dispatch.strategy_for(
+            problem, n, dispatch.backend_for("cpu"), torch.get_num_threads()
+        )
+        samples = contest.in_turns(right, options.seconds, least_rounds=5)
+        for name, seconds in samples.items():
+            row = {**about, "provider": name, **_quantiles("seconds", seconds)}
+            for other in (DENSE, PEER):
+                if other in samples and name != other:
+                    ratios = [a / b for a, b in zip(samples[other], seconds, strict=True)]
+                    row |= _quantiles(f"over_{other}", ratios)
+            if name == OURS:
+                row["strategy"] = chosen.name.lower()
+            yield row
+
+
+def _providers(
+    problem: Problem,
+    channels: ActiveChannels,
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    options: Options,
+) -> dict[str, Callable[[], Tensor]]:
+    calls: dict[str, Callable[[], Tensor]] = {}
+    active, n = channels.active, channels.n_active
+    for name in (DENSE, PEER, *options.peers):
+        provider = peers.PROVIDERS[name]
+        if provider.why_not(problem.geometry, weight) or (provider.contiguous and n > 1):
+            continue  # a peer for neighbouring channels is no peer for these
+        calls[name] = _peer(provider, problem, grad_output, input, weight, active)
+    calls[OURS] = _ours(problem, channels, grad_output, input, weight)
+    backend = dispatch.backend_for("cpu")
+    usable = dispatch.candidates(problem, backend)
+    module = dispatch.module_of(backend)
+
+    def by(strategy: Strategy) -> Callable[[], Tensor]:
+        return contest.wgrad(problem, module, strategy, grad_output, input, weight, channels)
+
+    if options.strategies:
+        calls |= {f"{OURS} {s.name.lower()}": by(s) for s in usable}
+    if options.tuned:
+        calls[TUNED] = by(contest.fastest(problem, n, module, usable, seconds=options.seconds / 2))
+    return calls
+
+
+def _peer(
+    provider: peers.Provider,
+    problem: Problem,
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    active: Tensor,
+) -> Callable[[], Tensor]:
+    return lambda: provider.wgrad(problem.geometry, grad_output, input, weight, active, False)[0]
+
+
+def _ours(
+    problem: Problem, channels: ActiveChannels, grad_output: Tensor, input: Tensor, weight: Tensor
+) -> Callable[[], Tensor]:
+    order, n, start = channels.order(), channels.n_active, channels.start
+    wanted, geometry, size = (False, True, False), problem.geometry, problem.input_size
+
+    def linear() -> Tensor:
+        gradient = dispatch.linear_backward(
+            grad_output, input, size, weight, order, n, start, wanted, False
+        )[1]
+        assert gradient is not None
+        return gradient
+
+    def conv() -> Tensor:
+        assert geometry is not None
+        gradient = dispatch.conv_backward(
+            grad_output, input, size, weight, geometry, order, n, wanted, False
+        )[1]
+        assert gradient is not None
+        return gradient
+
+    return linear if geometry is None else conv
+
+
+def _exact(problem: Problem, grad_output: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    tensors = (t.double() for t in (grad_output, input, weight))
+    everything = torch.arange(problem.neurons)
+    return peers.dense(problem.geometry, *tensors, everything, False)[0]
+
+
+def _wrong(
+    calls: dict[str, Callable[[], Tensor]], exact: Tensor, channels: ActiveChannels
+) -> dict[str, str]:
+    """Providers whose error is above twice that of PyTorch's own float32, and one rounding."""
+    expected = exact.clone()
+    expected[channels.frozen] = 0
+    scale = float(exact.abs().max())
+    dense_error = float((calls[DENSE]().double() - exact).abs().max())
+    allowed = 2 * dense_error + scale * torch.finfo(torch.float32).eps
+    wrong = {}
+    for name, call in calls.items():
+        gradient = call().double()
+        rows = peers.PROVIDERS[name].rows if name in peers.PROVIDERS else "masked"
+        if rows == "active":
+            error = float((gradient - exact[channels.active]).abs().max())
+        else:
+            error = float((gradient - (exact if rows == "all" else expected)).abs().max())
+        if not error <= allowed:
+            wrong[name] = f"error {error:.1e}, allowed {allowed:.1e}"
+    return wrong
+
+
+def _kind(problem: Problem) -> str:
+    if problem.geometry is None:
+        return "linear"
+    return "depthwise" if problem.is_depthwise else "conv"
+
+
+def _layout(problem: Problem) -> str:
+    if problem.geometry is None:
+        return "rows"
+    return "nhwc" if problem.channels_last else "nchw"
+
+
+def _quantiles(name: str, samples: Sequence[float]) -> Row:
+    q = Quantiles.of(samples)
+    return {f"{name}_p20": q.p20, f"{name}_median": q.median, f"{name}_p80": q.p80}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
+    console.add_common_arguments(parser)
+    parser.add_argument("--networks", nargs="+", choices=NAMES, metavar="NAME", help=f"of {NAMES}")
+    parser.add_argument("--shares", nargs="+", choices=SHARES, help="of active channels")
+    others = [name for name in peers.PROVIDERS if name not in ALWAYS]
+    parser.add_argument("--peers", nargs="+", choices=others, default=[], help="more peers")
+    parser.add_argument("--strategies", action="store_true", help="each strategy by itself too")
+    parser.add_argument("--tuned", action="store_true", help="the measured choice of strategy too")
+    parser.add_argument("--runs", type=console.positive, help="independent runs (2; quick: 1)")
+    parser.add_argument("--seconds", type=console.seconds, help="for each cell (0.2; quick: 0.05)")
+    args = parser.parse_args(arguments)
+    console.set_threads(args.threads)
+    runs = args.runs or (1 if args.quick else 2)
+    options = Options(
+        shares=args.shares or (QUICK_SHARES if args.quick else SHARES),
+        peers=args.peers,
+        strategies=args.strategies,
+        tuned=args.tuned,
+        seconds=args.seconds or (0.05 if args.quick else 0.2),
+    )
+    shapes = shape_set(args.networks or (QUICK if args.quick else NAMES))
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    with Record(args.out, "kernels", settings) as record:
+        for run in range(runs):
+            for i, shape in enumerate(shapes):
+                print(f"\rrun {run + 1}/{runs}, shape {i + 1}/{len(shapes)}", end="", flush=True)
+                for row in measure(shape, options, run):
+                    record.add(row)
+    print()
+    for provider in (OURS, TUNED) if args.tuned else (OURS,):
+        print(f"\n{provider}")
+        judged = kernel_targets.judge(record.rows, provider)
+        print(kernel_targets.text(judged, console.verdict))
+    wrong = [row for row in record.rows if "wrong" in row]
+    for row in wrong:
+        print(f"wrong: {row['provider']} on {row['network']} {row['layer']}: {row['wrong']}")
+    return console.WRONG_RESULT if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

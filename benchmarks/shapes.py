@@ -1,0 +1,80 @@
+"""The shape set: every distinct convolution and linear layer of the benchmarked networks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.models import build
+from neq_kernels.measure.problems import problems_of
+from neq_kernels.problem import Problem
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network, and the batch whose layers are measured."""
+
+    model: str
+    images: int
+    size: int
+    options: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.model.rpartition(":")[2]
+
+
+NETWORKS = (
+    Network("resnet32", 128, 32),
+    Network("torchvision:resnet18", 16, 128),
+    Network("torchvision:resnet50", 8, 128),
+    Network("torchvision:mobilenet_v3_small", 32, 128),
+    Network("torchvision:convnext_tiny", 8, 128),
+    Network("torchvision:vit_b_16", 16, 64, (("image_size", 64),)),
+    Network("torchvision:swin_t", 8, 128),
+)
+LM_HEAD = "lm_head"
+NAMES = (*(network.name for network in NETWORKS), LM_HEAD)
+QUICK = ("resnet32", "mobilenet_v3_small")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One distinct problem, under the name of the first layer that has it."""
+
+    network: str
+    layer: str
+    problem: Problem
+
+
+def shape_set(names: Sequence[str] = NAMES) -> list[Shape]:
+    """The distinct problems of some networks; convolutions in both memory layouts.
+
+    Raises:
+        ValueError: a name that is not in the set.
+    """
+    unknown = sorted(set(names) - set(NAMES))
+    if unknown:
+        raise ValueError(f"networks: expected some of {', '.join(NAMES)}, got {', '.join(unknown)}")
+    distinct: dict[Problem, Shape] = {}
+    for network in NETWORKS:
+        if network.name not in names:
+            continue
+        for layer, problem in _layers(network).items():
+            layouts = (False,) if problem.geometry is None else (False, True)
+            for last in layouts:
+                one = problem._replace(channels_last=last)
+                distinct.setdefault(one, Shape(network.name, layer, one))
+    if LM_HEAD in names:
+        problem = Problem((1024, 512), (32_000, 512), None, False, torch.float32)
+        distinct.setdefault(problem, Shape(LM_HEAD, LM_HEAD, problem))
+    return list(distinct.values())
+
+
+def _layers(network: Network) -> dict[str, Problem]:
+    with torch.device("meta"):
+        model = build(network.model, 1000 if ":" in network.model else 10, **dict(network.options))
+        image = torch.empty(network.images, 3, network.size, network.size)
+    return problems_of(model, image)

@@ -1,0 +1,411 @@
+// The backward of a linear layer and of a convolution in one call: input gradient by the library,
+// weight and bias gradients of the active channels by the strategy that was chosen.
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <cstring>
+
+#include "direct_wgrad.h"
+#include "kernels.h"
+#include "ops.h"
+#include "runs.h"
+#include "strides.h"
+
+namespace neq {
+namespace {
+
+using torch::stable::narrow;
+
+// As in neq_kernels/strategies.py.
+enum class Strategy : int64_t { dense, pack, matmul, fused };
+
+// BLAS works on this many rows at a time. What is left over, on any of its threads, it sums one
+// product after the other, with up to 30 times the error of the rest (float32, 100,000 products).
+constexpr int64_t kRowsAtATime = 4;
+
+int64_t rounded_up(int64_t n, int64_t k) {
+  return std::min(k, (n + kRowsAtATime - 1) / kRowsAtATime * kRowsAtATime);
+}
+
+Tensor mm(const Tensor& a, const Tensor& b) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor column_sums(const Tensor& t) {
+  const int64_t dim = 0;
+  return torch::stable::sum(t, torch::headeronly::IntHeaderOnlyArrayRef(&dim, 1));
+}
+
+Tensor matrix(const Tensor& t) {
+  if (t.dim() == 2) return t;
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < t.dim(); ++d) rows *= t.size(d);
+  return torch::stable::reshape(t, {rows, t.size(-1)});
+}
+
+struct Geometry {
+  const std::vector<int64_t>&stride, &padding, &dilation, &output_padding;
+  bool transposed;
+  int64_t groups;
+};
+
+struct Wanted {
+  bool input, weight, bias;
+};
+
+// What was not asked for is undefined.
+Grads library(const Tensor& grad, const Tensor& input, const Tensor& weight, const Geometry& g,
+              const Wanted& wanted) {
+  using torch::stable::detail::from;
+  std::optional<std::vector<int64_t>> bias_sizes;
+  if (wanted.bias) bias_sizes = {grad.size(1)};
+  const bool mask[] = {wanted.input, wanted.weight, wanted.bias};
+  std::array<StableIValue, 11> stack{from(grad),
+                                     from(input),
+                                     from(weight),
+                                     from(bias_sizes),
+                                     from(g.stride),
+                                     from(g.padding),
+                                     from(g.dilation),
+                                     from(g.transposed),
+                                     from(g.output_padding),
+                                     from(g.groups),
+                                     from(torch::headeronly::HeaderOnlyArrayRef<bool>(mask, 3))};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  std::array<Tensor, 3> grads;
+  for (size_t i = 0; i < 3; ++i) {
+    // oneDNN computes weight and bias together, and may return one that was not asked for.
+    Tensor computed = torch::stable::detail::to<Tensor>(stack[i]);
+    if (mask[i]) grads[i] = computed;
+  }
+  return {grads[0], grads[1], grads[2]};
+}
+
+// Neurons of a weight: rows of dimension `axis`, where `outer` blocks lie before it.
+struct Neurons {
+  int64_t axis, count;
+
+  int64_t outer(const Tensor& weight) const {
+    if (axis == 0) return 1;
+    return weight.size(0) * (inner(weight) == 1 ? weight.numel() / weight.size(0) / count : 1);
+  }
+  int64_t inner(const Tensor& weight) const {
+    if (axis == 0) return count == 0 ? 0 : weight.numel() / count;
+    return weight.stride(axis) == 1 ? 1 : weight.numel() / weight.size(0) / count;
+  }
+};
+
+Tensor scattered(const Tensor& rows, const Tensor& like, const Tensor& order, int64_t n,
+                 const Neurons& neurons) {
+  if (!rows.defined()) return rows;
+  if (like.dim() == 1) return scatter_rows(rows, like, order, n, 1, 1, neurons.count, 1);
+  return scatter_rows(rows, like, order, n, 1, neurons.outer(like), neurons.count,
+                      neurons.inner(like));
+}
+
+// Neurons order[n:] of a gradient that was computed densely become 0, in place.
+void clear_frozen(const Tensor& grad, const Tensor& order, int64_t n, const Neurons& neurons) {
+  if (!grad.defined() || grad.numel() == 0) return;
+  const bool vector = grad.dim() == 1;
+  const Blocks blocks = checked_blocks(grad, "grad", 1, vector ? 1 : neurons.outer(grad),
+                                       neurons.count, vector ? 1 : neurons.inner(grad));
+  const auto bytes = static_cast<int64_t>(grad.element_size());
+  char* data = static_cast<char*>(grad.mutable_data_ptr());
+  const int64_t* frozen = checked_order(order, neurons.count, neurons.count);
+  for_each_piece(blocks, find_runs(frozen, n, neurons.count, neurons.count, nullptr, neurons.count),
+                 [&](const Run&, int64_t, int64_t, int64_t at, int64_t count) {
+                   std::memset(data + at * bytes, 0, static_cast<size_t>(count * bytes));
+                 });
+}
+
+Tensor zeros_like(const Tensor& tensor) {
+  Tensor zeros = torch::stable::empty_like(tensor);
+  return torch::stable::zero_(zeros);
+}
+
+Tensor bias_like(const Tensor& weight, int64_t k) {
+  return empty_in_order({k}, {0}, weight.scalar_type());
+}
+
+// The rows of the active neurons in a whole gradient like `weight`, of which dimension 0 is the
+// outermost in memory; the others are 0.
+template <class T>
+Tensor whole_gradient(const std::vector<T>& rows, const Tensor& weight, const int64_t* order,
+                      int64_t n) {
+  Tensor grad = torch::stable::empty_like(weight);
+  const int64_t k = weight.size(0), channels = weight.size(1), size = k ? weight.numel() / k : 0;
+  const int64_t taps = size / std::max<int64_t>(1, channels);
+  const bool taps_inside = taps > 1 && weight.stride(1) != 1;
+  T* to = static_cast<T*>(grad.mutable_data_ptr());
+  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, size));
+  torch::stable::parallel_for(0, k, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      T* target = to + order[i] * size;
+      const T* row = rows.data() + i * size;
+      if (i >= n) {
+        std::fill_n(target, size, T(0));
+      } else if (!taps_inside) {
+        std::copy_n(row, size, target);
+      } else {
+        for (int64_t c = 0; c < channels; ++c) {
+          for (int64_t tap = 0; tap < taps; ++tap) target[c * taps + tap] = row[tap * channels + c];
+        }
+      }
+    }
+  });
+  return grad;
+}
+
+template <class T>
+Tensor whole_bias(const std::vector<double>& active, const Tensor& weight, const int64_t* order,
+                  int64_t n, int64_t k) {
+  if (active.empty()) return Tensor();
+  Tensor grad = bias_like(weight, k);
+  T* to = static_cast<T*>(grad.mutable_data_ptr());
+  for (int64_t i = 0; i < n; ++i) to[order[i]] = static_cast<T>(active[i]);
+  for (int64_t i = n; i < k; ++i) to[order[i]] = T(0);
+  return grad;
+}
+
+template <class F>
+void dispatch_single_or_double(const Tensor& tensor, F&& f) {
+  if (tensor.scalar_type() == ScalarType::Double) return f(double{});
+  require(tensor.scalar_type() == ScalarType::Float,
+          "strategy: expected float32 or float64 for the fused one, got ",
+          torch::headeronly::toString(tensor.scalar_type()));
+  f(float{});
+}
+
+Grads direct(const ConvProblem& p, const Tensor& grad, const Tensor& input, const Tensor& weight,
+             const Tensor& order, bool channels_last) {
+  const int64_t* all = checked_order(order, p.output_channels, p.output_channels);
+  Grads grads;
+  dispatch_single_or_double(input, [&](auto zero) {
+    using T = decltype(zero);
+    const DirectWgrad<T> active =
+        direct_wgrad<T>(p, static_cast<const T*>(grad.const_data_ptr()),
+                        static_cast<const T*>(input.const_data_ptr()), channels_last);
+    grads = {Tensor(), whole_gradient(active.rows, weight, all, p.n),
+             whole_bias<T>(active.bias, weight, all, p.n, p.output_channels)};
+  });
+  return grads;
+}
+
+bool is_channels_last(const Tensor& t) {
+  return !is_dense(t, {0, 1, 2, 3}) && is_dense(t, {0, 2, 3, 1});
+}
+
+// [pixels, channels] of every stride-th pixel.
+Tensor pixel_matrix(const Tensor& t, const ConvProblem& p, int64_t stride_h, int64_t stride_w) {
+  const int64_t channels = t.size(1), height = p.h.output, width = p.w.output;
+  const int64_t plane = t.size(2) * t.size(3);
+  const bool every = height == t.size(2) && width == t.size(3);
+  const bool last = is_channels_last(t) || (plane == 1 && is_dense(t, {0, 1, 2, 3}));
+  if (every && last) {
+    return torch::stable::view(torch::stable::permute(t, {0, 2, 3, 1}),
+                               {t.size(0) * plane, channels});
+  }
+  const Tensor source = last ? t : in_order(t, {0, 1, 2, 3});
+  Tensor pixels = empty_in_order({t.size(0) * height * width, channels}, {0, 1}, t.scalar_type());
+  dispatch_floating(t.scalar_type(), "input", [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = static_cast<const T*>(source.const_data_ptr());
+    T* to = static_cast<T*>(pixels.mutable_data_ptr());
+    const int64_t grain = std::max<int64_t>(1, (1 << 15) / (width * channels));
+    torch::stable::parallel_for(0, t.size(0) * height, grain, [&](int64_t begin, int64_t end) {
+      std::vector<const T*> planes(channels);
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t image = row / height, y = row % height * stride_h;
+        T* target = to + row * width * channels;
+        const T* first = from + image * plane * channels;
+        if (last) {
+          for (int64_t q = 0; q < width; ++q) {
+            std::copy_n(first + (y * t.size(3) + q * stride_w) * channels, channels,
+                        target + q * channels);
+          }
+        } else if constexpr (std::is_same_v<T, Compute<T>>) {
+          if (stride_w == 1) {
+            for (int64_t c = 0; c < channels; ++c) planes[c] = first + c * plane;
+            kernels<T>().interleave(planes.data(), channels, y * t.size(3), width, target,
+                                    channels);
+            continue;
+          }
+        }
+        if (!last) {
+          for (int64_t c = 0; c < channels; ++c) {
+            const T* line = first + c * plane + y * t.size(3);
+            for (int64_t q = 0; q < width; ++q) target[q * channels + c] = line[q * stride_w];
+          }
+        }
+      }
+    });
+  });
+  return pixels;
+}
+
+Grads by_matmul(const ConvProblem& p, const Tensor& grad, const Tensor& input, const Tensor& weight,
+                const Tensor& order, const Neurons& neurons) {
+  require(p.taps() == 1 && p.h.padding == 0 && p.w.padding == 0,
+          "strategy: expected a 1x1 convolution without padding for matmul");
+  const int64_t k = p.output_channels, m = p.n == k ? k : rounded_up(p.n, k);
+  const Tensor packed = m == k ? grad : pack(grad, order, m, 1);
+  const Tensor dy = pixel_matrix(packed, p, 1, 1);
+  const Tensor x = pixel_matrix(input, p, p.h.stride, p.w.stride);
+  const Tensor rows = torch::stable::reshape(mm(torch::stable::transpose(dy, 0, 1), x),
+                                             {m, p.input_channels, 1, 1});
+  Tensor bias;
+  if (p.want_bias) bias = column_sums(dy);
+  if (p.n == k) return {Tensor(), rows, bias};
+  // With all channels packed they are in their own order.
+  if (m == k) {
+    clear_frozen(rows, order, p.n, neurons);
+    clear_frozen(bias, order, p.n, neurons);
+    return {Tensor(), rows, bias};
+  }
+  return {Tensor(),
+          scattered(narrow(const_cast<Tensor&>(rows), 0, 0, p.n), weight, order, p.n, neurons),
+          bias.defined()
+              ? scattered(narrow(bias, 0, 0, p.n), bias_like(weight, k), order, p.n, neurons)
+              : bias};
+}
+
+Strategy checked_strategy(int64_t strategy) {
+  require(0 <= strategy && strategy <= 3, "strategy: expected 0 to 3, got ", strategy);
+  return static_cast<Strategy>(strategy);
+}
+
+}  // namespace
+
+Grads linear_backward(const Tensor& grad_output, const Tensor& input,
+                      const std::vector<int64_t>& input_size, const Tensor& weight,
+                      const Tensor& order, int64_t n, int64_t start, bool want_input,
+                      bool want_weight, bool want_bias, int64_t strategy) {
+  const int64_t k = weight.size(0), c = weight.size(1);
+  const Neurons neurons{0, k};
+  const Strategy chosen = checked_strategy(strategy);
+  const Tensor dy = matrix(grad_output);
+  Tensor grad_input;
+  if (want_input) grad_input = torch::stable::reshape(mm(dy, weight), input_size);
+  if (!want_weight && !want_bias) return {grad_input, Tensor(), Tensor()};
+  require(0 <= n && n <= k, "n: expected 0 <= n <= ", k, ", got ", n);
+  if (n == 0) {
+    return {grad_input, want_weight ? zeros_like(weight) : Tensor(),
+            want_bias ? zeros_like(bias_like(weight, k)) : Tensor()};
+  }
+  if (chosen == Strategy::fused && want_weight) {
+    const Tensor x = in_order(matrix(input), {0, 1}), grad = in_order(dy, {0, 1});
+    require_same_dtype(grad, x, "grad_output");
+    require(x.size(0) == grad.size(0) && x.size(1) == c && grad.size(1) == k,
+            "input: expected shape (", grad.size(0), ", ", c, "), got ", shape(x));
+    const int64_t pixels = x.size(0);
+    const ConvProblem p{1,
+                        c,
+                        k,
+                        {pixels, pixels, 1, 1, 0, 1},
+                        {1, 1, 1, 1, 0, 1},
+                        checked_order(order, n, k),
+                        n,
+                        want_bias};
+    const auto [none, grad_weight, grad_bias] = direct(p, grad, x, weight, order, true);
+    return {grad_input, grad_weight, grad_bias};
+  }
+  Tensor packed = dy;
+  int64_t skipped = 0, m = k;
+  if (n < k && chosen != Strategy::dense) {
+    m = rounded_up(n, k);
+    if (start >= 0) {
+      const int64_t first = std::min(start, k - m);
+      packed = narrow(packed, 1, first, m);
+      skipped = start - first;
+    } else if (m < k) {
+      packed = pack(dy, order, m, 1);
+    }
+  }
+  Tensor rows, bias;
+  if (want_weight) rows = mm(torch::stable::transpose(packed, 0, 1), matrix(input));
+  if (want_bias) bias = column_sums(packed);
+  if (m == k) {
+    if (n < k) {
+      clear_frozen(rows, order, n, neurons);
+      clear_frozen(bias, order, n, neurons);
+    }
+    return {grad_input, rows, bias};
+  }
+  if (rows.defined()) rows = narrow(rows, 0, skipped, n);
+  if (bias.defined()) bias = narrow(bias, 0, skipped, n);
+  return {grad_input, scattered(rows, weight, order, n, neurons),
+          scattered(bias, bias_like(weight, k), order, n, neurons)};
+}
+
+Grads conv_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                    const std::vector<int64_t>& dilation, bool transposed,
+                    const std::vector<int64_t>& output_padding, int64_t groups, const Tensor& order,
+                    int64_t n, bool want_input, bool want_weight, bool want_bias,
+                    int64_t strategy) {
+  const Geometry geometry{stride, padding, dilation, output_padding, transposed, groups};
+  const int64_t k = grad_output.size(1);
+  const Neurons neurons{transposed ? 1 : 0, k};
+  const Strategy chosen = checked_strategy(strategy);
+  require(0 <= n && n <= k, "n: expected 0 <= n <= ", k, ", got ", n);
+  const bool wants_rows = want_weight || want_bias;
+  const bool packs_all = chosen == Strategy::pack && rounded_up(n, k) == k;
+  if ((chosen == Strategy::dense || packs_all) && n > 0 && wants_rows) {
+    Grads grads =
+        library(grad_output, input, weight, geometry, {want_input, want_weight, want_bias});
+    if (n < k) {
+      clear_frozen(std::get<1>(grads), order, n, neurons);
+      clear_frozen(std::get<2>(grads), order, n, neurons);
+    }
+    return grads;
+  }
+  Tensor grad_input;
+  if (want_input) {
+    grad_input = std::get<0>(library(grad_output, input, weight, geometry, {true, false, false}));
+  }
+  if (!wants_rows) return {grad_input, Tensor(), Tensor()};
+  if (n == 0) {
+    return {grad_input, want_weight ? zeros_like(weight) : Tensor(),
+            want_bias ? zeros_like(bias_like(weight, k)) : Tensor()};
+  }
+  if (chosen == Strategy::pack || !want_weight) {
+    require(groups == 1, "groups: expected 1 for the pack strategy, got ", groups);
+    const int64_t m = rounded_up(n, k);
+    const Tensor packed = pack(grad_output, order, m, 1);
+    Tensor same = weight;
+    const Tensor shape_only = narrow(same, neurons.axis, 0, m);
+    auto [none, rows, bias] =
+        library(packed, input, shape_only, geometry, {false, want_weight, want_bias});
+    if (m > n && rows.defined()) rows = narrow(rows, neurons.axis, 0, n);
+    if (m > n && bias.defined()) bias = narrow(bias, 0, 0, n);
+    return {grad_input, scattered(rows, weight, order, n, neurons),
+            scattered(bias, bias_like(weight, k), order, n, neurons)};
+  }
+  require(!transposed, "transposed: expected False for this strategy");
+  const ConvProblem p = checked_problem(
+      grad_output, input, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, stride,
+      padding, dilation, order, n, want_bias);
+  Grads grads;
+  if (chosen == Strategy::matmul) {
+    require(groups == 1, "groups: expected 1 for matmul, got ", groups);
+    grads = by_matmul(p, grad_output, input, weight, order, neurons);
+  } else if (groups == 1) {
+    const bool last = is_channels_last(input);
+    const std::vector<int64_t> dims =
+        last ? std::vector<int64_t>{0, 2, 3, 1} : std::vector<int64_t>{0, 1, 2, 3};
+    grads = direct(p, in_order(grad_output, dims), in_order(input, dims), weight, order, last);
+  } else {
+    auto [rows, bias] =
+        depthwise_wgrad(grad_output, input, {k, weight.size(1), weight.size(2), weight.size(3)},
+                        stride, padding, dilation, order, n, want_bias);
+    grads = {Tensor(), scattered(rows, weight, order, n, neurons),
+             want_bias ? scattered(bias, bias_like(weight, k), order, n, neurons) : Tensor()};
+  }
+  std::get<0>(grads) = grad_input;
+  return grads;
+}
+
+}  // namespace neq

@@ -1,0 +1,157 @@
+"""Which strategy is fastest for a weight gradient: measured on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from types import ModuleType
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from neq_kernels.channels import ActiveChannels
+from neq_kernels.problem import Problem, Strategy
+
+Name = TypeVar("Name", bound=Hashable)
+
+# A strategy must beat PyTorch's own kernel by more than the noise.
+_MARGIN = 0.95
+
+
+def fastest(
+    problem: Problem,
+    n: int,
+    backend: ModuleType,
+    candidates: Sequence[Strategy],
+    device: torch.device | str = "cpu",
+    seconds: float = 0.05,
+) -> Strategy:
+    """The fastest of the candidates for ``n`` active channels spread at random.
+
+    Args:
+        problem: random values of its shapes are made and thrown away.
+        n: 1 to K active channels.
+        backend: the module of ``neq_kernels.backends`` that computes.
+        candidates: strategies it has for this problem.
+        device: where to measure.
+        seconds: to spend, if one round of all candidates does not take longer.
+    """
+    if len(candidates) == 1:
+        return candidates[0]
+    dy, x, weight = operands(problem, device)
+    channels = spread(n, problem.neurons)
+    calls = {s: wgrad(problem, backend, s, dy, x, weight, channels) for s in candidates}
+    medians = {s: sorted(t)[len(t) // 2] for s, t in in_turns(calls, seconds).items()}
+    if Strategy.DENSE in medians:
+        medians[Strategy.DENSE] *= _MARGIN
+    return min(medians, key=lambda s: medians[s])
+
+
+def wgrad(
+    problem: Problem,
+    backend: ModuleType,
+    strategy: Strategy,
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    channels: ActiveChannels,
+) -> Callable[[], Tensor]:
+    """A call that computes the whole weight gradient, zeros over the frozen rows included."""
+    order, n, start = channels.order(weight.device), channels.n_active, channels.start
+    wanted = (False, True, False)
+    extra = (backend,) if backend.__name__.endswith("aten") else ()
+    geometry = problem.geometry
+
+    def linear() -> Tensor:
+        size = input.shape
+        grads = backend.linear_backward(
+            grad_output, input, size, weight, order, n, start, wanted, strategy, *extra
+        )
+        gradient: Tensor = grads[1]
+        return gradient
+
+    def conv() -> Tensor:
+        grads = backend.conv_backward(
+            grad_output, input, weight, geometry, order, n, wanted, strategy, *extra
+        )
+        gradient: Tensor = grads[1]
+        return gradient
+
+    return linear if geometry is None else conv
+
+
+def spread(n: int, k: int) -> ActiveChannels:
+    """``n`` of ``k`` channels active, chosen at random, always the same."""
+    channels = ActiveChannels(k)
+    generator = torch.Generator().manual_seed(n)
+    channels.set(torch.randperm(k, generator=generator)[:n])
+    return channels
+
+
+def in_turns(
+    calls: Mapping[Name, Callable[[], object]],
+    seconds: float,
+    least_rounds: int = 3,
+    most_rounds: int = 200,
+) -> dict[Name, list[float]]:
+    """Seconds of each call, round by round; every round runs each call once, in an order that
+    rotates. One round before the first is not recorded."""
+    names = list(calls)
+    samples: dict[Name, list[float]] = {name: [] for name in names}
+    for call in calls.values():
+        call()
+    start = time.perf_counter()
+    for i in range(most_rounds):
+        if i >= least_rounds and time.perf_counter() - start > seconds:
+            break
+        turn = i % len(names)
+        for name in names[turn:] + names[:turn]:
+            samples[name].append(_seconds(calls[name]))
+    return samples
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    call()
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def operands(problem: Problem, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """Random grad_output, input and weight of a problem, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (_output_size(problem), problem.input_size, problem.weight_size)
+    tensors = [
+        torch.randn(shape, generator=generator).to(device, problem.dtype) for shape in shapes
+    ]
+    if problem.channels_last:
+        tensors = [t.contiguous(memory_format=torch.channels_last) for t in tensors]
+    dy, x, weight = tensors
+    return dy, x, weight
+
+
+def _output_size(problem: Problem) -> tuple[int, ...]:
+    g = problem.geometry
+    if g is None:
+        return problem.input_size[0], problem.weight_size[0]
+    with torch.device("meta"):
+        x, weight = torch.empty(problem.input_size), torch.empty(problem.weight_size)
+    output = torch.convolution(
+        x,
+        weight,
+        None,
+        g.stride,
+        g.padding,
+        g.dilation,
+        g.transposed,
+        g.output_padding,
+        g.groups,
+    )
+    return tuple(output.shape)

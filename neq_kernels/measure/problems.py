@@ -1,0 +1,60 @@
+"""Weight gradients to measure: those of a model, with operands of their shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neq_kernels.measure.recorder import CONVOLUTIONS, Call, Recorder
+from neq_kernels.problem import ConvGeometry, Problem
+
+
+def problems_of(model: nn.Module, *inputs: Any) -> dict[str, Problem]:
+    """The weight gradients of one backward, by layer, for a forward of ``inputs``.
+
+    Linear layers and convolutions that are not transposed, with padding given in numbers. A layer
+    that is called more than once counts with its last call. The model may be on ``meta``.
+    """
+    found: dict[str, Problem] = {}
+
+    def note(
+        call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], _: Any
+    ) -> None:
+        if func is F.linear:
+            x, weight = (*args, *kwargs.values())[:2]
+            found[call.name] = Problem.linear(x.numel() // max(1, x.shape[-1]), weight)
+        elif func in CONVOLUTIONS:
+            problem = _conv(*args, **kwargs)
+            if problem is not None:
+                found[call.name] = problem
+
+    with torch.no_grad(), (recorder := Recorder(model, on_call=note)).watching():
+        model(*inputs)
+    del recorder
+    return found
+
+
+def _conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Problem | None:
+    if isinstance(padding, str):
+        return None
+    spatial = weight.dim() - 2
+
+    def each(value: Any) -> tuple[int, ...]:
+        return (value,) * spatial if isinstance(value, int) else tuple(value)
+
+    geometry = ConvGeometry(
+        each(stride), each(padding), each(dilation), False, (0,) * spatial, groups
+    )
+    return Problem.conv(input, weight, geometry)
