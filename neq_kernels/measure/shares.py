@@ -192,7 +192,8 @@ def frozen_parameter_fraction(model: nn.Module) -> float:
 def _measure(variant: Variant, batches: Sequence[Any], warmup: int, repeats: int) -> StepShares:
     steps, layers = PhaseClock(variant.device), PhaseClock(variant.device)
     arrivals: list[dict[str, float]] = []
-    traced = None
+    has_dgrad: dict[str, bool] = {}
+    bytes_read: dict[str, tuple[int, int]] = {}
     for i in range(warmup + repeats):
         if i == warmup:
             steps, layers = PhaseClock(variant.device), PhaseClock(variant.device)
@@ -202,8 +203,9 @@ def _measure(variant: Variant, batches: Sequence[Any], warmup: int, repeats: int
         traced = _TracedStep(variant, batch)
         arrivals.append(traced.backward_by_layer())
         traced.replay_weight_gradients(layers)
-    assert traced is not None
-    if not any(arrivals[0].keys() & traced.has_dgrad.keys()):
+        has_dgrad, bytes_read = traced.has_dgrad, traced.bytes_read
+        del traced  # the next step is to find the memory that a step of its own kind leaves
+    if not any(arrivals[0].keys() & has_dgrad.keys()):
         raise ValueError("model: no convolution, linear or norm layer got a gradient")
     medians = {phase: Quantiles.of(samples).median for phase, samples in steps.samples.items()}
     step = Quantiles.of([sum(s) for s in zip(*steps.samples.values(), strict=True)])
@@ -212,14 +214,14 @@ def _measure(variant: Variant, batches: Sequence[Any], warmup: int, repeats: int
     # The hooks of the traced backward take time too: its layers share the time of the clean one.
     scale = medians["backward"] / traced_total
     shares = []
-    for name, propagates in traced.has_dgrad.items():
+    for name, propagates in has_dgrad.items():
         if name not in arrivals[0]:  # its output is not part of the loss
             continue
         whole = scale * _median(arrivals, name)
         alone = Quantiles.of(layers.samples[name]).median if name in layers.samples else 0.0
         wgrad = min(alone, whole) if propagates else whole
-        bytes_read = traced.bytes_read.get(name, (0, 0))
-        shares.append(LayerShare(name, wgrad / total, (whole - wgrad) / total, *bytes_read))
+        read = bytes_read.get(name, (0, 0))
+        shares.append(LayerShare(name, wgrad / total, (whole - wgrad) / total, *read))
     return StepShares(
         seconds=step,
         forward=medians["forward"] / total,
