@@ -1,0 +1,270 @@
+"""Whole training steps: dense, peer 1 and neq_kernels, beside the most that the masks can save.
+
+Every layer, norm layers too, has the share ``r`` of its channels active, chosen at random; with
+``r = 0`` the output layer is active, everything else frozen, and backprop stops at the output.
+Dropout and stochastic depth are off. Nothing is timed before the results are compared.
+
+The bound takes the forward as measured. With ``r = 0`` the forward saves nothing and may itself be
+faster, so a ratio above 1 is no error there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import neq_kernels as neq
+from benchmarks import console, peer_layers
+from benchmarks.cases import CASES, Batch, Case, Layout, loss, random_masks, set_masks
+from benchmarks.gradients import differences
+from benchmarks.record import Record, Row
+from neq_kernels.measure import StepShares, Variant, backward_shares, bound, flops, step_time
+from neq_kernels.measure import frozen_parameter_fraction as frozen_parameters
+from neq_kernels.measure.timing import PHASES, Quantiles
+
+SHARES_OF_CHANNELS = (1.0, 0.5, 0.25, 0.1, 0.02, 0.0)
+QUICK = (("resnet32", "nhwc"), ("mlp", "any"))
+QUICK_SHARES = (0.5, 0.0)
+LAYOUTS: tuple[Layout, ...] = ("nchw", "nhwc")
+TARGET_OF_BOUND = 0.96
+TARGET_OF_DENSE = 0.97
+WARMUP, LEAST_ROUNDS, MOST_ROUNDS = 2, 7, 60
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    # A small lr: no value may blow up or become denormal while the same step is timed again.
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-4, momentum=0.9, weight_decay=5e-4),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-4),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-4),
+}
+COLUMNS = (
+    ("model", -18),
+    ("layout", -6),
+    ("r", 4),
+    ("provider", -8),
+    ("step ms", 8),
+    ("speed-up", 8),
+    ("p20-p80", 11),
+    ("backward", 8),
+    ("bound", 6),
+    ("floored", 7),
+    ("of bound", 8),
+)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A way to train. ``build`` gets a plain model and the optimizer's maker; ``masks`` sets the
+    active channels."""
+
+    name: str
+    build: Callable[[nn.Module, Callable[..., Optimizer]], tuple[nn.Module, Optimizer]]
+    masks: Callable[[nn.Module, dict[str, Tensor], float], None]
+
+
+def _dense(model: nn.Module, make: Callable[..., Optimizer]) -> tuple[nn.Module, Optimizer]:
+    return model, make(model.parameters())
+
+
+def _peer(model: nn.Module, make: Callable[..., Optimizer]) -> tuple[nn.Module, Optimizer]:
+    return peer_layers.convert(model), make(model.parameters())
+
+
+def _neq(model: nn.Module, make: Callable[..., Optimizer]) -> tuple[nn.Module, Optimizer]:
+    neq.convert(model, others="follow")
+    optimizer = make(model.parameters())
+    neq.attach(optimizer, model)
+    return model, optimizer
+
+
+DENSE = Provider("dense", _dense, lambda model, masks, r: None)
+OURS = Provider("neq", _neq, lambda model, masks, r: set_masks(model, masks))
+PROVIDERS = (
+    DENSE,
+    Provider(
+        "peer1", _peer, lambda model, masks, r: peer_layers.set_active(model, masks, others=r > 0)
+    ),
+    OURS,
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is the same in every cell."""
+
+    shares: tuple[float, ...]
+    optimizer: str
+    seconds: float
+    rounds_of_shares: int
+
+
+def rows(case: Case, layout: Layout, options: Options) -> Iterator[Row]:
+    """The results of one model in one layout, provider by provider."""
+    make = OPTIMIZERS[options.optimizer]
+    batches = case.batches(layout)
+    dense, *others = PROVIDERS
+    plain, optimizer = dense.build(case.model(layout), make)
+    shares = backward_shares(plain, batches, loss, make, warmup=1, repeats=options.rounds_of_shares)
+    built = {dense.name: (plain, optimizer)}
+    built |= {provider.name: provider.build(case.model(layout), make) for provider in others}
+    for r in options.shares:
+        about = {"model": case.name, "layout": layout, "r": r, "images": case.images}
+        masks = random_masks(built[OURS.name][0], r)
+        for provider in PROVIDERS:
+            provider.masks(built[provider.name][0], masks, r)
+        models = {name: model for name, (model, _) in built.items()}
+        wrong = differences(models, masks, batches[0], loss)
+        if wrong:
+            yield from (about | {"provider": name, "error": text} for name, text in wrong.items())
+            continue
+        yield from _timed(about, built, batches, shares, options)
+
+
+def _timed(
+    about: Row,
+    built: dict[str, tuple[nn.Module, Optimizer]],
+    batches: Sequence[Batch],
+    shares: StepShares,
+    options: Options,
+) -> Iterator[Row]:
+    rounds = round(options.seconds / (shares.seconds.median * len(built)))
+    times = step_time(
+        [Variant(name, model, loss, optimizer) for name, (model, optimizer) in built.items()],
+        batches,
+        warmup=WARMUP,
+        repeats=min(max(rounds, LEAST_ROUNDS), MOST_ROUNDS),
+    )
+    ours = built[OURS.name][0]
+    now = flops.count(ours, batches[0][0][:1])
+    frozen = frozen_parameters(ours)
+    bounds: Row = {
+        "bound": bound(shares, now, frozen),
+        "bound_floor": bound(shares, now, frozen, floor=True),
+        "wgrad_share": shares.wgrad,
+        "read_bandwidth": shares.read_bandwidth,
+    }
+    for name in built:
+        row = about | {"provider": name, "rounds": len(times[name].total)}
+        for phase in (*PHASES, "total"):
+            row |= _flat(f"{phase}_seconds", times[name].quantiles(phase))
+        if name != DENSE.name:
+            row |= _flat("speedup", times.speedup(name, over=DENSE.name))
+            row |= _flat("backward_speedup", times.speedup(name, over=DENSE.name, phase="backward"))
+            row |= bounds | _judged(about["r"], row["speedup_median"], bounds)
+        yield row
+
+
+def _judged(r: float, speedup: float, bounds: Row) -> Row:
+    target = TARGET_OF_DENSE if r == 1 else TARGET_OF_BOUND
+    ratio, ratio_floor = speedup / bounds["bound"], speedup / bounds["bound_floor"]
+    return {
+        "ratio": ratio,
+        "ratio_floor": ratio_floor,
+        "target": target,
+        "passes": ratio >= target,
+        "passes_floor": ratio_floor >= target,
+    }
+
+
+def _flat(name: str, quantiles: Quantiles) -> dict[str, float]:
+    return {f"{name}_{level}": value for level, value in asdict(quantiles).items()}
+
+
+def show(table: console.Table, row: Row) -> None:
+    """Print a row. Only ours has a target to reach."""
+    head = [row["model"], row["layout"], f"{row['r']:g}", row["provider"]]
+    if "error" in row:
+        table.line(
+            [*head, *[""] * (len(COLUMNS) - len(head))], console.red(f"WRONG {row['error']}")
+        )
+        return
+    cells = [*head, f"{1e3 * row['total_seconds_median']:.1f}"]
+    if "speedup_median" not in row:
+        table.line([*cells, *[""] * (len(COLUMNS) - len(cells))])
+        return
+    cells += [
+        f"{row['speedup_median']:.3f}",
+        f"{row['speedup_p20']:.2f}-{row['speedup_p80']:.2f}",
+        f"{row['backward_speedup_median']:.3f}",
+        f"{row['bound']:.3f}",
+        f"{row['bound_floor']:.3f}",
+        f"{row['ratio']:.3f}",
+    ]
+    judged = row["passes"] if row["provider"] == OURS.name else None
+    table.line(cells, console.verdict(judged, f"(>= {row['target']:g})"))
+
+
+def run(cases: Sequence[tuple[Case, Layout]], options: Options, record: Record) -> bool:
+    """Measure, print and write every cell; whether every result was right."""
+    table = console.Table(COLUMNS)
+    right = True
+    for case, layout in cases:
+        for row in rows(case, layout, options):
+            right &= "error" not in row
+            record.add(row)
+            show(table, row)
+        gc.collect()
+    return right
+
+
+def chosen_cases(
+    names: Sequence[str] | None, layouts: Sequence[Layout] | None, quick: bool
+) -> list[tuple[Case, Layout]]:
+    """Cases by name and layout; a network that knows one layout only is in whatever is asked."""
+    if quick and names is None and layouts is None:
+        return [(CASES[name], layout) for name, layout in QUICK]
+    return [
+        (CASES[name], layout)
+        for name in names or CASES
+        for layout in CASES[name].layouts
+        if len(CASES[name].layouts) == 1 or layout in (layouts or LAYOUTS)
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    console.add_common_arguments(parser)
+    parser.add_argument(
+        "--models", nargs="+", choices=CASES, metavar="MODEL", help=", ".join(CASES)
+    )
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="default: both")
+    parser.add_argument("--r", nargs="+", type=console.share, help="shares of active channels")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
+    parser.add_argument(
+        "--seconds", type=console.seconds, help="for each cell (default: 8, quick: 2)"
+    )
+    given = parser.parse_args(arguments)
+    console.set_threads(given.threads)
+    options = Options(
+        shares=tuple(given.r or (QUICK_SHARES if given.quick else SHARES_OF_CHANNELS)),
+        optimizer=given.optimizer,
+        seconds=given.seconds or (2.0 if given.quick else 8.0),
+        rounds_of_shares=5 if given.quick else 10,
+    )
+    cases = chosen_cases(given.models, given.layouts, given.quick)
+    settings: dict[str, Any] = asdict(options) | {
+        "cases": [[case.name, layout] for case, layout in cases],
+        "targets": {"of the bound": TARGET_OF_BOUND, "of dense at r = 1": TARGET_OF_DENSE},
+    }
+    try:
+        with Record(given.out, "step", settings) as record:
+            right = run(cases, options, record)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return console.USER_ERROR
+    print(record.path)
+    return 0 if right else console.WRONG_RESULT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
