@@ -15,6 +15,7 @@ from benchmarks import models
 from benchmarks.datasets import Dataset
 from benchmarks.policies import active_counts, apply_policy, make_optimizer
 from benchmarks.settings import Settings
+from neq_kernels import load_tuning_state_dict, tuning_state_dict
 from neq_kernels.measure import (
     EnergyMeter,
     PhaseClock,
@@ -139,6 +140,7 @@ class Arm:
             "schedule": self.schedule.state_dict(),
             "controller": None if self.controller is None else self.controller.state_dict(),
             "rng": self._rng.state,
+            "tuning": tuning_state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -148,6 +150,7 @@ class Arm:
         if self.controller is not None:
             self.controller.load_state_dict(state["controller"])
         self._rng.state = state["rng"]
+        load_tuning_state_dict(state["tuning"])
         self.epoch = state["epoch"]
 
     def _work(self) -> Record:

@@ -23,7 +23,7 @@ from neq_kernels.convert import (
 )
 from neq_kernels.measure import flops
 from neq_kernels.optim import attach
-from neq_kernels.tune import tune
+from neq_kernels.tune import load_tuning_state_dict, tune, tuning_state_dict
 from neq_kernels.version import __version__
 
 __all__ = [
@@ -39,9 +39,11 @@ __all__ = [
     "convert",
     "flops",
     "functional",
+    "load_tuning_state_dict",
     "measure",
     "revert",
     "specialize",
     "tune",
+    "tuning_state_dict",
     "verify",
 ]

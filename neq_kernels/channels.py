@@ -105,6 +105,7 @@ class ActiveChannels:
         if n_channels < 1:
             raise ValueError(f"n_channels: expected at least 1, got {n_channels}")
         self._generation = 0
+        self._n_channels = n_channels
         self._n_active = n_channels
         self._start = 0
         # Apart from the count: compiled code may be specialised on it, and on nothing else.
@@ -117,7 +118,7 @@ class ActiveChannels:
             self._count = {cpu: torch.tensor([n_channels], dtype=torch.int32, device=cpu)}
 
     def __len__(self) -> int:
-        return len(self._mask)
+        return self._n_channels
 
     def __repr__(self) -> str:
         return f"ActiveChannels(active={self._n_active}/{len(self)})"
@@ -170,6 +171,9 @@ class ActiveChannels:
         return self._on(device, self._count)
 
     def _on(self, device: torch.device | str, copies: dict[torch.device, Tensor]) -> Tensor:
+        copy = copies.get(device)  # type: ignore[arg-type]
+        if copy is not None:
+            return copy
         device = torch.device(device)
         if device.type == "meta":
             return torch.empty_like(copies[torch.device("cpu")], device=device)

@@ -15,16 +15,20 @@ import torch
 
 import neq_kernels
 from neq_kernels import dispatch, selfcheck
+from neq_kernels.bench import LayerTime, layer_times
 from neq_kernels.machine import machine
 from neq_kernels.measure import EnergyMeter, flops
 from neq_kernels.measure.energy import NO_COUNTER
 from neq_kernels.measure.models import named_model
+from neq_kernels.problem import Strategy
 
 FAILED_CHECK = 1
 USER_ERROR = 2
 DEFAULT_SIZE = (224, 224)
 SHOWN_FAILURES = 3
 LAYER_HEADER = ("layer", "kind", "MACs", "share", "dgrad MACs", "wgrad MACs")
+BENCH_HEADER = ("layer", "active", *(s.name.lower() for s in Strategy), "chosen", "over dense")
+BENCH_WIDTHS = (34, 11, 9, 9, 9, 9, 8, 0)
 CHECK_WIDTHS = (20, 14, 9, 0)
 
 
@@ -85,6 +89,39 @@ def count_flops(args: argparse.Namespace) -> int:
     return 0
 
 
+def bench(args: argparse.Namespace) -> int:
+    """Time the weight gradients of a model's layers."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    model = _model(args)
+    images = torch.zeros(args.batch, args.in_channels or 3, *args.size)
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+        images = images.to(memory_format=torch.channels_last)
+    about = machine()
+    print(f"{about.cpu}, {about.threads} threads, PyTorch {about.torch}; milliseconds, medians")
+    print(_table([BENCH_HEADER], BENCH_WIDTHS))
+    try:
+        for time in layer_times(model, images, shares=args.shares, seconds=args.seconds):
+            print(_table([_bench_row(time)], BENCH_WIDTHS), flush=True)
+    except (RuntimeError, ValueError, TypeError) as error:
+        shape = "x".join(map(str, images.shape))
+        raise UserError(f"{args.model} cannot be measured on a {shape} batch: {error}") from error
+    return 0
+
+
+def _bench_row(time: LayerTime) -> list[str]:
+    more = f" (+{len(time.layers) - 1})" if len(time.layers) > 1 else ""
+    medians = (time.seconds.get(strategy) for strategy in Strategy)
+    return [
+        time.layers[0] + more,
+        f"{time.active}/{time.problem.neurons}",
+        *("-" if q is None else f"{q.median * 1e3:.3f}" for q in medians),
+        time.chosen.name.lower(),
+        f"{time.speedup.median:.2f}x",
+    ]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="neq", description=__doc__)
     parser.add_argument("--version", action="version", version=f"neq {neq_kernels.__version__}")
@@ -103,6 +140,45 @@ def _parser() -> argparse.ArgumentParser:
         epilog="examples: neq flops swin_b; neq flops benchmarks.models:resnet32 --size 32 "
         "--classes 10; neq flops deeplabv3_resnet50 --size 480 --classes 21 --option aux_loss=True",
     )
+    _add_model_arguments(command)
+    command.add_argument(
+        "--convention",
+        choices=flops.CONVENTIONS,
+        help="paper: 2 x forward MACs x active share, one backward GEMM; executed: forward, dgrad "
+        "and wgrad apart; both by default",
+    )
+    command.add_argument("--layers", action="store_true", help="one line per layer")
+    command.add_argument("--json", action="store_true", help="everything, as JSON")
+    command.set_defaults(run=count_flops)
+
+    command = commands.add_parser(
+        "bench",
+        help="milliseconds of the weight gradient of each layer of a model",
+        description="Milliseconds of the weight gradient of each distinct layer of a model on this "
+        "CPU, by strategy, with random channels active, and how much faster the chosen strategy is "
+        "than PyTorch's own kernel for all channels.",
+        epilog="example: neq bench resnet18 --batch 16 --size 128 --channels-last",
+    )
+    _add_model_arguments(command)
+    command.add_argument("--batch", type=_positive, default=8, metavar="N", help="images (8)")
+    command.add_argument(
+        "--shares",
+        type=_share,
+        nargs="+",
+        default=[0.5, 0.1],
+        metavar="SHARE",
+        help="of active channels (0.5 0.1)",
+    )
+    command.add_argument(
+        "--seconds", type=_seconds, default=0.2, metavar="S", help="for each line (0.2)"
+    )
+    command.add_argument("--threads", type=_positive, metavar="N", help="PyTorch's own by default")
+    command.add_argument("--channels-last", action="store_true", help="memory format of the images")
+    command.set_defaults(run=bench)
+    return parser
+
+
+def _add_model_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "model",
         help="torchvision:NAME, timm:NAME, package.module:callable, or a bare name, looked up in "
@@ -123,16 +199,26 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="passed on to the model's constructor; may be repeated",
     )
-    command.add_argument(
-        "--convention",
-        choices=flops.CONVENTIONS,
-        help="paper: 2 x forward MACs x active share, one backward GEMM; executed: forward, dgrad "
-        "and wgrad apart; both by default",
-    )
-    command.add_argument("--layers", action="store_true", help="one line per layer")
-    command.add_argument("--json", action="store_true", help="everything, as JSON")
-    command.set_defaults(run=count_flops)
-    return parser
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share above 0 and at most 1, got {text!r}")
+    return share
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}")
+    return seconds
 
 
 def _size(text: str) -> tuple[int, int]:

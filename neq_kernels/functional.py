@@ -302,7 +302,9 @@ class _Affine(torch.autograd.Function):
 
 def learns(weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether a gradient of a parameter is wanted here, and ours would not be in the way."""
-    wanted = any(p is not None and p.requires_grad for p in (weight, bias))
+    wanted = (weight is not None and weight.requires_grad) or (
+        bias is not None and bias.requires_grad
+    )
     return wanted and torch.is_grad_enabled() and not _transformed()
 
 
@@ -391,13 +393,17 @@ def _mask_entries(ctx: Any, grad: Tensor | None) -> Tensor | None:
 def _cast(
     grads: Sequence[Tensor | None], dtypes: tuple[torch.dtype, torch.dtype]
 ) -> tuple[Tensor | None, ...]:
-    targets = (dtypes[0], dtypes[1], dtypes[1])
-    return tuple(
-        None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, targets, strict=True)
+    dx, dw, db = grads
+    return (
+        dx if dx is None or dx.dtype == dtypes[0] else dx.to(dtypes[0]),
+        dw if dw is None or dw.dtype == dtypes[1] else dw.to(dtypes[1]),
+        db if db is None or db.dtype == dtypes[1] else db.to(dtypes[1]),
     )
 
 
 def _autocasts(tensor: Tensor) -> bool:
+    if not torch._C._is_any_autocast_enabled():
+        return False
     device_type = tensor.device.type
     # Asking about a device without autocast, such as meta, is an error.
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
@@ -496,8 +502,11 @@ def _validate(
         raise ValueError(f"channels: expected {k} channels, got {len(channels)}")
     if not input.is_floating_point():
         raise TypeError(f"input: expected a floating-point tensor, got {input.dtype}")
+    dtype = input.dtype
+    if weight.dtype == dtype and (bias is None or bias.dtype == dtype):
+        return
     if _autocasts(input):
         return
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != input.dtype:
-            raise TypeError(f"{name}: expected the input's dtype {input.dtype}, got {tensor.dtype}")
+        if tensor is not None and tensor.dtype != dtype:
+            raise TypeError(f"{name}: expected the input's dtype {dtype}, got {tensor.dtype}")

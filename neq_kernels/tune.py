@@ -1,4 +1,4 @@
-"""tune: measure which strategy is fastest for the layers of a model, on this machine."""
+"""Measuring which strategies are fastest for the layers of a model; saving and restoring them."""
 
 from __future__ import annotations
 
@@ -71,6 +71,21 @@ def tune(
     dispatch.strategy_for.cache_clear()
     table.save()
     return {name: winners[problem] for name, problem in layers.items()}
+
+
+def tuning_state_dict() -> dict[str, Any]:
+    """The measured winners in use (of the present number of threads), for a checkpoint."""
+    return dispatch.table_for(torch.get_num_threads()).state_dict()
+
+
+def load_tuning_state_dict(state: dict[str, Any]) -> None:
+    """Use exactly the winners of a checkpoint, so that a resumed run makes the same bits.
+
+    Raises:
+        ValueError: ``state`` is not what :func:`tuning_state_dict` returned.
+    """
+    dispatch.table_for(torch.get_num_threads()).load_state_dict(state)
+    dispatch.strategy_for.cache_clear()
 
 
 def _counts(k: int, shares: Sequence[float] | None) -> list[int]:

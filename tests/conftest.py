@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from neq_kernels import tuning
 from tests.oracle import forced_backend, usable_backends
 
 settings.register_profile(
@@ -20,6 +22,11 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("neq")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_tuning_tables_of_the_user(tmp_path_factory):
+    os.environ[tuning.DIRECTORY_VARIABLE] = str(tmp_path_factory.mktemp("tuning"))
 
 
 @pytest.fixture(autouse=True)

@@ -184,3 +184,22 @@ def test_help_and_version(neq):
     assert "flops" in out
     assert neq("--version")[1].startswith("neq ")
     assert neq()[0] == 2
+
+
+def test_bench_times_every_distinct_layer(neq):
+    arguments = ("bench", "benchmarks.models:resnet20", "--size", "8", "--batch", "2")
+    code, out, _ = neq(*arguments, "--classes", "4", "--shares", "0.5", "--seconds", "0.001")
+    assert code == 0
+    rows = [line.split() for line in out.splitlines()[2:]]
+    layers = [row[0] for row in rows]
+    assert {"conv1", "layer1.0.conv1", "layer3.0.conv1", "linear"} <= set(layers)
+    assert len(layers) == len(set(layers))
+    assert all(row[-1].endswith("x") for row in rows)
+
+
+def test_bench_says_what_is_wrong(neq):
+    code, _, err = neq("bench", "torchvision:alexnet", "--size", "3")
+    assert code == cli.USER_ERROR
+    assert "cannot be measured on a 8x3x3x3 batch" in err
+    for share in ("0", "1.5", "half", "nan"):
+        assert neq("bench", "torchvision:alexnet", "--shares", share)[0] == 2

@@ -288,7 +288,10 @@ Grads linear_backward(const Tensor& grad_output, const Tensor& input,
   const Strategy chosen = checked_strategy(strategy);
   const Tensor dy = matrix(grad_output);
   Tensor grad_input;
-  if (want_input) grad_input = torch::stable::reshape(mm(dy, weight), input_size);
+  if (want_input) {
+    grad_input = mm(dy, weight);
+    if (input_size.size() != 2) grad_input = torch::stable::reshape(grad_input, input_size);
+  }
   if (!want_weight && !want_bias) return {grad_input, Tensor(), Tensor()};
   require(0 <= n && n <= k, "n: expected 0 <= n <= ", k, ", got ", n);
   if (n == 0) {

@@ -93,7 +93,7 @@ def linear_backward(
         n,
         start,
         *wanted,
-        strategy,
+        strategy.value,  # an IntEnum takes the slow way into the dispatcher
     )
     return grads
 
@@ -137,7 +137,7 @@ def conv_backward(
         order,
         n,
         *wanted,
-        strategy,
+        strategy.value,
     )
     return grads
 

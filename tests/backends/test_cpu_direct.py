@@ -1,0 +1,131 @@
+"""The direct wgrad of the extension, against dense autograd in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from neq_kernels.backends import cpu
+from neq_kernels.channels import ActiveChannels
+from neq_kernels.problem import ConvGeometry, Strategy
+from tests import oracle
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="tests of the extension")
+
+# (kernel, stride, padding, dilation)
+WINDOWS = {
+    "1x1": ((1, 1), (1, 1), (0, 0), (1, 1)),
+    "1x1 strided": ((1, 1), (2, 3), (0, 0), (1, 1)),
+    "1x1 padded": ((1, 1), (1, 1), (1, 1), (1, 1)),
+    "3x3": ((3, 3), (1, 1), (1, 1), (1, 1)),
+    "3x3 strided": ((3, 3), (2, 2), (1, 1), (1, 1)),
+    "dilated": ((3, 2), (1, 1), (2, 1), (2, 3)),
+    "wide padding": ((2, 2), (1, 2), (3, 5), (1, 1)),
+    "7x7": ((7, 7), (2, 2), (3, 3), (1, 1)),
+}
+
+
+def gradients(x, weight, dy, window, channels, strategy=Strategy.FUSED, bias=True):
+    geometry = ConvGeometry(*window[1:], False, (0, 0), 1)
+    _, rows, entries = cpu.conv_backward(
+        dy, x, weight, geometry, channels.order(), channels.n_active, (False, True, bias), strategy
+    )
+    return rows, entries
+
+
+def operands(c, k, size, window, dtype=torch.float64, last=False, batch=3):
+    kernel, stride, padding, dilation = window
+    x = oracle.small_integers((batch, c, *size), dtype)
+    weight = oracle.small_integers((k, c, *kernel), dtype)
+    out = torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation)
+    dy = oracle.small_integers(tuple(out.shape), dtype)
+    if last:
+        x, weight, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight, dy))
+    return x, weight, dy
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
+@pytest.mark.parametrize("c", [1, 3, 4, 5, 8, 9, 12, 24, 35, 70])
+def test_every_width_of_channels_and_every_window(c, window, last):
+    x, weight, dy = operands(c, 13, (9, 8), window, torch.float32, last)
+    geometry = ConvGeometry(*window[1:], False, (0, 0), 1)
+    _, exact, exact_bias = geometry.backward(
+        dy.double(), x.double(), weight.double(), (False, True, True)
+    )
+    for active in ([4], [0, 12], [1, 5, 6], [2, 3, 4, 5], [0, 2, 4, 6, 8, 10, 12], range(13)):
+        channels = ActiveChannels(13)
+        channels.set(list(active))
+        rows, bias = gradients(x, weight, dy, window, channels)
+        expected, expected_bias = torch.zeros_like(exact), torch.zeros_like(exact_bias)
+        expected[list(active)] = exact[list(active)]
+        expected_bias[list(active)] = exact_bias[list(active)]
+        assert torch.equal(rows.double(), expected)
+        assert torch.equal(bias.double(), expected_bias)
+        assert rows.stride() == weight.stride()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (2, 3), (40, 41)], ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
+def test_images_of_any_size(size, last):
+    window = WINDOWS["3x3"]
+    x, weight, dy = operands(10, 6, size, window, last=last)
+    channels = ActiveChannels(6)
+    channels.set([1, 4])
+    rows, bias = gradients(x, weight, dy, window, channels)
+    dense, dense_bias = gradients(x, weight, dy, window, channels, Strategy.DENSE)
+    assert torch.equal(rows, dense)
+    assert torch.equal(bias, dense_bias)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_pointwise_convolution_as_a_product_of_matrices(last, stride):
+    window = ((1, 1), (stride, stride), (0, 0), (1, 1))
+    x, weight, dy = operands(11, 9, (7, 6), window, torch.bfloat16, last)
+    for active in ([3], [0, 1, 2], [1, 4, 5, 7], range(8), range(9)):
+        channels = ActiveChannels(9)
+        channels.set(list(active))
+        rows, bias = gradients(x, weight, dy, window, channels, Strategy.MATMUL)
+        dense, dense_bias = gradients(x, weight, dy, window, channels, Strategy.DENSE)
+        assert torch.equal(rows, dense)
+        assert torch.equal(bias, dense_bias)
+
+
+def test_no_images():
+    x, weight, dy = operands(8, 4, (5, 5), WINDOWS["3x3"], batch=0)
+    channels = ActiveChannels(4)
+    channels.set([2])
+    rows, bias = gradients(x, weight, dy, WINDOWS["3x3"], channels)
+    assert not rows.any()
+    assert not bias.any()
+
+
+def test_the_bits_do_not_depend_on_the_number_of_threads():
+    x, weight, dy = operands(40, 24, (31, 33), WINDOWS["3x3"], torch.float32)
+    x, dy = torch.randn_like(x), torch.randn_like(dy)
+    channels = ActiveChannels(24)
+    channels.set([0, 3, 4, 9, 20])
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(gradients(x, weight, dy, WINDOWS["3x3"], channels))
+    finally:
+        torch.set_num_threads(before)
+    for rows, bias in results[1:]:
+        assert torch.equal(rows, results[0][0])
+        assert torch.equal(bias, results[0][1])
+
+
+def test_what_it_cannot_serve_is_refused():
+    x, weight, dy = operands(8, 4, (5, 5), WINDOWS["3x3"], torch.bfloat16)
+    channels = ActiveChannels(4)
+    channels.set([2])
+    with pytest.raises(ValueError, match="float32 or float64"):
+        gradients(x, weight, dy, WINDOWS["3x3"], channels)
+    with pytest.raises(ValueError, match="1x1"):
+        gradients(x, weight, dy, WINDOWS["3x3"], channels, Strategy.MATMUL)
+    with pytest.raises(ValueError, match="grad_output: expected size 5"):
+        gradients(x, weight, dy[:, :, 1:], WINDOWS["3x3"], channels)

@@ -1,0 +1,210 @@
+"""The table of measured strategies: what it tells apart, keeps, ignores and gives back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import neq_kernels as neq
+from neq_kernels import contest, dispatch, tuning
+from neq_kernels.backends import aten
+from neq_kernels.problem import ConvGeometry, Problem, Strategy
+from neq_kernels.tuning import TuningTable, count_bucket, key
+
+CONV = Problem(
+    (2, 8, 6, 6),
+    (16, 8, 3, 3),
+    ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1),
+    False,
+    torch.float32,
+)
+LINEAR = Problem((32, 8), (16, 8), None, False, torch.float32)
+ABOUT = {"cpu": "a", "threads": 2}
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv(tuning.DIRECTORY_VARIABLE, str(tmp_path))
+    dispatch.table_for.cache_clear()
+    dispatch.strategy_for.cache_clear()
+    yield tmp_path
+    dispatch.table_for.cache_clear()
+    dispatch.strategy_for.cache_clear()
+
+
+def test_counts_share_an_entry_four_to_the_doubling():
+    assert [count_bucket(n, 64) for n in (0, 1, 2, 3, 4, 5, 6, 63, 64)] == [
+        0, 1, 2, 3, 4, 5, 6, 63, 64
+    ]  # fmt: skip
+    assert count_bucket(33, 1000) == count_bucket(38, 1000) == 38
+    assert count_bucket(39, 1000) == 45
+    for k in (1, 2, 5, 100, 1000):
+        buckets = [count_bucket(n, k) for n in range(k + 1)]
+        assert buckets == sorted(buckets)
+        assert all(n <= bucket <= k for n, bucket in enumerate(buckets))
+        assert all(count_bucket(bucket, k) == bucket for bucket in buckets)
+        assert buckets.count(k) == 1
+
+
+def test_whatever_changes_the_work_changes_the_key():
+    g = CONV.geometry
+    assert g is not None
+    others = [
+        CONV._replace(input_size=(3, 8, 6, 6)),
+        CONV._replace(weight_size=(16, 8, 1, 1)),
+        CONV._replace(channels_last=True),
+        CONV._replace(dtype=torch.float64),
+        CONV._replace(geometry=ConvGeometry((2, 1), *list(vars(g).values())[1:])),
+        CONV._replace(geometry=ConvGeometry(g.stride, g.padding, g.dilation, True, (0, 0), 1)),
+        LINEAR,
+    ]
+    assert len({key(problem, 4) for problem in (CONV, *others)}) == 1 + len(others)
+    assert key(CONV, 4) != key(CONV, 5)
+
+
+def test_winners_survive_on_disk(tmp_path):
+    table = TuningTable(tmp_path, ABOUT)
+    table.put(CONV, 4, Strategy.FUSED)
+    table.put(LINEAR, 16, Strategy.DENSE)
+    path = table.save()
+    assert path is not None
+    assert not list(tmp_path.glob("*.tmp"))
+    again = TuningTable(tmp_path, ABOUT)
+    assert len(again) == 2
+    assert again.get(CONV, 4) == Strategy.FUSED
+    assert again.get(CONV, 5) is None
+    assert len(TuningTable(tmp_path, {**ABOUT, "threads": 1})) == 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"format": 1}',
+        '{"format": 1, "measured_with": {"cpu": "b"}, "winners": {}}',
+        '{"format": 99, "measured_with": {"cpu": "a", "threads": 2}, "winners": {}}',
+        '{"format": 1, "measured_with": {"cpu": "a", "threads": 2}, "winners": {"x": "SLOWEST"}}',
+        '{"format": 1, "measured_with": {"cpu": "a", "threads": 2}, "winners": 3}',
+        "\x00\xff",
+    ],
+)
+def test_a_file_that_cannot_be_used_is_ignored_with_one_warning(tmp_path, caplog, content):
+    table = TuningTable(tmp_path, ABOUT)
+    table.put(CONV, 4, Strategy.FUSED)
+    path = table.save()
+    assert path is not None
+    path.write_text(content, encoding="latin-1")
+    assert len(TuningTable(tmp_path, ABOUT)) == 0
+    assert len(caplog.records) == 1
+    assert "is ignored" in caplog.text
+
+
+def test_a_table_that_cannot_be_saved_warns(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    table = TuningTable(tmp_path / "file" / "folder", ABOUT)
+    table.put(CONV, 4, Strategy.FUSED)
+    assert table.save() is None
+    assert "is not saved" in caplog.text
+    assert table.get(CONV, 4) == Strategy.FUSED
+
+
+def test_a_checkpoint_brings_exactly_its_own_winners():
+    table = TuningTable(None, ABOUT)
+    table.put(CONV, 4, Strategy.FUSED)
+    state = json.loads(json.dumps(table.state_dict()))
+    other = TuningTable(None, ABOUT)
+    other.put(LINEAR, 3, Strategy.PACK)
+    other.load_state_dict(state)
+    assert other.state_dict() == state
+    with pytest.raises(ValueError, match="expected winners"):
+        other.load_state_dict({"winners": {"x": "SLOWEST"}})
+    assert other.state_dict() == state
+
+
+def test_dispatch_follows_the_table():
+    backend, threads = dispatch.backend_for("cpu"), torch.get_num_threads()
+    for strategy in dispatch.candidates(CONV, backend):
+        dispatch.table_for(threads).put(CONV, 4, strategy)
+        dispatch.strategy_for.cache_clear()
+        assert dispatch.strategy_for(CONV, 4, backend, threads) == strategy
+
+
+def test_a_winner_that_cannot_serve_is_not_used():
+    backend, threads = dispatch.backend_for("cpu"), torch.get_num_threads()
+    problem = CONV._replace(weight_size=(16, 8, 3, 3))
+    dispatch.table_for(threads).put(problem, 4, Strategy.MATMUL)
+    assert dispatch.strategy_for(problem, 4, backend, threads) != Strategy.MATMUL
+
+
+def test_tune_measures_every_layer_and_keeps_the_winners(own_folder):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 6))
+    before = [p.clone() for p in model.parameters()]
+    winners = neq.tune(model, torch.randn(2, 3, 6, 6), shares=[0.5, 1], seconds=0.001)
+    assert {name: set(by_count) for name, by_count in winners.items()} == {
+        "0": {4, 8},
+        "3": {3, 6},
+    }
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert len(list(own_folder.glob("*.json"))) == 1
+    dispatch.table_for.cache_clear()
+    assert len(dispatch.table_for(torch.get_num_threads())) == 4
+
+
+def test_tune_refuses_what_it_cannot_measure():
+    with pytest.raises(ValueError, match="shares"):
+        neq.tune(nn.Linear(2, 2), torch.randn(1, 2), shares=[0.0])
+    with pytest.raises(ValueError, match="expected linear layers"):
+        neq.tune(nn.ReLU(), torch.randn(1, 2))
+    with pytest.raises(ValueError, match="on the CPU"):
+        neq.tune(nn.Linear(2, 2, device="meta"), torch.randn(1, 2))
+
+
+def test_measuring_on_the_fly_is_asked_for_by_the_environment(monkeypatch):
+    measured = []
+    monkeypatch.setattr(
+        contest, "fastest", lambda problem, n, *_: measured.append((problem, n)) or Strategy.PACK
+    )
+    backend, threads = dispatch.backend_for("cpu"), torch.get_num_threads()
+    dispatch.strategy_for(LINEAR, 3, backend, threads)
+    assert measured == []
+    dispatch.strategy_for.cache_clear()
+    monkeypatch.setenv(tuning.MEASURE_VARIABLE, "1")
+    for _ in range(3):
+        assert dispatch.strategy_for(LINEAR, 3, backend, threads) == Strategy.PACK
+    assert measured == [(LINEAR, 3)]
+    monkeypatch.setenv(tuning.MEASURE_VARIABLE, "yes")
+    dispatch.strategy_for.cache_clear()
+    with pytest.raises(ValueError, match="expected 0 or 1"):
+        dispatch.strategy_for(LINEAR, 5, backend, threads)
+
+
+@pytest.mark.parametrize("problem", [CONV, LINEAR])
+def test_the_contest_runs_every_candidate(problem):
+    ran = []
+
+    class Backend:
+        __name__ = "test"
+
+        @staticmethod
+        def conv_backward(dy, x, weight, geometry, order, n, wanted, strategy):
+            ran.append(strategy)
+            return aten.conv_backward(
+                dy, x, weight, geometry, order, n, wanted, Strategy.PACK, aten
+            )
+
+        @staticmethod
+        def linear_backward(dy, x, size, weight, order, n, start, wanted, strategy):
+            ran.append(strategy)
+            return aten.linear_backward(
+                dy, x, size, weight, order, n, start, wanted, Strategy.PACK, aten
+            )
+
+    candidates = (Strategy.DENSE, Strategy.PACK, Strategy.FUSED)
+    assert contest.fastest(problem, 4, Backend(), candidates, seconds=0.001) in candidates
+    assert set(ran) == set(candidates)
