@@ -18,6 +18,7 @@ from benchmarks.record import Record, Row
 from benchmarks.shapes import NAMES, QUICK, Shape, shape_set
 from neq_kernels import contest, dispatch
 from neq_kernels.channels import ActiveChannels
+from neq_kernels.measure.bandwidth import read_bandwidth
 from neq_kernels.measure.timing import Quantiles
 from neq_kernels.problem import Problem, Strategy
 
@@ -56,7 +57,7 @@ def measure(shape: Shape, options: Options, run: int) -> Iterator[Row]:
             "network": shape.network,
             "layer": shape.layer,
             "kind": _kind(problem),
-            "layout": _layout(problem),
+            "layout": shape.layout,
             "input": "x".join(map(str, problem.input_size)),
             "weight": "x".join(map(str, problem.weight_size)),
             "share": share,
@@ -180,15 +181,17 @@ def _kind(problem: Problem) -> str:
     return "depthwise" if problem.is_depthwise else "conv"
 
 
-def _layout(problem: Problem) -> str:
-    if problem.geometry is None:
-        return "rows"
-    return "nhwc" if problem.channels_last else "nchw"
-
-
 def _quantiles(name: str, samples: Sequence[float]) -> Row:
     q = Quantiles.of(samples)
     return {f"{name}_p20": q.p20, f"{name}_median": q.median, f"{name}_p80": q.p80}
+
+
+def _peak_flops() -> float:
+    """Of a large product of matrices by the library, per second."""
+    size = 1536
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    seconds = contest.in_turns({"mm": lambda: a @ b}, 1.0)["mm"]
+    return 2 * size**3 / min(seconds)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -214,6 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     shapes = shape_set(args.networks or (QUICK if args.quick else NAMES))
     settings = {name: value for name, value in vars(args).items() if name != "out"}
+    settings |= {"peak_flops": _peak_flops(), "read_bandwidth": read_bandwidth("cpu")}
     with Record(args.out, "kernels", settings) as record:
         for run in range(runs):
             for i, shape in enumerate(shapes):

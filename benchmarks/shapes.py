@@ -48,6 +48,12 @@ class Shape:
     layer: str
     problem: Problem
 
+    @property
+    def layout(self) -> str:
+        if self.problem.geometry is None:
+            return "rows"
+        return "nhwc" if self.problem.channels_last else "nchw"
+
 
 def shape_set(names: Sequence[str] = NAMES) -> list[Shape]:
     """The distinct problems of some networks; convolutions in both memory layouts.
@@ -71,6 +77,11 @@ def shape_set(names: Sequence[str] = NAMES) -> list[Shape]:
         problem = Problem((1024, 512), (32_000, 512), None, False, torch.float32)
         distinct.setdefault(problem, Shape(LM_HEAD, LM_HEAD, problem))
     return list(distinct.values())
+
+
+def problems_by_cell() -> dict[tuple[str, str, str], Problem]:
+    """The whole set by network, layer and layout."""
+    return {(s.network, s.layer, s.layout): s.problem for s in shape_set()}
 
 
 def _layers(network: Network) -> dict[str, Problem]:

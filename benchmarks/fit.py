@@ -1,0 +1,130 @@
+"""Fit the model of costs that chooses strategies to a record of the kernel benchmark.
+
+>>> python -m benchmarks.kernels --strategies --runs 1 --out benchmarks/results/fit
+>>> python -m benchmarks.fit benchmarks/results/fit/kernels.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import console
+from benchmarks.kernel_targets import cell_of, geometric_mean
+from benchmarks.record import Row, load
+from benchmarks.shapes import problems_by_cell
+from neq_kernels import heuristics
+from neq_kernels.problem import Strategy
+
+# Which features each strategy can depend on.
+FEATURES = {
+    Strategy.DENSE: ("calls", "input", "output", "weight", "all products"),
+    Strategy.PACK: ("calls", "input", "active output", "output", "weight", "blocked products"),
+    Strategy.MATMUL: ("calls", "input", "active output", "output", "weight", "blocked products"),
+    Strategy.FUSED: ("calls", "input", "active output", "output", "weight", "products"),
+}
+
+
+def fit(cells: dict[tuple[object, ...], dict[Strategy, float]]) -> dict[str, dict[str, float]]:
+    """Coefficients, none of them negative, that make the sum of squared relative errors least."""
+    groups: dict[str, list[tuple[Strategy, dict[str, float], float]]] = defaultdict(list)
+    problems = problems_by_cell()
+    for cell, seconds in cells.items():
+        problem, n = problems[cell[:3]], int(str(cell[3]))
+        for strategy, measured in seconds.items():
+            row = strategy, heuristics.features(problem, n), measured
+            groups[heuristics.group(problem, strategy)].append(row)
+    return {name: _least_squares(rows) for name, rows in sorted(groups.items())}
+
+
+def _least_squares(rows: Sequence[tuple[Strategy, dict[str, float], float]]) -> dict[str, float]:
+    strategy = rows[0][0]
+    names = list(rows[0][1])
+    free = [name for name in names if name in FEATURES[strategy]]
+    measured = np.array([seconds for *_, seconds in rows])
+    while free:
+        matrix = np.array([[features[name] for name in free] for _, features, _ in rows])
+        scale = np.abs(matrix).max(axis=0)
+        solution, *_ = np.linalg.lstsq(
+            matrix / scale / measured[:, None], np.ones(len(rows)), rcond=None
+        )
+        solution = solution / scale
+        if (solution >= 0).all():
+            return {n: float(solution[free.index(n)]) if n in free else 0.0 for n in names}
+        free.pop(int(solution.argmin() if (solution * scale < 0).any() else 0))
+    return dict.fromkeys(names, 0.0)
+
+
+def read(paths: Sequence[Path]) -> dict[tuple[object, ...], dict[Strategy, float]]:
+    """Median seconds by cell and strategy; of several records of a cell, the fastest.
+
+    Raises:
+        FileNotFoundError, ValueError: no such record, or one without strategies.
+    """
+    cells: dict[tuple[object, ...], dict[Strategy, float]] = defaultdict(dict)
+    for path in paths:
+        for row in load(path)[1]:
+            strategy = _strategy(row)
+            if strategy is not None and "wrong" not in row:
+                best = cells[cell_of(row)]
+                seconds = row["seconds_median"]
+                best[strategy] = min(best.get(strategy, math.inf), seconds)
+    if not cells:
+        raise ValueError(f"{paths[0]}: expected a record of benchmarks.kernels --strategies")
+    return cells
+
+
+def _strategy(row: Row) -> Strategy | None:
+    provider = row.get("provider", "")
+    name = provider.removeprefix("neq ").upper()
+    return Strategy[name] if provider.startswith("neq ") and name in Strategy.__members__ else None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fit", description=__doc__)
+    parser.add_argument("records", nargs="+", type=Path, help="kernels.jsonl, made --strategies")
+    parser.add_argument("--out", type=Path, default=heuristics.COSTS, help="(%(default)s)")
+    args = parser.parse_args(arguments)
+    try:
+        cells = read(args.records)
+        measured_on = load(args.records[0])[0]["machine"]
+    except (OSError, ValueError) as error:
+        print(f"benchmarks.fit: {error}", file=sys.stderr)
+        return console.USER_ERROR
+    text = json.dumps({"measured_on": measured_on, "costs": fit(cells)}, indent=1)
+    args.out.write_text(text + "\n")
+    heuristics._costs.cache_clear()
+    _show(cells)
+    return 0
+
+
+def _show(cells: dict[tuple[object, ...], dict[Strategy, float]]) -> None:
+    """How much slower than the best strategy the chosen one is."""
+    problems = problems_by_cell()
+    regrets: dict[str, list[float]] = defaultdict(list)
+    for cell, seconds in cells.items():
+        problem, n = problems[cell[:3]], int(str(cell[3]))
+        chosen = heuristics.strategy(problem, n, list(seconds))
+        regret = seconds[chosen] / min(seconds.values())
+        for name in (str(cell[2]), "all active" if n == problem.neurons else "fewer active"):
+            regrets[name].append(regret)
+    print(f"{'cells':<14} number  slower than the best: geomean  by 10 %  by 50 %")
+    for name, values in regrets.items():
+        over = [sum(v > limit for v in values) for limit in (1.1, 1.5)]
+        print(
+            f"{name:<14} {len(values):>6}  {geometric_mean(values):>30.3f}  {over[0]:>7}  "
+            f"{over[1]:>7}"
+        )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main())
