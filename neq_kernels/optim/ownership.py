@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.layers import (
+    NeuronLayer,
     following_parameters,
     named_neuron_layers,
     neuron_owners,
@@ -143,6 +144,7 @@ class _Structure:
                 self._modules.append(module)
                 pending += module._modules.values()
         self._attributes = [module.__dict__ for module in self._modules]
+        self._of_layers = [m.__dict__ for m in self._modules if isinstance(m, NeuronLayer)]
         # Views show what the dicts hold later.
         self._held: list[Iterable[object]] = []
         for module in self._modules:
@@ -153,9 +155,10 @@ class _Structure:
         return not same_objects(self._objects, self._read())
 
     def _read(self) -> Iterator[object]:
-        names = ("channels", "neq_following", "_parameters", "_modules")
         return itertools.chain(
             map(type, self._modules),
-            *(map(dict.get, self._attributes, itertools.repeat(name)) for name in names),
+            map(dict.get, self._attributes, itertools.repeat("neq_following")),
+            map(dict.get, self._of_layers, itertools.repeat("channels")),
+            map(dict.get, self._of_layers, itertools.repeat("_parameters")),
             itertools.chain.from_iterable(self._held),
         )
