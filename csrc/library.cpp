@@ -22,13 +22,13 @@ STABLE_TORCH_LIBRARY(neq_kernels_cpu, m) {
       "bool want_input, bool want_weight, bool want_bias, int strategy) -> "
       "(Tensor, Tensor, Tensor)");
   m.def(
-      "sgd_rows_(Tensor(a!) param, Tensor grad, Tensor(b!)? momentum_buffer, Tensor(c!)? steps, "
-      "Tensor order, int n, int groups, int outer, int per_group, int inner, float lr, "
-      "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize) -> ()");
+      "sgd_rows_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
+      "Tensor(c!)[] steps, Tensor[] orders, int[] n, int[] blocks, float lr, float momentum, "
+      "float dampening, float weight_decay, bool nesterov, bool maximize) -> ()");
   m.def(
-      "adam_rows_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
-      "Tensor(d!)? max_exp_avg_sq, Tensor(e!) steps, Tensor order, int n, int groups, int outer, "
-      "int per_group, int inner, float lr, float beta1, float beta2, float eps, "
+      "adam_rows_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, "
+      "Tensor[] orders, int[] n, int[] blocks, float lr, float beta1, float beta2, float eps, "
       "float weight_decay, bool decoupled, bool maximize) -> ()");
 }
 

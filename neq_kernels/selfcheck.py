@@ -20,6 +20,7 @@ from neq_kernels import dispatch, functional, ops
 from neq_kernels.backends import cpu
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.optim import rows
+from neq_kernels.optim.batches import Batches, RowStep
 
 ORACLE = "reference"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -354,20 +355,28 @@ def _row_step(
 ) -> Callable[[Tensor], None]:
     group = stock.param_groups[0]
     steps = torch.zeros(len(channels), dtype=torch.int64)
-    where = (channels.order(), channels.n_active, layout)
     shared = {name: group[name] for name in ("lr", "weight_decay", "maximize")}
+    state: tuple[Tensor | None, ...]
     if isinstance(stock, torch.optim.SGD):
         keys = ("momentum", "dampening", "nesterov")
         shared |= {name: group[name] for name in keys}
-        momentum = torch.zeros_like(parameter) if group["momentum"] else None
-        return lambda grad: module.sgd_rows_(parameter, grad, momentum, steps, *where, **shared)
-    shared |= {"beta1": group["betas"][0], "beta2": group["betas"][1], "eps": group["eps"]}
-    shared["decoupled"] = isinstance(stock, torch.optim.AdamW)
-    mean, square = torch.zeros_like(parameter), torch.zeros_like(parameter)
-    largest = torch.zeros_like(parameter) if group["amsgrad"] else None
-    return lambda grad: module.adam_rows_(
-        parameter, grad, mean, square, largest, steps, *where, **shared
-    )
+        state = torch.zeros_like(parameter) if group["momentum"] else None, steps
+        function = "sgd_rows_"
+    else:
+        shared |= {"beta1": group["betas"][0], "beta2": group["betas"][1], "eps": group["eps"]}
+        shared["decoupled"] = isinstance(stock, torch.optim.AdamW)
+        mean, square = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        largest = torch.zeros_like(parameter) if group["amsgrad"] else None
+        state = mean, square, largest, steps
+        function = "adam_rows_"
+    row_step = RowStep(parameter, state, channels.order(), channels.n_active, layout, module)
+    batches = Batches(function, [row_step])
+
+    def step(grad: Tensor) -> None:
+        parameter.grad = grad
+        batches.run(shared)
+
+    return step
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

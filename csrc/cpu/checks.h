@@ -21,12 +21,17 @@ void require(bool condition, const Parts&... parts) {
   throw std::invalid_argument(message.str());
 }
 
-inline std::string shape(const Tensor& tensor) {
-  std::ostringstream out;
+// A tensor's shape in a message; it is put into words only when the check fails.
+struct Shape {
+  const Tensor& tensor;
+};
+
+inline Shape shape(const Tensor& tensor) { return {tensor}; }
+
+inline std::ostream& operator<<(std::ostream& out, const Shape& shape) {
   out << "(";
-  for (int64_t d = 0; d < tensor.dim(); ++d) out << (d ? ", " : "") << tensor.size(d);
-  out << ")";
-  return out.str();
+  for (int64_t d = 0; d < shape.tensor.dim(); ++d) out << (d ? ", " : "") << shape.tensor.size(d);
+  return out << ")";
 }
 
 inline void require_cpu(const Tensor& tensor, const char* name) {

@@ -40,15 +40,19 @@ Grads conv_backward(const Tensor& grad_output, const Tensor& input, const Tensor
                     const std::vector<int64_t>& output_padding, int64_t groups, const Tensor& order,
                     int64_t n, bool want_input, bool want_weight, bool want_bias, int64_t strategy);
 
-void sgd_rows_(const Tensor& param, const Tensor& grad, const std::optional<Tensor>& buffer,
-               const std::optional<Tensor>& steps, const Tensor& order, int64_t n, int64_t groups,
-               int64_t outer, int64_t per_group, int64_t inner, double lr, double momentum,
-               double dampening, double weight_decay, bool nesterov, bool maximize);
+// Parameter by parameter; `blocks` has four numbers for each, lists that are not used are empty.
+using TensorList = std::vector<Tensor>;
+using IntList = std::vector<int64_t>;
 
-void adam_rows_(const Tensor& param, const Tensor& grad, const Tensor& exp_avg,
-                const Tensor& exp_avg_sq, const std::optional<Tensor>& max_exp_avg_sq,
-                const Tensor& steps, const Tensor& order, int64_t n, int64_t groups, int64_t outer,
-                int64_t per_group, int64_t inner, double lr, double beta1, double beta2, double eps,
+void sgd_rows_(const TensorList& params, const TensorList& grads, const TensorList& buffers,
+               const TensorList& steps, const TensorList& orders, const IntList& n,
+               const IntList& blocks, double lr, double momentum, double dampening,
+               double weight_decay, bool nesterov, bool maximize);
+
+void adam_rows_(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
+                const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
+                const TensorList& steps, const TensorList& orders, const IntList& n,
+                const IntList& blocks, double lr, double beta1, double beta2, double eps,
                 double weight_decay, bool decoupled, bool maximize);
 
 }  // namespace neq

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -219,13 +220,13 @@ def depthwise_wgrad(
 
 
 def sgd_rows_(
-    param: Tensor,
-    grad: Tensor,
-    momentum_buffer: Tensor | None,
-    steps: Tensor | None,
-    order: Tensor,
-    n: int,
-    layout: NeuronLayout,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    orders: Sequence[Tensor],
+    n: Sequence[int],
+    blocks: Sequence[int],
     *,
     lr: float,
     momentum: float,
@@ -234,19 +235,24 @@ def sgd_rows_(
     nesterov: bool,
     maximize: bool,
 ) -> None:
-    """``optim.rows.sgd_rows_`` for dense CPU tensors of equal strides and dtype.
+    """``optim.rows.sgd_rows_`` of many parameters at once: dense CPU tensors, all of one dtype,
+    each parameter's own of equal strides.
+
+    Args:
+        momentum_buffers, steps: one per parameter, or none at all.
+        blocks: ``layout.blocks(param)`` of all parameters, one after the other.
 
     Raises:
-        ValueError: anything else, or a bad ``order``; nothing has been written then.
+        ValueError: anything else, or a bad order; nothing has been written then.
     """
-    _leaf.sgd_rows_(
-        param,
-        grad,
-        momentum_buffer,
+    _leaf.sgd_rows_.default(
+        params,
+        grads,
+        momentum_buffers,
         steps,
-        order,
+        orders,
         n,
-        *_blocks(layout, param),
+        blocks,
         lr,
         momentum,
         dampening,
@@ -254,19 +260,19 @@ def sgd_rows_(
         nesterov,
         maximize,
     )
-    _count_write(param, momentum_buffer, steps)
+    _count_write(params, momentum_buffers, steps)
 
 
 def adam_rows_(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    max_exp_avg_sq: Tensor | None,
-    steps: Tensor,
-    order: Tensor,
-    n: int,
-    layout: NeuronLayout,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    orders: Sequence[Tensor],
+    n: Sequence[int],
+    blocks: Sequence[int],
     *,
     lr: float,
     beta1: float,
@@ -276,21 +282,26 @@ def adam_rows_(
     decoupled: bool,
     maximize: bool,
 ) -> None:
-    """``optim.rows.adam_rows_`` for dense CPU tensors of equal strides and dtype.
+    """``optim.rows.adam_rows_`` of many parameters at once: dense CPU tensors, all of one dtype,
+    each parameter's own of equal strides.
+
+    Args:
+        max_exp_avg_sqs: one per parameter, or none at all.
+        blocks: ``layout.blocks(param)`` of all parameters, one after the other.
 
     Raises:
-        ValueError: anything else, or a bad ``order``; nothing has been written then.
+        ValueError: anything else, or a bad order; nothing has been written then.
     """
-    _leaf.adam_rows_(
-        param,
-        grad,
-        exp_avg,
-        exp_avg_sq,
-        max_exp_avg_sq,
+    _leaf.adam_rows_.default(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
         steps,
-        order,
+        orders,
         n,
-        *_blocks(layout, param),
+        blocks,
         lr,
         beta1,
         beta2,
@@ -299,19 +310,9 @@ def adam_rows_(
         decoupled,
         maximize,
     )
-    _count_write(param, exp_avg, exp_avg_sq, max_exp_avg_sq, steps)
+    _count_write(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
 
 
-def _blocks(layout: NeuronLayout, param: Tensor) -> tuple[int, int, int, int]:
-    blocks = layout.blocks(param)
-    if blocks is None:
-        raise ValueError(
-            "param: expected a contiguous or channels_last tensor, got strides "
-            f"{param.stride()} for shape {tuple(param.shape)}"
-        )
-    return blocks
-
-
-def _count_write(*tensors: Tensor | None) -> None:
+def _count_write(*tensors: Sequence[Tensor]) -> None:
     # The leaf ops write behind autograd's back; it must see that saved tensors went stale.
-    torch.autograd.graph.increment_version([t for t in tensors if t is not None])
+    torch.autograd.graph.increment_version(list(itertools.chain(*tensors)))

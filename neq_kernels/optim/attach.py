@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -18,10 +19,13 @@ from neq_kernels.optim.row_steps import (
     ROW_STEPS,
     FrozenState,
     Group,
+    GroupPlan,
+    RowSteps,
     group_refusal,
     parameter_refusal,
 )
 from neq_kernels.optim.state import drop_counts, restore_counts, saved_counts_as_lists
+from neq_kernels.optim.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +45,25 @@ class ParameterUpdate(NamedTuple):
     reason: str
 
 
+@dataclass
+class _StepPlan:
+    """Who steps which parameter, and how, until ``watch`` sees a change.
+
+    Attributes:
+        left: the parameters torch steps, group by group.
+        guarded: those of them the guard holds.
+        by_rows: the parameters with row steps, of the groups that have any.
+        groups: their row steps; None before the first step.
+        watch: None before the first step.
+    """
+
+    left: list[list[Parameter]] = field(default_factory=list)
+    guarded: dict[Parameter, OwnedParameter] = field(default_factory=dict)
+    by_rows: list[tuple[Group, dict[Parameter, OwnedParameter]]] = field(default_factory=list)
+    groups: list[GroupPlan] | None = None
+    watch: Watch | None = None
+
+
 class AttachedOptimizer:
     """What :func:`attach` returns: how each parameter is updated, and the way back."""
 
@@ -53,6 +76,7 @@ class AttachedOptimizer:
         self._logged: set[str] = set()
         row_steps = ROW_STEPS.get(type(optimizer))
         self._rows = None if row_steps is None else row_steps(optimizer, frozen_state)
+        self._plan: _StepPlan | None = None
         restore_counts(optimizer, ownership.parameters)
         # A step compiled by the user breaks its graph here: what is active is decided on the host.
         eager: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.compiler.disable
@@ -119,6 +143,7 @@ class AttachedOptimizer:
     def _after_load(self, optimizer: Optimizer) -> None:
         self._refresh()
         restore_counts(optimizer, self._ownership.parameters)
+        self._plan = None
         if self._rows is not None:
             self._rows.forget()
 
@@ -126,44 +151,58 @@ class AttachedOptimizer:
         """Step the neuron-owned parameters; the groups that are left for torch."""
         assert self._rows is not None
         self._refresh()
-        guarded: dict[Parameter, OwnedParameter] = {}
-        by_rows: list[tuple[Group, dict[Parameter, OwnedParameter]]] = []
-        left: list[Group] = []
+        plan, self._plan = self._plan, None
+        if plan is None or plan.watch is None or not plan.watch.sees_no_change():
+            plan = self._assign(self._rows)
+        if plan.by_rows and not self._overflowed():
+            for _, own in plan.by_rows:
+                self._unscale(own)
+            if plan.groups is None:
+                plan.groups = [self._rows.plan(group, own) for group, own in plan.by_rows]
+            for group_plan in plan.groups:
+                self._rows.step(group_plan)
+        drop_counts(self._optimizer, plan.guarded)
+        self._guard.save(plan.guarded)
+        if plan.groups is not None or not plan.by_rows:
+            if plan.watch is None:
+                watched = [p for _, own in plan.by_rows for p in own]
+                plan.watch = Watch(self._optimizer, self._ownership, [*watched, *plan.guarded])
+            self._plan = plan
+        groups = self._optimizer.param_groups
+        return [{**g, "params": rest} for g, rest in zip(groups, plan.left, strict=True)]
+
+    def _assign(self, row_steps: RowSteps) -> _StepPlan:
+        """Who steps which parameter."""
+        plan = _StepPlan()
         for group in self._optimizer.param_groups:
             own, rest = {}, []
             for p in group["params"]:
                 owned = self._ownership.parameters.get(p)
-                if owned is None or self._rows.leaves_to_torch(group, p, owned):
+                if owned is None or row_steps.leaves_to_torch(group, p, owned):
                     rest.append(p)
                 elif reason := self._refusal(group, p):
                     self._log_once(owned, reason)
-                    guarded[p] = owned
+                    plan.guarded[p] = owned
                     rest.append(p)
                 else:
                     own[p] = owned
             if own:
-                by_rows.append((group, own))
-            left.append({**group, "params": rest})
-        if by_rows and not self._overflowed():
-            for group, own in by_rows:
-                flags = self._rows.flags(group)
-                for p, owned in own.items():
-                    self._unscale(p)
-                    self._rows.step(group, flags, p, owned)
-        drop_counts(self._optimizer, guarded)
-        self._guard.save(guarded)
-        return left
+                plan.by_rows.append((group, own))
+            plan.left.append(rest)
+        return plan
 
     def _overflowed(self) -> bool:
         """What a GradScaler tells optimizers with fused kernels."""
         found_inf: Tensor | None = getattr(self._optimizer, "found_inf", None)
         return found_inf is not None and bool(found_inf)
 
-    def _unscale(self, p: Parameter) -> None:
+    def _unscale(self, parameters: Iterable[Parameter]) -> None:
         """As torch's fused kernels: the gradient itself is divided by the scaler's factor."""
         scale: Tensor | None = getattr(self._optimizer, "grad_scale", None)
-        if scale is not None and p.grad is not None:
-            p.grad.div_(scale.to(p.grad.device))
+        if scale is not None:
+            for p in parameters:
+                if p.grad is not None:
+                    p.grad.div_(scale.to(p.grad.device))
 
     def _refresh(self) -> None:
         released = self._ownership.refresh(self._optimizer)
@@ -189,8 +228,9 @@ class AttachedOptimizer:
             logger.warning("%s (and maybe others) takes the guard: %s", owned.name, reason)
 
     def _refuse_capture(self) -> None:
-        on_cuda = any(p.is_cuda for p in self._ownership.parameters)
-        if on_cuda and torch.cuda.is_current_stream_capturing():
+        if not torch.cuda.is_initialized() or not torch.cuda.is_current_stream_capturing():
+            return
+        if any(p.is_cuda for p in self._ownership.parameters):
             raise RuntimeError(
                 "optimizer.step cannot be captured in a CUDA graph once attached: the set of "
                 "active neurons would be baked into the graph"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import operator
+import itertools
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,14 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from neq_kernels.channels import ActiveChannels, NeuronLayout
-from neq_kernels.layers import following_parameters, neuron_owners, unwrap
+from neq_kernels.layers import (
+    NeuronLayer,
+    following_parameters,
+    named_neuron_layers,
+    neuron_owners,
+    unwrap,
+)
+from neq_kernels.optim.identity import remember, same_objects
 
 
 class OwnedParameter:
@@ -57,6 +65,7 @@ class Ownership:
 
     Attributes:
         parameters: every owned parameter. Keys compare by identity.
+        version: grows whenever :meth:`refresh` finds the model or an active set changed.
 
     Args:
         model: a converted model; wrappers (data parallel, compiled) are seen through.
@@ -67,9 +76,11 @@ class Ownership:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = unwrap(model)
-        self._structure = _structure(self._model)
-        self._following = list(following_parameters(self._model))
+        self._structure = _Structure(self._model)
         self.parameters = self._read()
+        self.version = 0
+        self._generations: list[int] = []
+        self._watch_active_sets()
 
     def refresh(self, optimizer: Optimizer) -> list[Parameter]:
         """Re-read the model if it has changed, and bring every active set up to date.
@@ -81,9 +92,8 @@ class Ownership:
             RuntimeError: the optimizer holds an owned parameter that the model no longer has.
         """
         released: list[Parameter] = []
-        structure = _structure(self._model)
-        if not _same_objects(structure, self._structure):
-            parameters = self._read()
+        if self._structure.has_changed():
+            structure, parameters = _Structure(self._model), self._read()
             released = [p for p in self.parameters if p not in parameters]
             optimized = {p for group in optimizer.param_groups for p in group["params"]}
             for p in optimized.intersection(released).difference(self._model.parameters()):
@@ -93,12 +103,23 @@ class Ownership:
                     "make the optimizer anew from model.parameters() and attach it"
                 )
             self._structure, self.parameters = structure, parameters
-            self._following = list(following_parameters(self._model))
-        for following in self._following:
-            _ = following.channels  # reading it brings it up to date
-        for owned in self.parameters.values():
-            owned.refresh()
+            self._watch_active_sets()
+            self.version += 1
+        generations = [channels.generation for channels in self._deciding]
+        if generations != self._generations:
+            for following in self._following:
+                _ = following.channels  # reading it brings it up to date
+            for owned in self.parameters.values():
+                owned.refresh()
+            self._generations = generations
+            self.version += 1
         return released
+
+    def _watch_active_sets(self) -> None:
+        layers = [layer for _, layer in named_neuron_layers(self._model)]
+        self._deciding = list({id(layer.channels): layer.channels for layer in layers}.values())
+        self._following = list(following_parameters(self._model))
+        self._generations = []  # equal to no model's: the next refresh reads it
 
     def names(self) -> dict[Parameter, str]:
         """The name of every parameter of the model."""
@@ -111,19 +132,33 @@ class Ownership:
         }
 
 
-def _structure(model: nn.Module) -> list[object]:
+class _Structure:
     """Every object the ownership map is made from, so that a change shows by identity."""
-    found: list[object] = []
-    pending: list[nn.Module | None] = [model]
-    while pending:
-        module = pending.pop()
-        if module is not None:
-            attributes = module.__dict__
-            found += (type(module), attributes.get("channels"), attributes.get("neq_following"))
-            found += module._parameters.values()
-            pending += module._modules.values()
-    return found
 
+    def __init__(self, model: nn.Module) -> None:
+        self._modules: list[nn.Module] = []
+        pending: list[nn.Module | None] = [model]
+        while pending:
+            module = pending.pop()
+            if module is not None:
+                self._modules.append(module)
+                pending += module._modules.values()
+        self._attributes = [module.__dict__ for module in self._modules]
+        self._of_layers = [m.__dict__ for m in self._modules if isinstance(m, NeuronLayer)]
+        # Views show what the dicts hold later.
+        self._held: list[Iterable[object]] = []
+        for module in self._modules:
+            self._held += (module._parameters.values(), module._modules.values())
+        self._objects = remember(self._read())
 
-def _same_objects(a: list[object], b: list[object]) -> bool:
-    return len(a) == len(b) and all(map(operator.is_, a, b))
+    def has_changed(self) -> bool:
+        return not same_objects(self._objects, self._read())
+
+    def _read(self) -> Iterator[object]:
+        return itertools.chain(
+            map(type, self._modules),
+            map(dict.get, self._attributes, itertools.repeat("neq_following")),
+            map(dict.get, self._of_layers, itertools.repeat("channels")),
+            map(dict.get, self._of_layers, itertools.repeat("_parameters")),
+            itertools.chain.from_iterable(self._held),
+        )

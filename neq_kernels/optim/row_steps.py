@@ -5,6 +5,8 @@ While all neurons of a parameter are active and share one history, torch's own s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Literal
 
@@ -17,6 +19,7 @@ from neq_kernels import dispatch
 from neq_kernels.backends import cpu
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.optim import rows
+from neq_kernels.optim.batches import Batches, RowStep, ScalarSteps
 from neq_kernels.optim.ownership import OwnedParameter
 from neq_kernels.optim.state import COUNTS, State, counts_from
 
@@ -27,6 +30,27 @@ Flags = dict[str, Any]
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+@dataclass
+class GroupPlan:
+    """How the parameters of one group that take row steps are stepped until something changes.
+
+    Attributes:
+        group: its settings are read anew at every step.
+        batches: the row steps of active neurons.
+        advancing: parameters whose frozen neurons' state goes on ("reference").
+        scalars: the scalar ``step`` of each parameter that has one.
+        waiting: parameters whose scalar does not advance yet.
+        scalar_steps: the others' scalars; None to have both found anew.
+    """
+
+    group: Group
+    batches: Batches
+    advancing: list[tuple[Parameter, OwnedParameter, State]]
+    scalars: dict[Parameter, Tensor]
+    waiting: list[Parameter] = field(default_factory=list)
+    scalar_steps: ScalarSteps | None = None
+
+
 class RowSteps:
     """Row steps of one optimizer.
 
@@ -35,6 +59,8 @@ class RowSteps:
         frozen_state: what happens to the state of a frozen neuron.
     """
 
+    # The name of the row function.
+    function: str
     # State set to 0 when a neuron freezes: under "reset", and under "reference".
     reset: tuple[str, ...]
     reference: tuple[str, ...]
@@ -59,25 +85,42 @@ class RowSteps:
         """The group's settings as numbers, as the row functions take them."""
         raise NotImplementedError
 
-    def step(self, group: Group, flags: Flags, p: Parameter, owned: OwnedParameter) -> None:
-        """One step of one parameter, in place; its gradient may be None."""
+    def plan(self, group: Group, own: Mapping[Parameter, OwnedParameter]) -> GroupPlan:
+        """How these parameters of a group are stepped, from now on until something changes. Makes
+        the state that is missing and does to the state of frozen neurons what is due."""
         advances_frozen = self._frozen_state == "reference"
-        wholly_frozen = owned.channels.n_active == 0
-        state = self._optimizer.state.get(p, {})
-        steps = advances_frozen if wholly_frozen else p.grad is not None
-        if not steps and not state:
-            return
-        if self.is_stateful(group):
-            state = self._optimizer.state[p]
-            self.prepare(group, p, owned, state)
-            self._apply_frozen_state(p, owned, state)
-        if not steps:
-            return
-        if p.grad is not None and not wholly_frozen:
-            self.update(group, flags, p, p.grad, owned, state)
-        if advances_frozen:
+        steps: list[RowStep] = []
+        advancing = []
+        scalars = {}
+        for p, owned in own.items():
+            wholly_frozen = owned.channels.n_active == 0
+            state = self._optimizer.state.get(p, {})
+            is_stepped = advances_frozen if wholly_frozen else p.grad is not None
+            if not is_stepped and not state:
+                continue
+            if self.is_stateful(group):
+                state = self._optimizer.state[p]
+                self.prepare(group, p, owned, state)
+                self._apply_frozen_state(p, owned, state)
+            if not is_stepped:
+                continue
+            if p.grad is not None and not wholly_frozen:
+                steps.append(self._row_step(group, p, p.grad, owned, state))
+            if advances_frozen:
+                advancing.append((p, owned, state))
+                self._behind[p] = 0
+            if "step" in state:
+                scalars[p] = state["step"]
+        return GroupPlan(group, Batches(self.function, steps), advancing, scalars)
+
+    def step(self, plan: GroupPlan) -> None:
+        """One step of one group, in place."""
+        flags = self.flags(plan.group)
+        plan.batches.run(flags)
+        for p, owned, state in plan.advancing:
             self._advance_frozen(flags, p, owned, state)
-        self._advance_scalar(p, state)
+        if plan.scalars:
+            self._advance_scalars(plan)
 
     def is_stateful(self, group: Group) -> bool:
         """Whether steps of this group keep state."""
@@ -87,16 +130,8 @@ class RowSteps:
         """Make the state that is missing, as torch would."""
         raise NotImplementedError
 
-    def update(
-        self,
-        group: Group,
-        flags: Flags,
-        p: Parameter,
-        grad: Tensor,
-        owned: OwnedParameter,
-        state: State,
-    ) -> None:
-        """The row step of the active neurons."""
+    def row_state(self, group: Group, state: State) -> tuple[Tensor | None, ...]:
+        """The state tensors in the order the row functions take them."""
         raise NotImplementedError
 
     def decay(self, flags: Flags, p: Parameter, owned: OwnedParameter, state: State) -> None:
@@ -127,21 +162,40 @@ class RowSteps:
     ) -> None:
         if COUNTS in state:
             state[COUNTS][owned.frozen(p.device)] += 1
-            self._behind[p] = 0
         self.decay(flags, p, owned, state)
 
-    def _advance_scalar(self, p: Parameter, state: State) -> None:
-        if "step" not in state:
-            return
-        if self._behind[p]:
+    def _advance_scalars(self, plan: GroupPlan) -> None:
+        """The scalar step is the largest count: it waits while active neurons catch up."""
+        if plan.scalar_steps is None:
+            plan.waiting = [p for p in plan.scalars if self._behind[p]]
+            plan.scalar_steps = ScalarSteps(
+                [scalar for p, scalar in plan.scalars.items() if not self._behind[p]]
+            )
+        plan.scalar_steps.advance()
+        for p in plan.waiting:
             self._behind[p] -= 1
-        else:
-            state["step"] += 1
+            if not self._behind[p]:
+                plan.scalar_steps = None
+
+    def _row_step(
+        self, group: Group, p: Parameter, grad: Tensor, owned: OwnedParameter, state: State
+    ) -> RowStep:
+        tensors = self.row_state(group, state)
+        alike = [t for t in tensors if t is not None and t is not state.get(COUNTS)]
+        return RowStep(
+            p,
+            tensors,
+            owned.channels.order(p.device),
+            owned.channels.n_active,
+            owned.layout,
+            _kernels([p, grad, *alike], owned.layout),
+        )
 
 
 class SGDRows(RowSteps):
     """``torch.optim.SGD``. Counts are kept only with dampening, which spares a first step."""
 
+    function = "sgd_rows_"
     reset = reference = ("momentum_buffer",)
 
     def leaves_to_torch(self, group: Group, p: Parameter, owned: OwnedParameter) -> bool:
@@ -172,32 +226,14 @@ class SGDRows(RowSteps):
         if group["dampening"] and COUNTS not in state:
             state[COUNTS] = counts_from(had_buffer, len(owned.channels), p.device)
 
-    def update(
-        self,
-        group: Group,
-        flags: Flags,
-        p: Parameter,
-        grad: Tensor,
-        owned: OwnedParameter,
-        state: State,
-    ) -> None:
-        buffer = state["momentum_buffer"] if flags["momentum"] else None
-        tensors = [p, grad] if buffer is None else [p, grad, buffer]
-        _kernels(tensors, owned.layout).sgd_rows_(
-            p,
-            grad,
-            buffer,
-            state.get(COUNTS),
-            owned.channels.order(p.device),
-            owned.channels.n_active,
-            owned.layout,
-            **flags,
-        )
+    def row_state(self, group: Group, state: State) -> tuple[Tensor | None, ...]:
+        return state["momentum_buffer"] if group["momentum"] else None, state.get(COUNTS)
 
 
 class AdamRows(RowSteps):
     """``torch.optim.Adam`` and ``AdamW``, with one step count per neuron."""
 
+    function = "adam_rows_"
     reset = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     reference = ("exp_avg",)
 
@@ -230,29 +266,9 @@ class AdamRows(RowSteps):
         if COUNTS not in state:
             state[COUNTS] = counts_from(state["step"], len(owned.channels), p.device)
 
-    def update(
-        self,
-        group: Group,
-        flags: Flags,
-        p: Parameter,
-        grad: Tensor,
-        owned: OwnedParameter,
-        state: State,
-    ) -> None:
-        moments = [state["exp_avg"], state["exp_avg_sq"]]
+    def row_state(self, group: Group, state: State) -> tuple[Tensor | None, ...]:
         largest = state["max_exp_avg_sq"] if group["amsgrad"] else None
-        tensors = [p, grad, *moments] if largest is None else [p, grad, *moments, largest]
-        _kernels(tensors, owned.layout).adam_rows_(
-            p,
-            grad,
-            *moments,
-            largest,
-            state[COUNTS],
-            owned.channels.order(p.device),
-            owned.channels.n_active,
-            owned.layout,
-            **flags,
-        )
+        return state["exp_avg"], state["exp_avg_sq"], largest, state[COUNTS]
 
     def decay(self, flags: Flags, p: Parameter, owned: OwnedParameter, state: State) -> None:
         rows.decay_frozen_(

@@ -18,6 +18,7 @@ from tests.backends.arrange import (
     seeds,
     threads,
 )
+from tests.row_functions import step_one
 
 NAN = float("nan")
 SGD = {
@@ -97,30 +98,19 @@ class Case:
 
     def sgd(self, module, *, with_steps=True, **settings):
         with_momentum = settings["momentum"] != 0
-        module.sgd_rows_(
-            self.param,
-            self.grad,
+        state = (
             self.first if with_momentum else None,
             self.steps if with_steps and with_momentum else None,
-            self.order,
-            self.n,
-            self.layout,
-            **settings,
         )
+        self._step(module, "sgd_rows_", state, settings)
 
     def adam(self, module, *, amsgrad, **settings):
-        module.adam_rows_(
-            self.param,
-            self.grad,
-            self.first,
-            self.second,
-            self.largest if amsgrad else None,
-            self.steps,
-            self.order,
-            self.n,
-            self.layout,
-            **settings,
-        )
+        state = (self.first, self.second, self.largest if amsgrad else None, self.steps)
+        self._step(module, "adam_rows_", state, settings)
+
+    def _step(self, module, function, state, settings):
+        where = (self.order, self.n, self.layout)
+        step_one(module, function, self.param, self.grad, state, *where, **settings)
 
     @property
     def tensors(self):
@@ -270,7 +260,7 @@ BAD = [
     (broken("order", lambda t: t * 0 + 1), "order: expected no duplicates, got 1 twice"),
     (broken("order", lambda t: t + 1), "order: expected 0 <= index < 5, got 5"),
     (broken("n", lambda n: 6), "n: expected 0 <= n <= 5, got 6"),
-    (broken("param", lambda t: arranged(t, "every_other")), "param: expected a contiguous or"),
+    (broken("param", lambda t: arranged(t, "every_other")), "param: expected a dense tensor"),
     (broken("param", lambda t: t.long()), "param: expected float32"),
 ]
 
@@ -291,8 +281,76 @@ def test_bad_arguments_are_refused_and_nothing_is_written(change, message):
 
 def test_momentum_needs_a_buffer_and_lr_a_number():
     case = Case((5, 4), NeuronLayout(), "contiguous", 5, 0)
-    arguments = (case.param, case.grad, None, None, case.order, 5, case.layout)
-    with pytest.raises(ValueError, match="momentum_buffer: expected a tensor, got None"):
+    arguments = ([case.param], [case.grad], [], [], [case.order], [5], [1, 1, 5, 4])
+    with pytest.raises(ValueError, match="momentum_buffers: expected 1, got 0"):
         cpu.sgd_rows_(*arguments, **SGD)
     with pytest.raises(ValueError, match="lr: expected a finite number, got nan"):
         cpu.sgd_rows_(*arguments, **{**SGD, "momentum": 0.0, "lr": NAN})
+
+
+def many(dtype=torch.float32):
+    """Parameters of every layout and of very different sizes."""
+    sizes = [
+        ((9,), NeuronLayout(), "contiguous", 4),
+        ((3, 70_001), NeuronLayout(), "contiguous", 2),
+        ((6, 5, 3, 3), NeuronLayout(), "channels_last", 6),
+        ((7, 2), NeuronLayout(), "contiguous", 0),
+        ((12, 10, 9, 11), NeuronLayout(3, 1), "contiguous", 13),
+        ((0, 4), NeuronLayout(1, 1), "contiguous", 3),
+        ((40, 24, 9, 11), NeuronLayout(1, 1), "channels_last", 7),
+        ((5, 7), WHOLE_PARAMETER, "contiguous", 1),
+        ((400, 3), NeuronLayout(), "contiguous", 200),
+    ]
+    return [Case(shape, layout, kind, n, i, dtype) for i, (shape, layout, kind, n) in
+            enumerate(sizes)]  # fmt: skip
+
+
+def lists_of(cases, *names):
+    return [[getattr(case, name) for case in cases] for name in names]
+
+
+def step_together(cases, function, settings):
+    names = {"sgd_rows_": ("first",), "adam_rows_": ("first", "second", "largest")}[function]
+    blocks = [i for case in cases for i in case.layout.blocks(case.param)]
+    lists = lists_of(cases, "param", "grad", *names, "steps", "order", "n")
+    getattr(cpu, function)(*lists, blocks, **settings)
+
+
+FUNCTIONS = [("sgd_rows_", {**SGD, "dampening": 0.3}), ("adam_rows_", ADAM)]
+
+
+@pytest.mark.parametrize(("function", "settings"), FUNCTIONS)
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+def test_many_parameters_in_one_call_as_one_by_one(function, settings, n_threads):
+    together, alone = many(), many()
+    with threads(n_threads):
+        step_together(together, function, settings)
+    for case in alone:
+        step_together([case], function, settings)
+    for case, expected in zip(together, alone, strict=True):
+        assert torch.equal(case.steps, expected.steps)
+        assert all(map(torch.equal, map(bits, case.tensors), map(bits, expected.tensors)))
+
+
+@pytest.mark.parametrize(("function", "settings"), FUNCTIONS)
+def test_one_bad_parameter_among_many_and_nothing_is_written(function, settings):
+    for change, _ in BAD:
+        cases = [*many(torch.float64), Case((5, 4, 3, 2), NeuronLayout(), "contiguous", 5, 9)]
+        cases[-1].order = torch.arange(5)
+        change(cases[-1])
+        before = [case.copy() for case in cases]
+        with pytest.raises((ValueError, TypeError)):
+            step_together(cases, function, settings)
+        for case, old in zip(cases, before, strict=True):
+            assert torch.equal(case.steps, old.steps)
+            assert all(map(torch.equal, map(bits, case.tensors), map(bits, old.tensors)))
+
+
+@pytest.mark.parametrize("position", range(7))
+def test_lists_of_different_lengths_are_refused(position):
+    case = Case((5, 4), NeuronLayout(), "contiguous", 5, 0)
+    lists = [*lists_of([case, case], "param", "grad", "first", "steps", "order", "n")]
+    lists.append([1, 1, 5, 4, 1, 1, 5, 4])
+    lists[position] = lists[position][:1]
+    with pytest.raises(ValueError, match=r"expected \d+, got \d+"):
+        cpu.sgd_rows_(*lists, **SGD)

@@ -10,6 +10,7 @@ from neq_kernels import dispatch
 from neq_kernels.backends import cpu
 from neq_kernels.channels import WHOLE_PARAMETER, ActiveChannels, NeuronLayout
 from neq_kernels.optim import row_steps, rows
+from tests.row_functions import step_one
 
 SGD_FLAGS = {
     "lr": 0.05,
@@ -69,12 +70,12 @@ def test_low_precision_is_no_worse_than_torchs_own(kernels, name, dtype, n):
     state = [torch.zeros_like(p) for _ in range(2)]
     counts = torch.zeros(8, dtype=torch.int64)
     for grad in grads:
+        where = channels.order(), n, layout
         if name == "SGD":
-            kernels.sgd_rows_(p, grad, state[0], None, channels.order(), n, layout, **SGD_FLAGS)
+            step_one(kernels, "sgd_rows_", p, grad, (state[0], None), *where, **SGD_FLAGS)
         else:
-            kernels.adam_rows_(
-                p, grad, *state, None, counts, channels.order(), n, layout, **ADAM_FLAGS
-            )
+            states = (*state, None, counts)
+            step_one(kernels, "adam_rows_", p, grad, states, *where, **ADAM_FLAGS)
     make = TORCH[name]
     exact = torch_run(make, weights.double(), grads.double())[:n]
     own = torch_run(make, weights, grads)[:n]
@@ -130,12 +131,12 @@ def test_every_layout_and_memory_format(shape, layout):
             p, g, *state = (
                 form(t.clone()) for t in (weights, grad, *[torch.zeros_like(weights)] * 3)
             )
-            owned_kernels = row_steps._kernels([p, g, *state], layout)
-            owned_kernels.adam_rows_(
+            step_one(
+                row_steps._kernels([p, g, *state], layout),
+                "adam_rows_",
                 p,
                 g,
-                *state,
-                torch.zeros(len(channels), dtype=torch.int64),
+                (*state, torch.zeros(len(channels), dtype=torch.int64)),
                 channels.order(),
                 len(active),
                 layout,
@@ -149,10 +150,12 @@ def test_steps_may_be_absent_or_given_to_sgd(kernels):
     p, grad, buffer = torch.zeros(3, 2), torch.ones(3, 2), torch.zeros(3, 2)
     counts = torch.tensor([0, 1, 0])
     order = torch.tensor([0, 1, 2])
-    kernels.sgd_rows_(p, grad, buffer, counts, order, 2, NeuronLayout(), **flags)
+    state = (buffer, counts)
+    step_one(kernels, "sgd_rows_", p, grad, state, order, 2, NeuronLayout(), **flags)
     assert counts.tolist() == [1, 2, 0]
     assert buffer[:, 0].tolist() == [1.0, 0.5, 0.0]
-    kernels.sgd_rows_(p, grad, buffer, None, order, 3, NeuronLayout(), **flags)
+    state = (buffer, None)
+    step_one(kernels, "sgd_rows_", p, grad, state, order, 3, NeuronLayout(), **flags)
     assert counts.tolist() == [1, 2, 0]
     torch.testing.assert_close(buffer[:, 0], torch.tensor([1.4, 0.95, 0.5]))
 
