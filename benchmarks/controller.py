@@ -169,15 +169,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "targets": {"share of an epoch": MOST_TIME, "memory": MOST_MEMORY},
     }
     try:
-        with Record(given.out, "controller", settings) as record:
-            table = console.Table(COLUMNS)
-            for layout in case.layouts[:1] if given.quick else case.layouts:
-                row = measure(case, layout, rounds)
-                record.add(row)
-                show(table, row)
+        record = Record(given.out, "controller", settings)
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return console.USER_ERROR
+    with record:
+        table = console.Table(COLUMNS)
+        for layout in case.layouts[:1] if given.quick else case.layouts:
+            row = measure(case, layout, rounds)
+            record.add(row)
+            show(table, row)
     print(record.path)
     return 0
 

@@ -167,17 +167,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "targets": {"saved over requires_grad": MOST_SAVED, "time over no_grad": MOST_TIME},
     }
     try:
-        with Record(given.out, "memory", settings) as record:
-            table = console.Table(COLUMNS)
-            for name in names:
-                case = CASES[name]
-                for fraction, prefix in zip(fractions, prefixes(case, fractions), strict=True):
-                    for row in rows(case, fraction, prefix, seconds):
-                        record.add(row)
-                        show(table, row)
+        record = Record(given.out, "memory", settings)
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return console.USER_ERROR
+    with record:
+        table = console.Table(COLUMNS)
+        for name in names:
+            case = CASES[name]
+            for fraction, prefix in zip(fractions, prefixes(case, fractions), strict=True):
+                for row in rows(case, fraction, prefix, seconds):
+                    record.add(row)
+                    show(table, row)
     if any(row["peak_bytes"] is None for row in record.rows):
         print(NOT_MEASURED)
     print(record.path)

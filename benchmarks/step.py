@@ -257,11 +257,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "targets": {"of the bound": TARGET_OF_BOUND, "of dense at r = 1": TARGET_OF_DENSE},
     }
     try:
-        with Record(given.out, "step", settings) as record:
-            right = run(cases, options, record)
+        record = Record(given.out, "step", settings)
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return console.USER_ERROR
+    with record:
+        right = run(cases, options, record)
     print(record.path)
     return 0 if right else console.WRONG_RESULT
 

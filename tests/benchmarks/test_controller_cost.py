@@ -45,9 +45,12 @@ def test_rows(tmp_path, monkeypatch, capsys):
     assert [row["layout"] for row in rows] == ["nchw", "nhwc"]
     for row in rows:
         assert row["epoch"] == "12500 x the median step"
-        assert row["epoch_seconds"] == pytest.approx(12_500 * row["step_seconds_median"])
+        assert row["epoch_seconds"] == pytest.approx(
+            12_500 * row["step_seconds_median"],
+            rel=1e-3,  # records keep four digits
+        )
         share = row["controller_seconds_median"] / row["epoch_seconds"]
-        assert row["share_of_epoch"] == pytest.approx(share)
+        assert row["share_of_epoch"] == pytest.approx(share, rel=2e-3)
         assert row["passes_time"] == (share <= 0.01)
         assert row["kept_bytes"] == row["model_bytes"]
         assert row["peak_step_bytes"] > row["output_bytes"]

@@ -50,8 +50,12 @@ def test_one_row_per_cell_and_provider(tmp_path, capsys):
             assert row["target"] == step.TARGET_OF_DENSE
         if row["provider"] == "neq":
             assert row["bound_floor"] <= row["bound"]
-            assert row["ratio"] == row["speedup_median"] / row["bound"]
-            assert row["passes"] == (row["ratio"] >= row["target"])
+            # Records keep four digits.
+            ratio = row["speedup_median"] / row["bound"]
+            assert row["ratio"] == pytest.approx(ratio, rel=1e-3)
+            assert row["passes"] == (ratio >= row["target"]) or ratio == pytest.approx(
+                row["target"], rel=1e-3
+            )
     table = (tmp_path / "step.csv").read_text().splitlines()
     assert table[0].startswith("# command:")
     assert len(list(csv.DictReader(table[1:]))) == len(rows)
