@@ -1,12 +1,15 @@
-"""Fit the model of costs that chooses strategies to a record of the kernel benchmark.
+"""Fit the model of costs that chooses strategies to measurements of the kernel benchmark.
 
->>> python -m benchmarks.kernels --strategies --runs 1 --out benchmarks/results/fit
->>> python -m benchmarks.fit benchmarks/results/fit/kernels.jsonl
+>>> python -m benchmarks.kernels --strategies --out runs/strategies
+>>> python -m benchmarks.fit runs/strategies/kernels.jsonl
+
+Without a record it fits again to the measurements of the last one, kept in ``results/fit.csv``.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 import sys
@@ -15,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from benchmarks import console
 from benchmarks.kernel_targets import cell_of, geometric_mean
@@ -24,16 +26,21 @@ from benchmarks.shapes import problems_by_cell
 from neq_kernels import heuristics
 from neq_kernels.problem import Strategy
 
+DATA = Path(__file__).parent / "results" / "fit.csv"
+CELL = ("network", "layer", "layout", "active")
+Cells = dict[tuple[object, ...], dict[Strategy, float]]
+
 # Which features each strategy can depend on.
+_READ = ("calls", "input", "active output", "output", "active weight", "weight")
 FEATURES = {
     Strategy.DENSE: ("calls", "input", "output", "weight", "all products"),
-    Strategy.PACK: ("calls", "input", "active output", "output", "weight", "blocked products"),
-    Strategy.MATMUL: ("calls", "input", "active output", "output", "weight", "blocked products"),
-    Strategy.FUSED: ("calls", "input", "active output", "output", "weight", "products"),
+    Strategy.PACK: (*_READ, "blocked products"),
+    Strategy.MATMUL: (*_READ, "blocked products"),
+    Strategy.FUSED: (*_READ, "products"),
 }
 
 
-def fit(cells: dict[tuple[object, ...], dict[Strategy, float]]) -> dict[str, dict[str, float]]:
+def fit(cells: Cells) -> dict[str, dict[str, float]]:
     """Coefficients, none of them negative, that make the sum of squared relative errors least."""
     groups: dict[str, list[tuple[Strategy, dict[str, float], float]]] = defaultdict(list)
     problems = problems_by_cell()
@@ -63,23 +70,42 @@ def _least_squares(rows: Sequence[tuple[Strategy, dict[str, float], float]]) -> 
     return dict.fromkeys(names, 0.0)
 
 
-def read(paths: Sequence[Path]) -> dict[tuple[object, ...], dict[Strategy, float]]:
-    """Median seconds by cell and strategy; of several records of a cell, the fastest.
+def read_record(path: Path) -> Cells:
+    """Median seconds by cell and strategy; of several runs of a cell, the fastest.
 
     Raises:
         FileNotFoundError, ValueError: no such record, or one without strategies.
     """
-    cells: dict[tuple[object, ...], dict[Strategy, float]] = defaultdict(dict)
-    for path in paths:
-        for row in load(path)[1]:
-            strategy = _strategy(row)
-            if strategy is not None and "wrong" not in row:
-                best = cells[cell_of(row)]
-                seconds = row["seconds_median"]
-                best[strategy] = min(best.get(strategy, math.inf), seconds)
+    cells: Cells = defaultdict(dict)
+    for row in load(path)[1]:
+        strategy = _strategy(row)
+        if strategy is not None and "wrong" not in row:
+            best = cells[cell_of(row)]
+            best[strategy] = min(best.get(strategy, math.inf), row["seconds_median"])
     if not cells:
-        raise ValueError(f"{paths[0]}: expected a record of benchmarks.kernels --strategies")
+        raise ValueError(f"{path}: expected a record of benchmarks.kernels --strategies")
     return cells
+
+
+def write_data(path: Path, cells: Cells) -> None:
+    """Microseconds, one line for each cell."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*CELL, *(s.name.lower() for s in Strategy)])
+        for cell, seconds in cells.items():
+            times = (f"{seconds[s] * 1e6:.4g}" if s in seconds else "" for s in Strategy)
+            writer.writerow([*cell, *times])
+
+
+def read_data(path: Path) -> Cells:
+    """What :func:`write_data` wrote."""
+    with path.open(newline="") as file:
+        return {
+            (*(row[name] for name in CELL[:3]), int(row[CELL[3]])): {
+                s: float(row[s.name.lower()]) / 1e6 for s in Strategy if row[s.name.lower()]
+            }
+            for row in csv.DictReader(file)
+        }
 
 
 def _strategy(row: Row) -> Strategy | None:
@@ -90,23 +116,26 @@ def _strategy(row: Row) -> Strategy | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fit", description=__doc__)
-    parser.add_argument("records", nargs="+", type=Path, help="kernels.jsonl, made --strategies")
-    parser.add_argument("--out", type=Path, default=heuristics.COSTS, help="(%(default)s)")
+    parser.add_argument("record", nargs="?", type=Path, help="kernels.jsonl, with --strategies")
     args = parser.parse_args(arguments)
     try:
-        cells = read(args.records)
-        measured_on = load(args.records[0])[0]["machine"]
-    except (OSError, ValueError) as error:
+        if args.record is not None:
+            write_data(DATA, read_record(args.record))
+            measured_on = load(args.record)[0]["machine"]
+        else:
+            measured_on = json.loads(heuristics.COSTS.read_text())["measured_on"]
+        cells = read_data(DATA)
+    except (OSError, ValueError, KeyError) as error:
         print(f"benchmarks.fit: {error}", file=sys.stderr)
         return console.USER_ERROR
     text = json.dumps({"measured_on": measured_on, "costs": fit(cells)}, indent=1)
-    args.out.write_text(text + "\n")
+    heuristics.COSTS.write_text(text + "\n")
     heuristics._costs.cache_clear()
     _show(cells)
     return 0
 
 
-def _show(cells: dict[tuple[object, ...], dict[Strategy, float]]) -> None:
+def _show(cells: Cells) -> None:
     """How much slower than the best strategy the chosen one is."""
     problems = problems_by_cell()
     regrets: dict[str, list[float]] = defaultdict(list)
@@ -126,5 +155,4 @@ def _show(cells: dict[tuple[object, ...], dict[Strategy, float]]) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     sys.exit(main())

@@ -39,7 +39,8 @@ class Record:
         self._write(self.header)
 
     def add(self, row: Row) -> None:
-        """One result, on disk at once."""
+        """One result, on disk at once; of every figure four digits are kept."""
+        row = {name: _rounded(value) for name, value in row.items()}
         self.rows.append(row)
         self._write(row)
 
@@ -58,6 +59,10 @@ class Record:
     def _write(self, line: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def load(path: str | Path) -> tuple[Row, list[Row]]:

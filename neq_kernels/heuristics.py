@@ -1,21 +1,85 @@
-"""The strategy to expect most of, from the shape alone."""
+"""The strategy to expect most of, from the shape alone.
+
+For CPU tensors a linear model of the time of each strategy decides. Its coefficients (seconds per
+million elements read or written, and per billion products) are in ``costs.json``; they were fitted
+by ``python -m benchmarks.fit`` to measurements that lie beside the results of the benchmarks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import functools
+import json
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
 
 from neq_kernels.problem import Problem, Strategy
 
-# Above this share of active channels gathering costs more than the rows it saves.
+COSTS = Path(__file__).parent / "costs.json"
+
+# Without a model: above this share of active channels gathering costs more than it saves.
 _DENSE_SHARE = 0.85
+# How much faster than PyTorch's own kernel another strategy has to promise to be; with every
+# channel active it has to take the place of a call that the user knows.
+_PROMISE, _PROMISE_ALL = 0.97, 0.8
+
+# The library computes channels in blocks of this many.
+_BLOCK = 8
 
 
 def strategy(problem: Problem, n: int, usable: Collection[Strategy]) -> Strategy:
     """The one of the ``usable`` strategies that is expected to be fastest for ``n`` channels."""
-    if problem.is_depthwise and Strategy.FUSED in usable:
-        return Strategy.FUSED
-    if n > _DENSE_SHARE * problem.neurons or Strategy.PACK not in usable:
-        return Strategy.DENSE
-    if Strategy.FUSED in usable and n <= 8:
-        return Strategy.FUSED
-    return Strategy.PACK
+    if Strategy.FUSED not in usable:
+        few = n <= _DENSE_SHARE * problem.neurons
+        return Strategy.PACK if few and Strategy.PACK in usable else Strategy.DENSE
+    k = problem.neurons
+    expected = {s: seconds(problem, n, s) for s in usable if s != Strategy.PACK or n < k}
+    expected = {s: t for s, t in expected.items() if t is not None}
+    if Strategy.DENSE in expected:
+        expected[Strategy.DENSE] *= _PROMISE_ALL if n == k else _PROMISE
+    return min(expected, key=lambda s: expected[s], default=Strategy.DENSE)
+
+
+def seconds(problem: Problem, n: int, strategy: Strategy) -> float | None:
+    """What the model expects, or None where it knows nothing of such a problem."""
+    costs = _costs().get(group(problem, strategy))
+    if costs is None:
+        return None
+    return sum(costs[name] * value for name, value in features(problem, n).items())
+
+
+def group(problem: Problem, strategy: Strategy) -> str:
+    """Problems that share coefficients."""
+    layout = "nhwc" if problem.channels_last else "nchw"
+    if problem.geometry is None:
+        kind, layout = "linear", "rows"
+    elif problem.is_depthwise:
+        kind = "depthwise"
+    elif math.prod(problem.weight_size[2:]) == 1:
+        kind = "pointwise"
+    else:
+        kind = "few inputs" if problem.input_size[1] < _BLOCK else "conv"
+    return f"{strategy.name.lower()} {kind} {layout}"
+
+
+def features(problem: Problem, n: int) -> dict[str, float]:
+    """What the time is linear in."""
+    t, c, k = problem.output_positions, problem.row_size, problem.neurons
+    blocks = min(k, -(-n // _BLOCK) * _BLOCK)
+    return {
+        "calls": 1.0,
+        "input": math.prod(problem.input_size) / 1e6,
+        "active output": t * n / 1e6,
+        "output": t * k / 1e6,
+        "active weight": n * c / 1e6,
+        "weight": k * c / 1e6,
+        "products": t * c * n / 1e9,
+        "blocked products": t * c * blocks / 1e9,
+        "all products": t * c * k / 1e9,
+    }
+
+
+@functools.cache
+def _costs() -> Mapping[str, Mapping[str, float]]:
+    costs: Mapping[str, Mapping[str, float]] = json.loads(COSTS.read_text())["costs"]
+    return costs

@@ -133,7 +133,7 @@ Tensor bias_like(const Tensor& weight, int64_t k) {
 // The rows of the active neurons in a whole gradient like `weight`, of which dimension 0 is the
 // outermost in memory; the others are 0.
 template <class T>
-Tensor whole_gradient(const std::vector<T>& rows, const Tensor& weight, const int64_t* order,
+Tensor whole_gradient(const DirectWgrad<T>& active, const Tensor& weight, const int64_t* order,
                       int64_t n) {
   Tensor grad = torch::stable::empty_like(weight);
   const int64_t k = weight.size(0), channels = weight.size(1), size = k ? weight.numel() / k : 0;
@@ -144,14 +144,21 @@ Tensor whole_gradient(const std::vector<T>& rows, const Tensor& weight, const in
   torch::stable::parallel_for(0, k, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       T* target = to + order[i] * size;
-      const T* row = rows.data() + i * size;
       if (i >= n) {
         std::fill_n(target, size, T(0));
-      } else if (!taps_inside) {
-        std::copy_n(row, size, target);
-      } else {
-        for (int64_t c = 0; c < channels; ++c) {
-          for (int64_t tap = 0; tap < taps; ++tap) target[c * taps + tap] = row[tap * channels + c];
+        continue;
+      }
+      for (int64_t part = 0; part < active.parts; ++part) {
+        const T* sums = active.sums.data() + (part * n + i) * active.row;
+        const int64_t before = part * active.size;
+        if (!taps_inside) {
+          std::copy_n(sums, active.size, target + before);
+          continue;
+        }
+        int64_t tap = before / channels, c = before % channels;
+        for (int64_t j = 0; j < active.size; ++j) {
+          target[c * taps + tap] = sums[j];
+          if (++c == channels) c = 0, ++tap;
         }
       }
     }
@@ -188,7 +195,7 @@ Grads direct(const ConvProblem& p, const Tensor& grad, const Tensor& input, cons
     const DirectWgrad<T> active =
         direct_wgrad<T>(p, static_cast<const T*>(grad.const_data_ptr()),
                         static_cast<const T*>(input.const_data_ptr()), channels_last);
-    grads = {Tensor(), whole_gradient(active.rows, weight, all, p.n),
+    grads = {Tensor(), whole_gradient(active, weight, all, p.n),
              whole_bias<T>(active.bias, weight, all, p.n, p.output_channels)};
   });
   return grads;

@@ -145,7 +145,7 @@ class Direct {
       for (int64_t i = 0; p_.want_bias && i < p_.n; ++i) bias[i] += bias[part * p_.n + i];
     }
     bias.resize(p_.want_bias ? p_.n : 0);
-    return {by_neuron(sums), std::move(bias)};
+    return {std::move(sums), p_.h.kernel * column_taps_, channels_, padded_, std::move(bias)};
   }
 
  private:
@@ -265,19 +265,6 @@ class Direct {
     }
   }
 
-  // sums[tap][n][channel] as [n][tap][channel].
-  std::vector<T> by_neuron(const std::vector<T>& sums) const {
-    const int64_t taps = p_.h.kernel * column_taps_;
-    std::vector<T> rows(p_.n * taps * channels_);
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      for (int64_t k = 0; k < p_.n; ++k) {
-        std::copy_n(sums.begin() + (tap * p_.n + k) * padded_, channels_,
-                    rows.begin() + (k * taps + tap) * channels_);
-      }
-    }
-    return rows;
-  }
-
   const ConvProblem& p_;
   const PackedGrad<T>& dy_;
   const T* x_;
@@ -294,8 +281,8 @@ DirectWgrad<T> direct_wgrad(ConvProblem p, const T* grad, const T* input, bool c
   flatten_pixels(p, channels_last);
   const int64_t pixels = p.images * p.h.output * p.w.output;
   if (p.n == 0 || pixels == 0) {
-    return {std::vector<T>(p.n * p.taps() * p.input_channels),
-            std::vector<double>(p.want_bias ? p.n : 0)};
+    return {std::vector<T>(p.n * p.taps() * p.input_channels), p.taps(), p.input_channels,
+            p.input_channels, std::vector<double>(p.want_bias ? p.n : 0)};
   }
   const PackedGrad<T> dy = pack_grad(p, grad, channels_last);
   return Direct<T>(p, dy, input, channels_last).run();

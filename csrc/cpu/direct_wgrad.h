@@ -7,14 +7,17 @@
 
 namespace neq {
 
-// rows: [n][tap][channel] sums in `T`; bias: [n], empty unless wanted. `channels_last`: pixels of
-// both operands lie channels innermost. Only float and double.
+// Only float and double.
 template <class T>
 struct DirectWgrad {
-  std::vector<T> rows;
-  std::vector<double> bias;
+  // Element j of neuron i's part p is sums[(p * n + i) * row + j]; the parts one after the other,
+  // `size` elements each, are the neuron's weights, channels innermost.
+  std::vector<T> sums;
+  int64_t parts, size, row;
+  std::vector<double> bias;  // [n], empty unless wanted
 };
 
+// `channels_last`: pixels of both operands lie channels innermost.
 template <class T>
 DirectWgrad<T> direct_wgrad(ConvProblem p, const T* grad, const T* input, bool channels_last);
 

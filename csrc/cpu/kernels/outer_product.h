@@ -27,12 +27,21 @@ NEQ_TARGET void outer_product_tile(const OuterProduct<C>& o, int64_t skip, C* su
       x += o.x_column;
     }
   }
+  if (skip > 0) {
+    for (int k = 0; k < kRows; ++k) {
+      C lanes[kLanes];
+      std::memcpy(lanes, &total[k][0], sizeof(lanes));
+      for (int64_t lane = skip; lane < kLanes; ++lane) sums[k * sums_row + lane] += lanes[lane];
+    }
+  }
+#pragma GCC unroll 8
   for (int k = 0; k < kRows; ++k) {
     C* to = sums + k * sums_row;
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      for (int64_t lane = v == 0 ? skip : 0; lane < kLanes; ++lane) {
-        to[v * kLanes + lane] += total[k][v][lane];
-      }
+      if (v == 0 && skip > 0) continue;
+      const Vector sum = load(to + v * kLanes) + total[k][v];
+      std::memcpy(to + v * kLanes, &sum, sizeof(sum));
     }
   }
 }
