@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <memory>
 
 #include "column_gather.h"
 #include "kernels.h"
@@ -15,46 +14,10 @@ namespace {
 constexpr int64_t kPixelsPerBand = 256;        // summed in registers before they join the others
 constexpr int64_t kProductsPerItem = 1 << 17;  // of dy and x: what one parallel item is worth
 constexpr int64_t kMostItems = 64;
-
-// The active channels of dy, side by side at every pixel.
-template <class T>
-struct PackedGrad {
-  const T* data;
-  int64_t pixel_stride;
-  std::unique_ptr<T[]> memory;
-};
-
-template <class T>
-PackedGrad<T> pack_grad(const ConvProblem& p, const T* grad, bool channels_last) {
-  const int64_t plane = p.h.output * p.w.output, n = p.n;
-  bool adjacent = true;
-  for (int64_t i = 1; i < n; ++i) adjacent = adjacent && p.active[i] == p.active[0] + i;
-  if (channels_last && adjacent) return {grad + p.active[0], p.output_channels, nullptr};
-  std::unique_ptr<T[]> memory(new T[p.images * plane * n]);
-  T* to = memory.get();
-  const int64_t grain = std::max<int64_t>(1, (1 << 15) / n);
-  if (channels_last) {
-    using Word = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-    const ColumnGatherPlan plan(p.active, n, p.output_channels, sizeof(T));
-    torch::stable::parallel_for(0, p.images * plane, grain, [&](int64_t begin, int64_t end) {
-      gather_columns_kernel<Word>()(
-          plan.get(), reinterpret_cast<const Word*>(grad + begin * p.output_channels),
-          p.output_channels, reinterpret_cast<Word*>(to + begin * n), n, end - begin);
-    });
-    return {to, n, std::move(memory)};
-  }
-  torch::stable::parallel_for(
-      0, p.images, (grain + plane - 1) / plane, [&](int64_t begin, int64_t end) {
-        std::vector<const T*> planes(n);
-        for (int64_t image = begin; image < end; ++image) {
-          for (int64_t i = 0; i < n; ++i) {
-            planes[i] = grad + (image * p.output_channels + p.active[i]) * plane;
-          }
-          kernels<T>().interleave(planes.data(), n, 0, plane, to + image * plane * n, n);
-        }
-      });
-  return {to, n, std::move(memory)};
-}
+constexpr int64_t kMostParts = 16;
+constexpr int64_t kItemsPerThread = 3;
+constexpr int64_t kSumsOfAllParts = 1 << 18;
+constexpr int64_t kSumsBytes = 1 << 17;
 
 // A 1x1 convolution is a product of matrices: the pixels of an image, or of all images, form a row.
 void flatten_pixels(ConvProblem& p, bool channels_last) {
@@ -68,6 +31,13 @@ void flatten_pixels(ConvProblem& p, bool channels_last) {
   }
   p.h = {pixels, pixels, 1, 1, 0, 1};
   p.w = {1, 1, 1, 1, 0, 1};
+}
+
+bool are_neighbours(const int64_t* channels, int64_t n) {
+  for (int64_t i = 1; i < n; ++i) {
+    if (channels[i] != channels[0] + i) return false;
+  }
+  return true;
 }
 
 // Some vectors of channels. Where the last tile would pass the end it begins earlier, and leaves
@@ -102,11 +72,13 @@ class Direct {
  public:
   static constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(T));
 
-  Direct(const ConvProblem& p, const PackedGrad<T>& dy, const T* input, bool channels_last)
+  Direct(const ConvProblem& p, const T* grad, const T* input, bool channels_last)
       : p_(p),
-        dy_(dy),
+        grad_(grad),
         x_(input),
         channels_last_(channels_last),
+        reads_grad_in_place_(channels_last && are_neighbours(p.active, p.n)),
+        gather_(p.active, p.n, p.output_channels, sizeof(T)),
         rows_of_taps_(p.input_channels < kLanes && p.w.dilation == 1),
         panels_(!channels_last || p.input_channels < kLanes),
         channels_(p.input_channels * (rows_of_taps_ ? p.w.kernel : 1)),
@@ -123,19 +95,33 @@ class Direct {
                             static_cast<double>(p_.images * p_.h.output * p_.w.output);
     const auto most = static_cast<int64_t>(
         std::clamp(products / kProductsPerItem, 1.0, static_cast<double>(kMostItems)));
-    const Split chunks(static_cast<int64_t>(tiles_.size()), most, 1);
-    const Split units(p_.images * bands_, std::clamp<int64_t>(most / chunks.parts, 1, 16), 1);
     const int64_t size = p_.n * p_.h.kernel * column_taps_ * padded_;
+    // The bits depend on the number of parts, so it follows from the shape; they do not depend on
+    // how the tiles are shared out. Each chunk of tiles packs dY for itself, so chunks are few.
+    const int64_t most_parts =
+        std::clamp<int64_t>(kSumsOfAllParts / size, 1, std::min(most, kMostParts));
+    const Split units(p_.images * bands_, most_parts, 1);
+    const int64_t wanted =
+        (kItemsPerThread * torch::stable::get_num_threads() - 1) / units.parts + 1;
+    const Split chunks(static_cast<int64_t>(tiles_.size()),
+                       std::clamp<int64_t>(most / units.parts, 1, wanted), 1);
+    // Tiles whose sums stay in the cache while the bands of dy pass by.
+    const int64_t tile_bytes = size / padded_ * tiles_.front().vectors * kVectorBytes;
+    const int64_t together = std::max<int64_t>(1, kSumsBytes / tile_bytes);
     std::vector<T> sums(units.parts * size);
     std::vector<double> bias(p_.want_bias ? units.parts * p_.n : 0);
     torch::stable::parallel_for(0, units.parts * chunks.parts, 1, [&](int64_t begin, int64_t end) {
-      std::vector<T> panel;
+      std::vector<T> panel, packed;
       for (int64_t item = begin; item < end; ++item) {
         const int64_t part = item / chunks.parts, chunk = item % chunks.parts;
-        for (int64_t t = chunks.begin(chunk); t < chunks.end(chunk); ++t) {
+        const int64_t last = chunks.end(chunk);
+        for (int64_t first = chunks.begin(chunk); first < last; first += together) {
           for (int64_t unit = units.begin(part); unit < units.end(part); ++unit) {
-            add(unit, tiles_[t], panel, sums.data() + part * size);
-            if (p_.want_bias && t == 0) add_bias(unit, bias.data() + part * p_.n);
+            const Grad dy = grad_of(unit, packed);
+            for (int64_t t = first; t < std::min(last, first + together); ++t) {
+              add(unit, dy, tiles_[t], panel, sums.data() + part * size);
+            }
+            if (p_.want_bias && first == 0) add_bias(unit, dy, bias.data() + part * p_.n);
           }
         }
       }
@@ -153,12 +139,36 @@ class Direct {
   int64_t end_row(int64_t unit) const {
     return std::min(p_.h.output, first_row(unit) + band_rows_);
   }
-  const T* grad_at(int64_t image, int64_t row) const {
-    return dy_.data + (image * p_.h.output + row) * p_.w.output * dy_.pixel_stride;
+
+  // The active channels of one band, side by side at every pixel.
+  struct Grad {
+    const T* data;
+    int64_t pixel;
+  };
+
+  Grad grad_of(int64_t unit, std::vector<T>& packed) const {
+    const int64_t image = unit / bands_, plane = p_.h.output * p_.w.output;
+    const int64_t first = first_row(unit) * p_.w.output;
+    const int64_t count = end_row(unit) * p_.w.output - first;
+    const T* images = grad_ + image * plane * p_.output_channels;
+    if (channels_last_) images += first * p_.output_channels;
+    if (reads_grad_in_place_) return {images + p_.active[0], p_.output_channels};
+    packed.resize(std::max<size_t>(packed.size(), count * p_.n));
+    if (channels_last_) {
+      using Word = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+      gather_columns_kernel<Word>()(gather_.get(), reinterpret_cast<const Word*>(images),
+                                    p_.output_channels, reinterpret_cast<Word*>(packed.data()),
+                                    p_.n, count);
+    } else {
+      std::vector<const T*> planes(p_.n);
+      for (int64_t i = 0; i < p_.n; ++i) planes[i] = images + p_.active[i] * plane;
+      kernels<T>().interleave(planes.data(), p_.n, first, count, packed.data(), p_.n);
+    }
+    return {packed.data(), p_.n};
   }
 
   // Adds one band of one image to sums[tap][n][channel], for the channels of one tile.
-  void add(int64_t unit, const Tile& tile, std::vector<T>& panel, T* sums) const {
+  void add(int64_t unit, const Grad& dy, const Tile& tile, std::vector<T>& panel, T* sums) const {
     const int64_t image = unit / bands_, top = first_row(unit), bottom = end_row(unit);
     // Pixels of x: those of a row lie `pixel` apart and begin at column -`left`.
     int64_t pixel = p_.input_channels, row = p_.w.input * pixel, left = 0;
@@ -188,9 +198,9 @@ class Direct {
         const int64_t q1 = rows_of_taps_ ? p_.w.output : p_.w.end(s);
         if (q0 >= q1) continue;
         const int64_t x0 = q0 * p_.w.stride - p_.w.padding + s * p_.w.dilation + left;
-        OuterProduct<T> o{grad_at(image, p0) + q0 * dy_.pixel_stride,
-                          p_.w.output * dy_.pixel_stride,
-                          dy_.pixel_stride,
+        OuterProduct<T> o{dy.data + ((p0 - top) * p_.w.output + q0) * dy.pixel,
+                          p_.w.output * dy.pixel,
+                          dy.pixel,
                           x + y0 * row + x0 * pixel,
                           p_.h.stride * row,
                           p_.w.stride * pixel,
@@ -257,18 +267,19 @@ class Direct {
     kernels<T>().interleave(planes, channels, from, count, to, width);
   }
 
-  void add_bias(int64_t unit, double* bias) const {
-    const int64_t top = first_row(unit), pixels = (end_row(unit) - top) * p_.w.output;
-    const T* dy = grad_at(unit / bands_, top);
-    for (int64_t i = 0; i < pixels; ++i, dy += dy_.pixel_stride) {
-      for (int64_t k = 0; k < p_.n; ++k) bias[k] += static_cast<double>(dy[k]);
+  void add_bias(int64_t unit, const Grad& dy, double* bias) const {
+    const int64_t pixels = (end_row(unit) - first_row(unit)) * p_.w.output;
+    for (int64_t i = 0; i < pixels; ++i) {
+      for (int64_t k = 0; k < p_.n; ++k) bias[k] += static_cast<double>(dy.data[i * dy.pixel + k]);
     }
   }
 
   const ConvProblem& p_;
-  const PackedGrad<T>& dy_;
+  const T* grad_;
   const T* x_;
-  bool channels_last_, rows_of_taps_, panels_;
+  bool channels_last_, reads_grad_in_place_;
+  ColumnGatherPlan gather_;
+  bool rows_of_taps_, panels_;
   int64_t channels_, padded_, column_taps_;
   std::vector<Tile> tiles_;
   int64_t band_rows_, bands_;
@@ -284,8 +295,7 @@ DirectWgrad<T> direct_wgrad(ConvProblem p, const T* grad, const T* input, bool c
     return {std::vector<T>(p.n * p.taps() * p.input_channels), p.taps(), p.input_channels,
             p.input_channels, std::vector<double>(p.want_bias ? p.n : 0)};
   }
-  const PackedGrad<T> dy = pack_grad(p, grad, channels_last);
-  return Direct<T>(p, dy, input, channels_last).run();
+  return Direct<T>(p, grad, input, channels_last).run();
 }
 
 template DirectWgrad<float> direct_wgrad(ConvProblem, const float*, const float*, bool);
