@@ -55,7 +55,11 @@ def fit(cells: Cells) -> dict[str, dict[str, float]]:
 def _least_squares(rows: Sequence[tuple[Strategy, dict[str, float], float]]) -> dict[str, float]:
     strategy = rows[0][0]
     names = list(rows[0][1])
-    free = [name for name in names if name in FEATURES[strategy]]
+    free = [
+        name
+        for name in names
+        if name in FEATURES[strategy] and any(features[name] for _, features, _ in rows)
+    ]
     measured = np.array([seconds for *_, seconds in rows])
     while free:
         matrix = np.array([[features[name] for name in free] for _, features, _ in rows])
