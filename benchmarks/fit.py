@@ -36,7 +36,7 @@ FEATURES = {
     Strategy.DENSE: ("calls", "input", "output", "weight", "all products"),
     Strategy.PACK: (*_READ, "blocked products"),
     Strategy.MATMUL: (*_READ, "blocked products"),
-    Strategy.FUSED: (*_READ, "active weight beyond the cache", "products"),
+    Strategy.FUSED: (*_READ, "products"),
 }
 
 

@@ -196,7 +196,7 @@ def show(table: console.Table, row: Row) -> None:
         f"{row['bound_floor']:.3f}",
         f"{row['ratio']:.3f}",
     ]
-    judged = row["passes"] if row["provider"] == OURS.name else None
+    judged = row["passes_floor"] if row["provider"] == OURS.name else None
     table.line(cells, console.verdict(judged, f"(>= {row['target']:g})"))
 
 

@@ -23,9 +23,6 @@ _DENSE_SHARE = 0.85
 # channel active it has to take the place of a call that the user knows.
 _PROMISE, _PROMISE_ALL = 0.97, 0.8
 
-# Sums of more rows than this many elements are not in the cache when they are needed again.
-_CACHED = 1 << 17
-
 # The library computes channels in blocks of this many.
 _BLOCK = 8
 
@@ -75,7 +72,6 @@ def features(problem: Problem, n: int) -> dict[str, float]:
         "active output": t * n / 1e6,
         "output": t * k / 1e6,
         "active weight": n * c / 1e6,
-        "active weight beyond the cache": max(0.0, n * c - _CACHED) / 1e6,
         "weight": k * c / 1e6,
         "products": t * c * n / 1e9,
         "blocked products": t * c * blocks / 1e9,
