@@ -33,8 +33,11 @@ def strategy(problem: Problem, n: int, usable: Collection[Strategy]) -> Strategy
         few = n <= _DENSE_SHARE * problem.neurons
         return Strategy.PACK if few and Strategy.PACK in usable else Strategy.DENSE
     k = problem.neurons
-    expected = {s: seconds(problem, n, s) for s in usable if s != Strategy.PACK or n < k}
-    expected = {s: t for s, t in expected.items() if t is not None}
+    expected: dict[Strategy, float] = {}
+    for each in usable:
+        time = seconds(problem, n, each)
+        if time is not None and (each != Strategy.PACK or n < k):
+            expected[each] = time
     if Strategy.DENSE in expected:
         expected[Strategy.DENSE] *= _PROMISE_ALL if n == k else _PROMISE
     return min(expected, key=lambda s: expected[s], default=Strategy.DENSE)
