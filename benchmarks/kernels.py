@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--strategies", action="store_true", help="each strategy by itself too")
     parser.add_argument("--tuned", action="store_true", help="the measured choice of strategy too")
     parser.add_argument("--runs", type=console.positive, help="independent runs (2; quick: 1)")
-    parser.add_argument("--seconds", type=console.seconds, help="for each cell (0.2; quick: 0.05)")
+    parser.add_argument("--seconds", type=console.seconds, help="for each cell (0.06; quick: 0.03)")
     args = parser.parse_args(arguments)
     console.set_threads(args.threads)
     runs = args.runs or (1 if args.quick else 2)
@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         peers=args.peers,
         strategies=args.strategies,
         tuned=args.tuned,
-        seconds=args.seconds or (0.05 if args.quick else 0.2),
+        seconds=args.seconds or (0.03 if args.quick else 0.06),
     )
     shapes = shape_set(args.networks or (QUICK if args.quick else NAMES))
     settings = {name: value for name, value in vars(args).items() if name != "out"}

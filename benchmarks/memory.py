@@ -152,12 +152,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     console.add_common_arguments(parser)
     parser.add_argument("--models", nargs="+", choices=MODELS, help="default: both")
-    parser.add_argument("--seconds", type=console.seconds, help="for each time (8, quick: 2)")
+    parser.add_argument("--seconds", type=console.seconds, help="for each time (4, quick: 2)")
     given = parser.parse_args(arguments)
     console.set_threads(given.threads)
     names = given.models or (QUICK_MODELS if given.quick else MODELS)
     fractions = QUICK_FRACTIONS if given.quick else FRACTIONS
-    seconds = given.seconds or (2.0 if given.quick else 8.0)
+    seconds = given.seconds or (2.0 if given.quick else 4.0)
     settings = {
         "models": list(names),
         "fractions": list(fractions),

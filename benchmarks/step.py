@@ -241,14 +241,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--r", nargs="+", type=console.share, help="shares of active channels")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
     parser.add_argument(
-        "--seconds", type=console.seconds, help="for each cell (default: 8, quick: 2)"
+        "--seconds", type=console.seconds, help="for each cell (default: 4, quick: 2)"
     )
     given = parser.parse_args(arguments)
     console.set_threads(given.threads)
     options = Options(
         shares=tuple(given.r or (QUICK_SHARES if given.quick else SHARES_OF_CHANNELS)),
         optimizer=given.optimizer,
-        seconds=given.seconds or (2.0 if given.quick else 8.0),
+        seconds=given.seconds or (2.0 if given.quick else 4.0),
         rounds_of_shares=5 if given.quick else 10,
     )
     cases = chosen_cases(given.models, given.layouts, given.quick)

@@ -1,6 +1,6 @@
 """The whole suite, one benchmark after the other, and its page.
 
->>> python -m benchmarks.suite --out runs/bench              # two hours; --quick: minutes
+>>> python -m benchmarks.suite --out runs/bench              # under an hour; --quick: minutes
 >>> python -m benchmarks.suite --out runs/bench --publish    # only the page, from a finished run
 
 ``--publish`` copies tables and pictures to ``benchmarks/results/suite`` and writes the tables of

@@ -1,0 +1,215 @@
+"""The kernel benchmark: its rows, its gate, its targets, the fit and the page made from it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import figures, fit, kernel_targets, kernels, peers, shapes, suite
+from benchmarks.record import Record, load
+from benchmarks.shapes import Shape
+from neq_kernels import contest, dispatch, heuristics
+from neq_kernels.problem import ConvGeometry, Problem, Strategy
+
+CONV = Problem(
+    (2, 8, 6, 6),
+    (12, 8, 3, 3),
+    ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1),
+    True,
+    torch.float32,
+)
+DEPTHWISE = Problem(
+    (2, 8, 6, 6),
+    (8, 1, 3, 3),
+    ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), 8),
+    False,
+    torch.float32,
+)
+LINEAR = Problem((10, 8), (12, 8), None, False, torch.float32)
+TINY = [Shape("net", "a", CONV), Shape("net", "b", DEPTHWISE), Shape("net", "c", LINEAR)]
+FAST = ["--runs", "1", "--seconds", "0.001"]
+
+
+@pytest.fixture
+def tiny_shapes(monkeypatch):
+    monkeypatch.setattr(kernels, "shape_set", lambda names: TINY)
+    problems = {(s.network, s.layer, s.layout): s.problem for s in TINY}
+    for module in (fit, figures):
+        monkeypatch.setattr(module, "problems_by_cell", lambda: problems)
+
+
+def test_the_shape_set_has_every_layer_once_in_both_layouts():
+    found = shapes.shape_set(("resnet32", "vit_b_16"))
+    problems = [shape.problem for shape in found]
+    assert len(set(problems)) == len(problems)
+    convolutions = [p for p in problems if p.geometry is not None]
+    assert {p._replace(channels_last=not p.channels_last) for p in convolutions} == set(
+        convolutions
+    )
+    assert ("resnet32", "layer3.0.conv2", "nhwc") in {(s.network, s.layer, s.layout) for s in found}
+    with pytest.raises(ValueError, match="expected some of resnet32"):
+        shapes.shape_set(("resnet33",))
+
+
+@pytest.mark.usefixtures("tiny_shapes")
+def test_every_cell_has_every_provider(tmp_path, capsys):
+    arguments = ["--strategies", "--tuned", "--peers", "mask", "permuted"]
+    assert kernels.main([*FAST, *arguments, "--out", str(tmp_path)]) == 0
+    header, rows = load(tmp_path / "kernels.jsonl")
+    assert header["settings"]["read_bandwidth"] > 0
+    cells = {(row["layer"], row["active"]) for row in rows}
+    assert cells == {
+        *(("a", n) for n in (12, 9, 6, 3, 1)),
+        *(("b", n) for n in (8, 6, 4, 2, 1)),
+        *(("c", n) for n in (12, 9, 6, 3, 1)),
+    }
+    for layer, n in cells:
+        providers = {r["provider"] for r in rows if (r["layer"], r["active"]) == (layer, n)}
+        assert {"dense", "index_select", "neq", "neq tuned", "mask", "neq dense"} <= providers
+        assert ("permuted" in providers) == (n == 1)
+    ours = [row for row in rows if row["provider"] == "neq"]
+    assert all(row["strategy"] in {"dense", "pack", "matmul", "fused"} for row in ours)
+    assert "fewer active, against dense" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("tiny_shapes")
+def test_a_wrong_gradient_is_not_timed(tmp_path, monkeypatch, capsys):
+    right = dispatch.linear_backward
+
+    def off_by_a_percent(*args):
+        return tuple(None if g is None else 1.01 * g for g in right(*args))
+
+    monkeypatch.setattr(dispatch, "linear_backward", off_by_a_percent)
+    assert kernels.main([*FAST, "--out", str(tmp_path)]) == 1
+    rows = load(tmp_path / "kernels.jsonl")[1]
+    wrong = [row for row in rows if "wrong" in row]
+    assert {(row["provider"], row["layer"]) for row in wrong} == {("neq", "c")}
+    assert not any("seconds_median" in row for row in wrong)
+    assert "wrong: neq on net c" in capsys.readouterr().out
+
+
+def test_a_peer_with_a_missing_row_is_caught():
+    grad_output, input, weight = contest.operands(LINEAR)
+    channels = contest.spread(6, 12)
+    exact = peers.dense(
+        None, *(t.double() for t in (grad_output, input, weight)), torch.arange(12), False
+    )[0]
+    gradient = exact.float()
+    gradient[channels.frozen] = 0
+    calls = {"dense": lambda: exact.float(), "good": lambda: gradient}
+    short = gradient.clone()
+    short[channels.active[0]] = 0
+    errors = kernels._errors({**calls, "short": lambda: short}, exact, channels)
+    assert errors["good"] <= 1
+    assert errors["short"] > 1000
+
+
+def row(over, provider="neq", run=0, **about):
+    base = {"network": "n", "layer": "l", "layout": "nchw", "kind": "conv", "share": "0.5"}
+    base |= {"active": 8, "channels": 16, "provider": provider, "run": run}
+    return {**base, "over_dense_median": over, "over_index_select_median": 2 * over, **about}
+
+
+def test_targets_count_a_cell_with_its_better_run():
+    rows = [row(0.9, run=0), row(0.98, run=1), row(4.0, layer="m"), row(0.5, provider="other")]
+    judged = {each.target.name: each for each in kernel_targets.judge(rows)}
+    slower = judged["fewer active, against dense"]
+    assert (slower.value, slower.cells, slower.below, slower.passes) == (0.98, 2, 0, True)
+    mean = judged["NCHW, against index_select"]
+    assert mean.value == pytest.approx((2 * 0.98 * 2 * 4.0) ** 0.5)
+    assert "all active, against dense" not in judged
+    short = kernel_targets.judge([row(0.9), row(2.0, layer="m")])
+    assert [each.passes for each in short if each.target.worst] == [False]
+    assert "short" in kernel_targets.text(short, lambda passes: "ok" if passes else "short")
+
+
+@pytest.mark.usefixtures("tiny_shapes")
+def test_the_fit_finds_the_coefficients_that_made_the_times(monkeypatch, tmp_path):
+    costs = {Strategy.DENSE: (100e-6, 90.0), Strategy.FUSED: (5e-6, 300.0)}
+    cells = {}
+    for shape in TINY:
+        for n in range(1, shape.problem.neurons + 1):
+            f = heuristics.features(shape.problem, n)
+            cells[shape.network, shape.layer, shape.layout, n] = {
+                Strategy.DENSE: costs[Strategy.DENSE][0] + f["all products"] * 90.0,
+                Strategy.FUSED: costs[Strategy.FUSED][0] + f["products"] * 300.0,
+            }
+    fit.write_data(tmp_path / "fit.csv", cells)
+    again = fit.read_data(tmp_path / "fit.csv")
+    assert set(again) == set(cells)
+    fitted = fit.fit(again)
+    monkeypatch.setattr(heuristics, "_costs", lambda: fitted)
+    for cell, seconds in cells.items():
+        problem = {(s.network, s.layer, s.layout): s.problem for s in TINY}[cell[:3]]
+        for strategy, exact in seconds.items():
+            expected = heuristics.seconds(problem, cell[3], strategy)
+            assert expected == pytest.approx(exact, rel=0.02)
+        chosen = heuristics.strategy(problem, cell[3], list(seconds))
+        assert seconds[chosen] <= 1.3 * min(seconds.values())
+
+
+def test_the_fitted_costs_choose_what_was_measured_to_be_good():
+    cells = fit.read_data(fit.DATA)
+    problems = shapes.problems_by_cell()
+    regrets = []
+    for cell, seconds in cells.items():
+        chosen = heuristics.strategy(problems[cell[:3]], cell[3], list(seconds))
+        regrets.append(seconds[chosen] / min(seconds.values()))
+    assert len(regrets) > 1000
+    assert kernel_targets.geometric_mean(regrets) < 1.1
+
+
+def test_fit_without_a_record_of_strategies(tmp_path, capsys):
+    assert fit.main([str(tmp_path / "none.jsonl")]) == 2
+    with Record(tmp_path, "kernels", {}) as record:
+        record.add(row(1.0))
+    assert fit.main([str(tmp_path / "kernels.jsonl")]) == 2
+    assert "expected a record of benchmarks.kernels --strategies" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny_shapes")
+def test_pictures_and_page_come_from_the_records(tmp_path, monkeypatch):
+    assert kernels.main([*FAST, "--tuned", "--out", str(tmp_path)]) == 0
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{suite.BEGIN}old\n{suite.END}after\n")
+    monkeypatch.setattr(suite, "PAGE", page)
+    monkeypatch.setattr(suite, "RESULTS", tmp_path / "results")
+    assert suite.main(["--publish", "--out", str(tmp_path)]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "| fewer active, against dense | worst cell |" in text
+    published = {path.name for path in (tmp_path / "results").iterdir()}
+    assert published == {"kernels.csv", "kernel_speedups.png", "roofline.png", "strategies.png"}
+
+
+def test_a_page_needs_records_and_a_place(tmp_path, monkeypatch, capsys):
+    assert suite.main(["--publish", "--out", str(tmp_path)]) == 2
+    assert "expected records" in capsys.readouterr().err
+    with Record(tmp_path, "overhead", {}) as record:
+        record.add(
+            {"case": "c", "what": "w", **{f"seconds_{q}": 1.0 for q in ("p20", "median", "p80")}}
+        )
+    page = tmp_path / "README.md"
+    page.write_text("no markers")
+    monkeypatch.setattr(suite, "PAGE", page)
+    assert suite.main(["--publish", "--out", str(tmp_path)]) == 2
+    assert page.read_text() == "no markers"
+    assert figures.main([str(tmp_path)]) == 2
+
+
+def test_records_keep_four_digits(tmp_path):
+    with Record(tmp_path, "x", {"a": 1}) as record:
+        record.add({"value": 1.23456789e-5, "name": "n"})
+    header, rows = load(tmp_path / "x.jsonl")
+    assert rows == [{"value": 1.235e-5, "name": "n"}]
+    assert header["settings"] == {"a": 1}
+    first, second, third = (tmp_path / "x.csv").read_text().splitlines()
+    assert first.startswith("# command: ")
+    assert (second, third) == ("value,name", "1.235e-05,n")
+    (tmp_path / "y.jsonl").write_text(json.dumps({"no": "record"}))
+    with pytest.raises(ValueError, match="expected a record"):
+        load(tmp_path / "y.jsonl")
