@@ -451,7 +451,8 @@ def _convolve(
 
 def _replaces_library(input: Tensor, weight: Tensor, arguments: tuple[Any, ...]) -> bool:
     stride, padding, dilation, groups, transposed, output_padding = arguments
-    if isinstance(padding, str) or weight.device.type != "cpu" or weight.dtype != input.dtype:
+    unusual = isinstance(padding, str) or weight.dtype != input.dtype
+    if unusual or weight.device.type != "cpu" or input.dim() != weight.dim():
         return False
     geometry = ConvGeometry(stride, padding, dilation, transposed, output_padding, groups)
     return dispatch.replaces_library(input, weight, geometry)

@@ -202,15 +202,22 @@ def test_with_everything_active_a_step_is_pytorchs_own_calls(name):
 
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason="it needs the extension's kernel")
-def test_with_everything_active_a_depthwise_convolution_is_served_by_its_own_kernel():
+def test_with_everything_active_another_strategy_can_replace_the_library():
     plain, ours, x = twins("conv2d depthwise")
-    assert "conv_backward" in calls_of_a_step(ours, x)
-    x.requires_grad_()
-    for layer in (plain, ours):
-        layer.zero_grad()
-        (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-        dx.square().sum().backward()
+    with dispatch.forced_strategy(Strategy.FUSED):
+        assert "conv_backward" in calls_of_a_step(ours, x)
+        x.requires_grad_()
+        for layer in (plain, ours):
+            layer.zero_grad()
+            (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+            dx.square().sum().backward()
     torch.testing.assert_close(ours.weight.grad, plain.weight.grad)
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="it needs the extension's kernel")
+def test_a_large_depthwise_convolution_is_served_by_its_own_kernel_at_any_mask():
+    layer = neq.convert(nn.Conv2d(64, 64, 5, padding=2, groups=64))
+    assert "conv_backward" in calls_of_a_step(layer, torch.randn(8, 64, 16, 16))
 
 
 @every_layer
