@@ -208,3 +208,13 @@ def test_the_contest_runs_every_candidate(problem):
     candidates = (Strategy.DENSE, Strategy.PACK, Strategy.FUSED)
     assert contest.fastest(problem, 4, Backend(), candidates, seconds=0.001) in candidates
     assert set(ran) == set(candidates)
+
+
+def test_every_round_of_a_contest_has_an_order_of_its_own():
+    seen = []
+    calls = {name: lambda name=name: seen.append(name) for name in "abc"}
+    samples = contest.in_turns(calls, seconds=60, most_rounds=40)
+    assert {name: len(times) for name, times in samples.items()} == dict.fromkeys("abc", 40)
+    orders = ["".join(seen[i : i + 3]) for i in range(3, 123, 3)]
+    assert {"".join(sorted(order)) for order in orders} == {"abc"}
+    assert len(set(orders)) == 6

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -171,8 +172,9 @@ def step_time(
 ) -> StepTimes:
     """Time training steps of one or several variants, interleaved, phase by phase.
 
-    Every round runs one step of each variant on the same batch, in an order that rotates; the
-    batches rotate too, so give several: one alone stays in the cache. Modules run in the mode they
+    Every round runs one step of each variant on the same batch, in an order of its own, because a
+    step finds what the one before left in the caches and in the allocator; the batches rotate, so
+    give several: one alone stays in the cache. Modules run in the mode they
     are in. Afterwards parameters, buffers, optimizer state, gradients and random state are what
     they were before.
 
@@ -188,6 +190,7 @@ def step_time(
     variants = [variants] if isinstance(variants, Variant) else list(variants)
     _validate(variants, batches, warmup, repeats)
     clocks = {variant.name: PhaseClock(variant.device) for variant in variants}
+    shuffled = random.Random(0)
     with ExitStack() as stack:
         for variant in variants:
             stack.enter_context(_put_back(variant))
@@ -195,8 +198,7 @@ def step_time(
         for i in range(warmup + repeats):
             if i == warmup:
                 clocks = {name: PhaseClock(clock.device) for name, clock in clocks.items()}
-            turn = i % len(variants)
-            for variant in variants[turn:] + variants[:turn]:
+            for variant in shuffled.sample(variants, len(variants)):
                 run_step(variant, batches[i % len(batches)], clocks[variant.name])
     return StepTimes(
         tuple(

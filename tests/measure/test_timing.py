@@ -86,7 +86,7 @@ def test_every_phase_of_every_round_is_recorded(ticking):
         assert variant.quantiles("forward") == Quantiles(1.0, 1.0, 1.0)
 
 
-def test_rounds_rotate_the_order_and_the_batches():
+def test_every_round_has_an_order_of_its_own_and_the_next_batch():
     seen = []
 
     def loss(name):
@@ -96,8 +96,12 @@ def test_rounds_rotate_the_order_and_the_batches():
 
         return run
 
-    step_time([Variant(n, net(), loss(n)) for n in "ab"], BATCHES, warmup=1, repeats=3)
-    assert seen == [("a", 1), ("b", 1), ("b", 2), ("a", 2), ("a", 3), ("b", 3), ("b", 1), ("a", 1)]
+    step_time([Variant(n, net(), loss(n)) for n in "abc"], BATCHES, warmup=1, repeats=29)
+    rounds = [seen[i : i + 3] for i in range(0, 90, 3)]
+    assert [{batch for _, batch in turn} for turn in rounds] == [{i % 3 + 1} for i in range(30)]
+    orders = ["".join(name for name, _ in turn) for turn in rounds]
+    assert {"".join(sorted(order)) for order in orders} == {"abc"}
+    assert len(set(orders)) == 6
 
 
 def test_everything_is_put_back():
