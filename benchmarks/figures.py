@@ -58,7 +58,7 @@ def kernel_speedups(rows: Sequence[Row], path: Path) -> None:
         axis.set_yscale("log", base=2)
         axis.set_title(title)
     axes[0].set_ylabel("times faster than dense")
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=7, loc="upper left")
     _save(path)
 
 

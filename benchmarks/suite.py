@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import console, figures, kernel_targets
-from benchmarks.record import Row, load
+from benchmarks.record import Row, load, write_csv
 from benchmarks.runs import replace_file
 
 PARTS = ("kernels", "step", "memory", "controller", "overhead")
@@ -233,8 +233,10 @@ def publish(folder: Path) -> None:
     if BEGIN not in text or END not in text:
         raise ValueError(f"{PAGE}: expected the lines {BEGIN.strip()!r} and {END.strip()!r}")
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for path in [*figures.draw(folder), *(folder / f"{name}.csv" for name in names)]:
+    for path in figures.draw(folder):
         shutil.copy(path, RESULTS / path.name)
+    for name in names:
+        write_csv(RESULTS / f"{name}.csv", *load(folder / f"{name}.jsonl"))
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     replace_file(PAGE, (before + BEGIN + page(folder) + END + after).encode())
 
