@@ -61,20 +61,19 @@ def wgrad(
     """A call that computes the whole weight gradient, zeros over the frozen rows included."""
     order, n, start = channels.order(weight.device), channels.n_active, channels.start
     wanted = (False, True, False)
-    extra = (backend,) if backend.__name__.endswith("aten") else ()
     geometry = problem.geometry
 
     def linear() -> Tensor:
         size = input.shape
         grads = backend.linear_backward(
-            grad_output, input, size, weight, order, n, start, wanted, strategy, *extra
+            grad_output, input, size, weight, order, n, start, wanted, strategy
         )
         gradient: Tensor = grads[1]
         return gradient
 
     def conv() -> Tensor:
         grads = backend.conv_backward(
-            grad_output, input, weight, geometry, order, n, wanted, strategy, *extra
+            grad_output, input, weight, geometry, order, n, wanted, strategy
         )
         gradient: Tensor = grads[1]
         return gradient

@@ -171,14 +171,13 @@ def linear_backward(
         problem = Problem.linear(rows, weight)
         strategy = strategy_for(problem, n, backend, torch.get_num_threads())
     module = _BACKENDS[backend]
-    extra = () if backend == "cpu" else (module,)
     wanted = output_mask
     grad_input = None
     if active_dgrad and output_mask[0] and n < k:
         grad_input = aten.linear_active_dgrad(grad_output, weight, input_size, order, n, module)
         wanted = (False, *output_mask[1:])
     grads: Grads = module.linear_backward(
-        grad_output, input, input_size, weight, order, n, start, wanted, strategy, *extra
+        grad_output, input, input_size, weight, order, n, start, wanted, strategy
     )
     return grads if grad_input is None else (grad_input, *grads[1:])
 
@@ -218,14 +217,13 @@ def conv_backward(
         problem = Problem.conv(x, weight, geometry)
         strategy = strategy_for(problem, n, backend, torch.get_num_threads())
     module = _BACKENDS[backend]
-    extra = () if backend == "cpu" else (module,)
     wanted = output_mask
     grad_input = None
     if active_dgrad and output_mask[0] and n < k:
         grad_input = aten.conv_active_dgrad(grad_output, x, weight, geometry, order, n)
         wanted = (False, *output_mask[1:])
     grads: Grads = module.conv_backward(
-        grad_output, x, weight, geometry, order, n, wanted, strategy, *extra
+        grad_output, x, weight, geometry, order, n, wanted, strategy
     )
     return grads if grad_input is None else (grad_input, *grads[1:])
 

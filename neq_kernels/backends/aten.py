@@ -6,8 +6,9 @@ Works on every device and needs no compiler. The primitives at the top have fast
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -82,6 +83,9 @@ class Primitives(Protocol):
     ) -> Tensor: ...
 
 
+_OWN = cast(Primitives, sys.modules[__name__])
+
+
 # --- linear ------------------------------------------------------------------------------------
 
 
@@ -95,9 +99,10 @@ def linear_backward(
     start: int,
     wanted: Sequence[bool],
     strategy: Strategy,
-    primitives: Primitives,
+    primitives: Primitives | None = None,
 ) -> Grads:
     """Gradients of a linear layer; the input's is the exact one."""
+    primitives = primitives or _OWN
     k = weight.shape[0]
     grad_input = None
     if wanted[0]:
@@ -158,9 +163,10 @@ def conv_backward(
     n: int,
     wanted: Sequence[bool],
     strategy: Strategy,
-    primitives: Primitives,
+    primitives: Primitives | None = None,
 ) -> Grads:
     """Gradients of a convolution; the input's is the exact one."""
+    primitives = primitives or _OWN
     k = grad_output.shape[1]
     want = (wanted[1], wanted[2])
     if n == k:
