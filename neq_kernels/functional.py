@@ -1,27 +1,31 @@
 """Linear layers and convolutions whose backward computes weight gradients of active channels only.
 
-Validation and the autograd Functions. The forward is PyTorch's own.
+What a call may be given, and which graph serves it. The forward is PyTorch's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from neq_kernels import dispatch, ops
+from neq_kernels import dispatch
+from neq_kernels.autograd import (
+    AffineFunction,
+    ConvFunction,
+    LinearFunction,
+    all_active,
+    autocasts,
+    check_unchanged,
+    convolve,
+)
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.problem import ConvGeometry
 
 GradInput = Literal["exact", "active"]
-
-_CONV = (F.conv1d, F.conv2d, F.conv3d)
-_CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 def linear(
@@ -58,7 +62,7 @@ def linear(
         return watched(F.linear(input, weight, bias), channels)
     if not torch.compiler.is_compiling() and channels.n_active == 0 and not input.requires_grad:
         return F.linear(input, weight.detach(), _detached(bias))
-    out: Tensor = _Linear.apply(
+    out: Tensor = LinearFunction.apply(
         input, weight, bias, *_selection(channels, weight), grad_input == "active"
     )
     return out
@@ -112,19 +116,19 @@ def conv(
         _expand("output_padding", output_padding, spatial),
     )
     if not learns(weight, bias):
-        return _convolve(input, weight, bias, *arguments)
+        return convolve(input, weight, bias, *arguments)
     k = weight.shape[1] * groups if transposed else weight.shape[0]
     _validate(input, weight, bias, channels, k, grad_input)
     if all_active(channels) and not _replaces_library(input, weight, arguments):
-        return watched(_convolve(input, weight, bias, *arguments), channels)
+        return watched(convolve(input, weight, bias, *arguments), channels)
     if not torch.compiler.is_compiling() and channels.n_active == 0 and not input.requires_grad:
-        return _convolve(input, weight.detach(), _detached(bias), *arguments)
+        return convolve(input, weight.detach(), _detached(bias), *arguments)
     batched = input.dim() != spatial + 1
     x = input if batched else input.unsqueeze(0)
     if isinstance(padding, str):
         x, symmetric = _string_padding(x, weight, padding, arguments[0], arguments[2])
         arguments = (arguments[0], symmetric, *arguments[2:])
-    out: Tensor = _Conv.apply(
+    out: Tensor = ConvFunction.apply(
         x, weight, bias, *_selection(channels, weight), grad_input == "active", *arguments
     )
     return out if batched else out.squeeze(0)
@@ -155,13 +159,10 @@ def affine(
     if not torch.compiler.is_compiling() and channels.n_active == 0:
         return _detached(weight), _detached(bias)
     order, _, host_count, live = _selection(channels, parameters[0])
-    out: tuple[Tensor | None, Tensor | None] = _Affine.apply(weight, bias, order, host_count, live)
+    out: tuple[Tensor | None, Tensor | None] = AffineFunction.apply(
+        weight, bias, order, host_count, live
+    )
     return out
-
-
-def all_active(channels: ActiveChannels) -> bool:
-    """Whether PyTorch's own graph serves: in eager, with every channel active."""
-    return not torch.compiler.is_compiling() and channels.n_active == len(channels)
 
 
 def watched(output: Tensor, channels: ActiveChannels) -> Tensor:
@@ -172,132 +173,8 @@ def watched(output: Tensor, channels: ActiveChannels) -> Tensor:
         # An in-place activation on a view leaves the view's own hooks behind, not its base's.
         base = output._base if output._is_view() else output
         assert base is not None
-        base.register_hook(lambda grad: _check_unchanged(channels, generation))
+        base.register_hook(lambda grad: check_unchanged(channels, generation))
     return output
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        order: Tensor | None,
-        count: Tensor | None,
-        host_count: Tensor | None,
-        channels: ActiveChannels | None,
-        active_dgrad: bool,
-    ) -> Tensor:
-        x, w, b = _autocast(input, weight, bias)
-        _save(ctx, x, w, order, count, host_count, channels, active_dgrad)
-        ctx.dtypes = (input.dtype, weight.dtype)
-        out = F.linear(x, w, b)
-        if not torch.compiler.is_compiling() and out._is_view():
-            # Of the library's own making; autograd would refuse in-place activations on it.
-            out = torch.ops.aten._unsafe_view(out, out.shape)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        x, weight, active, output_mask = _restore(ctx)
-        with _no_autocast(grad_output):
-            grads = ops.linear_backward(
-                grad_output, x, ctx.input_size, weight, active, output_mask, ctx.active_dgrad
-            )
-        return *_cast(grads, ctx.dtypes), None, None, None, None, None
-
-
-class _Conv(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        order: Tensor | None,
-        count: Tensor | None,
-        host_count: Tensor | None,
-        channels: ActiveChannels | None,
-        active_dgrad: bool,
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-        transposed: bool,
-        output_padding: Sequence[int],
-    ) -> Tensor:
-        x, w, b = _autocast(input, weight, bias)
-        _save(ctx, x, w, order, count, host_count, channels, active_dgrad)
-        ctx.dtypes = (input.dtype, weight.dtype)
-        ctx.geometry = ConvGeometry(
-            tuple(stride),
-            tuple(padding),
-            tuple(dilation),
-            transposed,
-            tuple(output_padding),
-            groups,
-        )
-        return _convolve(x, w, b, stride, padding, dilation, groups, transposed, output_padding)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        if torch.is_grad_enabled() and ctx.channels is not None and all_active(ctx.channels):
-            return _conv_backward_of_library(ctx, grad_output)
-        return _conv_backward(ctx, grad_output)
-
-
-def _conv_backward_of_library(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    """One that can be differentiated again: every channel is active."""
-    x, weight, _, wanted = _restore(ctx)
-    assert x is not None
-    with _no_autocast(grad_output):
-        grads = ctx.geometry.backward(grad_output, x, weight, wanted)
-    return *_cast(grads, ctx.dtypes), *(None,) * 11
-
-
-@once_differentiable
-def _conv_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    x, weight, active, output_mask = _restore(ctx)
-    with _no_autocast(grad_output):
-        grads = ops.conv_backward(
-            grad_output,
-            x,
-            ctx.input_size,
-            weight,
-            ctx.geometry,
-            active,
-            output_mask,
-            ctx.active_dgrad,
-        )
-    return *_cast(grads, ctx.dtypes), *(None,) * 11
-
-
-class _Affine(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        order: Tensor | None,
-        host_count: Tensor | None,
-        channels: ActiveChannels | None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        ctx.channels = channels
-        if channels is None:
-            ctx.save_for_backward(order, host_count)
-        else:
-            ctx.generation = channels.generation
-        return (
-            None if weight is None else weight.view_as(weight),
-            None if bias is None else bias.view_as(bias),
-        )
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        return *(_mask_entries(ctx, grad) for grad in grads), None, None, None
 
 
 def learns(weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -327,126 +204,6 @@ def _selection(channels: ActiveChannels, weight: Tensor) -> tuple[Any, ...]:
         device = weight.device
         return channels.order(device), channels.count(device), channels.host_count, None
     return None, None, None, channels
-
-
-def _save(
-    ctx: Any,
-    x: Tensor,
-    weight: Tensor,
-    order: Tensor | None,
-    count: Tensor | None,
-    host_count: Tensor | None,
-    channels: ActiveChannels | None,
-    active_dgrad: bool,
-) -> None:
-    ctx.channels, ctx.active_dgrad, ctx.input_size = channels, active_dgrad, x.shape
-    if channels is None:
-        ctx.save_for_backward(x, weight, order, count, host_count)
-        return
-    ctx.generation = channels.generation
-    reads_input = channels.n_active > 0 and ctx.needs_input_grad[1]
-    ctx.save_for_backward(x if reads_input else None, weight)
-
-
-def _restore(ctx: Any) -> tuple[Tensor | None, Tensor, ops.Active, list[bool]]:
-    wanted = list(ctx.needs_input_grad[:3])
-    if ctx.channels is None:
-        x, weight, order, count, host_count = ctx.saved_tensors
-        return x, weight, (order, count, host_count), wanted
-    channels = _unchanged(ctx)
-    x, weight = ctx.saved_tensors
-    if channels.n_active == 0:
-        wanted[1:] = [False, False]
-    return x, weight, channels, wanted
-
-
-def _unchanged(ctx: Any) -> ActiveChannels:
-    _check_unchanged(ctx.channels, ctx.generation)
-    channels: ActiveChannels = ctx.channels
-    return channels
-
-
-def _check_unchanged(channels: ActiveChannels, generation: int) -> None:
-    if channels.generation != generation:
-        raise RuntimeError(
-            "the active channels of a layer were changed between its forward and its backward: "
-            f"expected generation {generation}, got {channels.generation}; call set(), reset() "
-            "and controller.step() only after backward"
-        )
-
-
-def _mask_entries(ctx: Any, grad: Tensor | None) -> Tensor | None:
-    if ctx.channels is None:
-        order, host_count = ctx.saved_tensors
-        if grad is None:
-            return None
-        entry = torch.empty_like(order).scatter(
-            0, order, torch.arange(len(order), device=order.device)
-        )
-        return grad.masked_fill(entry >= host_count[0].to(order.device), 0)
-    channels = _unchanged(ctx)
-    if grad is None or channels.n_active == len(channels):
-        return grad
-    return grad.index_fill(0, channels.order(grad.device)[channels.n_active :], 0)
-
-
-def _cast(
-    grads: Sequence[Tensor | None], dtypes: tuple[torch.dtype, torch.dtype]
-) -> tuple[Tensor | None, ...]:
-    dx, dw, db = grads
-    return (
-        dx if dx is None or dx.dtype == dtypes[0] else dx.to(dtypes[0]),
-        dw if dw is None or dw.dtype == dtypes[1] else dw.to(dtypes[1]),
-        db if db is None or db.dtype == dtypes[1] else db.to(dtypes[1]),
-    )
-
-
-def _autocasts(tensor: Tensor) -> bool:
-    if not torch._C._is_any_autocast_enabled():
-        return False
-    device_type = tensor.device.type
-    # Asking about a device without autocast, such as meta, is an error.
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
-def _autocast(
-    input: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    if not _autocasts(input):
-        return input, weight, bias
-    dtype = torch.get_autocast_dtype(input.device.type)
-
-    def cast(t: Tensor) -> Tensor:
-        return t if t.dtype == torch.float64 else t.to(dtype)
-
-    return cast(input), cast(weight), None if bias is None else cast(bias)
-
-
-def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """A backward called inside autocast must not cast what the forward did not."""
-    if _autocasts(tensor):
-        return torch.autocast(tensor.device.type, enabled=False)
-    return nullcontext()
-
-
-def _convolve(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int] | str,
-    dilation: Sequence[int],
-    groups: int,
-    transposed: bool,
-    output_padding: Sequence[int],
-) -> Tensor:
-    which = weight.dim() - 3
-    if transposed:
-        function = _CONV_TRANSPOSE[which]
-        assert not isinstance(padding, str)
-        return function(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    out: Tensor = _CONV[which](input, weight, bias, stride, padding, dilation, groups)
-    return out
 
 
 def _replaces_library(input: Tensor, weight: Tensor, arguments: tuple[Any, ...]) -> bool:
@@ -506,7 +263,7 @@ def _validate(
     dtype = input.dtype
     if weight.dtype == dtype and (bias is None or bias.dtype == dtype):
         return
-    if _autocasts(input):
+    if autocasts(input):
         return
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != dtype:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from neq_kernels import functional
+from neq_kernels.autograd import all_active
 from neq_kernels.channels import WHOLE_PARAMETER, ActiveChannels, NeuronLayout
 from neq_kernels.distributed import StoppedParameters, in_process_group
 
@@ -195,7 +196,7 @@ class _Norm(NeuronLayer):
         """The stock layer, run on a scale and shift whose gradients are masked."""
         parameters = self._parameters_in_graph()
         out = self._normalize(input, *functional.affine(*parameters, self.channels))
-        if functional.learns(*parameters) and functional.all_active(self.channels):
+        if functional.learns(*parameters) and all_active(self.channels):
             out = functional.watched(out, self.channels)
         return self._anchored(out)
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
 from neq_kernels import ActiveChannels, dispatch
-from neq_kernels.functional import affine, all_active, conv, linear, watched
+from neq_kernels.autograd import all_active
+from neq_kernels.functional import affine, conv, linear, watched
 from tests import oracle
 from tests.oracle import Conv
 
