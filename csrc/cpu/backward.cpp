@@ -130,42 +130,6 @@ Tensor bias_like(const Tensor& weight, int64_t k) {
   return empty_in_order({k}, {0}, weight.scalar_type());
 }
 
-// The rows of the active neurons in a whole gradient like `weight`, of which dimension 0 is the
-// outermost in memory; the others are 0.
-template <class T>
-Tensor whole_gradient(const DirectWgrad<T>& active, const Tensor& weight, const int64_t* order,
-                      int64_t n) {
-  Tensor grad = torch::stable::empty_like(weight);
-  const int64_t k = weight.size(0), channels = weight.size(1), size = k ? weight.numel() / k : 0;
-  const int64_t taps = size / std::max<int64_t>(1, channels);
-  const bool taps_inside = taps > 1 && weight.stride(1) != 1;
-  T* to = static_cast<T*>(grad.mutable_data_ptr());
-  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, size));
-  torch::stable::parallel_for(0, k, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      T* target = to + order[i] * size;
-      if (i >= n) {
-        std::fill_n(target, size, T(0));
-        continue;
-      }
-      for (int64_t part = 0; part < active.parts; ++part) {
-        const T* sums = active.sums.data() + (part * n + i) * active.row;
-        const int64_t before = part * active.size;
-        if (!taps_inside) {
-          std::copy_n(sums, active.size, target + before);
-          continue;
-        }
-        int64_t tap = before / channels, c = before % channels;
-        for (int64_t j = 0; j < active.size; ++j) {
-          target[c * taps + tap] = sums[j];
-          if (++c == channels) c = 0, ++tap;
-        }
-      }
-    }
-  });
-  return grad;
-}
-
 template <class T>
 Tensor whole_bias(const std::vector<double>& active, const Tensor& weight, const int64_t* order,
                   int64_t n, int64_t k) {
@@ -186,19 +150,21 @@ void dispatch_single_or_double(const Tensor& tensor, F&& f) {
   f(float{});
 }
 
-Grads direct(const ConvProblem& p, const Tensor& grad, const Tensor& input, const Tensor& weight,
+// Dimension 0 of `weight` is the outermost in memory.
+Grads direct(ConvProblem p, const Tensor& grad, const Tensor& input, const Tensor& weight,
              const Tensor& order, bool channels_last) {
-  const int64_t* all = checked_order(order, p.output_channels, p.output_channels);
-  Grads grads;
+  p.active = checked_order(order, p.output_channels, p.output_channels);
+  Tensor rows = torch::stable::empty_like(weight), bias;
+  const bool taps_inside = weight.stride(1) != 1;
   dispatch_single_or_double(input, [&](auto zero) {
     using T = decltype(zero);
-    const DirectWgrad<T> active =
-        direct_wgrad<T>(p, static_cast<const T*>(grad.const_data_ptr()),
-                        static_cast<const T*>(input.const_data_ptr()), channels_last);
-    grads = {Tensor(), whole_gradient(active, weight, all, p.n),
-             whole_bias<T>(active.bias, weight, all, p.n, p.output_channels)};
+    const std::vector<double> active = direct_wgrad<T>(
+        p, static_cast<const T*>(grad.const_data_ptr()),
+        static_cast<const T*>(input.const_data_ptr()), channels_last,
+        static_cast<T*>(rows.mutable_data_ptr()), taps_inside);
+    bias = whole_bias<T>(active, weight, p.active, p.n, p.output_channels);
   });
-  return grads;
+  return {Tensor(), rows, bias};
 }
 
 bool is_channels_last(const Tensor& t) {

@@ -1,4 +1,4 @@
-// Weight gradient of a few output channels, computed directly from the operands as they lie.
+// Weight gradient of the active output channels, computed directly from the operands as they lie.
 #pragma once
 
 #include <vector>
@@ -8,20 +8,20 @@
 namespace neq {
 
 // Only float and double.
+//
+// p.active: all output channels, the n active ones first.
+// channels_last: pixels of both operands lie channels innermost.
+// gradient: of the weight, output channels outermost; frozen ones become 0. Inside of one lie the
+// taps, or, with taps_inside, the input channels first and the taps inside of them.
+//
+// Returns the bias gradient of the active channels, empty unless it is wanted.
 template <class T>
-struct DirectWgrad {
-  // Element j of neuron i's part p is sums[(p * n + i) * row + j]; the parts one after the other,
-  // `size` elements each, are the neuron's weights, channels innermost.
-  std::vector<T> sums;
-  int64_t parts, size, row;
-  std::vector<double> bias;  // [n], empty unless wanted
-};
+std::vector<double> direct_wgrad(ConvProblem p, const T* grad, const T* input, bool channels_last,
+                                 T* gradient, bool taps_inside);
 
-// `channels_last`: pixels of both operands lie channels innermost.
-template <class T>
-DirectWgrad<T> direct_wgrad(ConvProblem p, const T* grad, const T* input, bool channels_last);
-
-extern template DirectWgrad<float> direct_wgrad(ConvProblem, const float*, const float*, bool);
-extern template DirectWgrad<double> direct_wgrad(ConvProblem, const double*, const double*, bool);
+extern template std::vector<double> direct_wgrad(ConvProblem, const float*, const float*, bool,
+                                                 float*, bool);
+extern template std::vector<double> direct_wgrad(ConvProblem, const double*, const double*, bool,
+                                                 double*, bool);
 
 }  // namespace neq

@@ -57,14 +57,20 @@ struct Correlation {
   int64_t rows, columns, step;
 };
 
-// `rows` x `columns` pixels of dy and of x.
+// How many output channels the outer product keeps in registers.
+constexpr int kRowsTogether = 6;
+
+// Pixels of dy and of x, in three nested loops, and where the sums of each output channel go.
 template <class C>
 struct OuterProduct {
+  int64_t images, rows, columns;
   const C* dy;
-  int64_t dy_row, dy_column;
+  int64_t dy_image, dy_row, dy_column;
   const C* x;
-  int64_t x_row, x_column;
-  int64_t rows, columns;
+  int64_t x_image, x_row, x_column;
+  C* const* sums;  // of each output channel; the first one meant is element `at`
+  int64_t at;
+  bool fresh;  // the sums are stored, not added
 };
 
 template <class T>
@@ -85,8 +91,9 @@ struct Kernels {
   void (*sum)(const Correlation<C>& c, double* totals);
   void (*copy_rows)(const T* from, int64_t from_row, int64_t stride, C* to, int64_t to_row,
                     int64_t rows, int64_t count);
-  void (*outer_product)(const OuterProduct<C>& o, int64_t n, int64_t vectors, int64_t skip, C* sums,
-                        int64_t sums_row);
+  void (*outer_product)(const OuterProduct<C>& o, int64_t n, int64_t vectors, int64_t skip);
+  void (*sum_pixels)(const C* from, int64_t n, int64_t count, double* totals);
+  void (*copy_pixels)(const C* from, int64_t stride, int64_t vectors, int64_t count, C* to);
   void (*interleave)(const T* const* planes, int64_t n, int64_t first, int64_t count, C* to,
                      int64_t width);
 };

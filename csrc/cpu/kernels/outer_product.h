@@ -5,80 +5,122 @@ namespace neq::NEQ_ISA {
 constexpr int kMostSums = 12;  // vectors; with the operands they fill 16 registers
 
 template <class C, int kRows, int kVectors>
-NEQ_TARGET void outer_product_tile(const OuterProduct<C>& o, int64_t skip, C* sums,
-                                   int64_t sums_row) {
+NEQ_TARGET void outer_product_tile(const OuterProduct<C>& o, int64_t first, int64_t skip) {
   using Vector = typename Lanes<C>::Vector;
   constexpr int64_t kLanes = Lanes<C>::count;
-  Vector total[kRows][kVectors] = {};
-  for (int64_t row = 0; row < o.rows; ++row) {
-    const C* dy = o.dy + row * o.dy_row;
-    const C* x = o.x + row * o.x_row;
-    for (int64_t column = 0; column < o.columns; ++column) {
-      Vector pixel[kVectors];
+  const bool fresh = o.fresh;
+  C* sums[kRows];
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) pixel[v] = load(x + v * kLanes);
-#pragma GCC unroll 8
-      for (int k = 0; k < kRows; ++k) {
-        const Vector d = Vector{} + dy[k];
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) total[k][v] += d * pixel[v];
-      }
-      dy += o.dy_column;
-      x += o.x_column;
-    }
+  for (int k = 0; k < kRows; ++k) {
+    sums[k] = o.sums[first + k] + o.at;
+    __builtin_prefetch(sums[k], 1);
   }
-  if (skip > 0) {
-    for (int k = 0; k < kRows; ++k) {
-      C lanes[kLanes];
-      std::memcpy(lanes, &total[k][0], sizeof(lanes));
-      for (int64_t lane = skip; lane < kLanes; ++lane) sums[k * sums_row + lane] += lanes[lane];
+  Vector total[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int k = 0; k < kRows; ++k) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) total[k][v] = Vector{};
+  }
+  for (int64_t image = 0; image < o.images; ++image) {
+    for (int64_t row = 0; row < o.rows; ++row) {
+      const C* dy = o.dy + image * o.dy_image + row * o.dy_row + first;
+      const C* x = o.x + image * o.x_image + row * o.x_row;
+      for (int64_t column = 0; column < o.columns; ++column) {
+        Vector pixel[kVectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) pixel[v] = load(x + v * kLanes);
+#pragma GCC unroll 8
+        for (int k = 0; k < kRows; ++k) {
+          // Minus, not plus: x - 0 is x whatever its sign, and costs no instruction.
+          const Vector d = dy[k] - Vector{};
+#pragma GCC unroll 8
+          for (int v = 0; v < kVectors; ++v) total[k][v] += d * pixel[v];
+        }
+        dy += o.dy_column;
+        x += o.x_column;
+      }
     }
   }
 #pragma GCC unroll 8
   for (int k = 0; k < kRows; ++k) {
-    C* to = sums + k * sums_row;
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      if (v == 0 && skip > 0) continue;
-      const Vector sum = load(to + v * kLanes) + total[k][v];
-      std::memcpy(to + v * kLanes, &sum, sizeof(sum));
+      C* to = sums[k] + v * kLanes;
+      const Vector sum = fresh ? total[k][v] : load(to) + total[k][v];
+      if constexpr (kVectors == 1) {
+        // Lane by lane: the ones left out may be another thread's.
+        if (skip > 0) {
+#pragma GCC unroll 8
+          for (int64_t lane = 0; lane < kLanes; ++lane) {
+            if (lane >= skip) to[lane] = sum[lane];
+          }
+          continue;
+        }
+      }
+      std::memcpy(to, &sum, sizeof(sum));
     }
   }
 }
 
-template <class C, int kVectors, int kRows = kMostSums / kVectors>
-NEQ_TARGET void outer_product_rows(const OuterProduct<C>& o, int64_t n, int64_t skip, C* sums,
-                                   int64_t sums_row) {
+template <class C, int kVectors, int kRows>
+NEQ_TARGET void outer_product_rows(const OuterProduct<C>& o, int64_t first, int64_t n,
+                                   int64_t skip) {
   if constexpr (kRows > 0) {
     if (n == kRows) {
-      outer_product_tile<C, kRows, kVectors>(o, skip, sums, sums_row);
+      outer_product_tile<C, kRows, kVectors>(o, first, skip);
     } else {
-      outer_product_rows<C, kVectors, kRows - 1>(o, n, skip, sums, sums_row);
+      outer_product_rows<C, kVectors, kRows - 1>(o, first, n, skip);
     }
   }
 }
 
-// sums[k * sums_row + c] += sum over the pixels of dy[k] * x[c], for k < n and c < `vectors`
-// vectors; the first `skip` lanes are left out.
+// sums[k][at + c] += sum over the pixels of dy[k] * x[c], for k < n and c < `vectors` vectors; the
+// first `skip` lanes, of a single vector, are left out.
 template <class C>
-NEQ_TARGET void outer_product(const OuterProduct<C>& o, int64_t n, int64_t vectors, int64_t skip,
-                              C* sums, int64_t sums_row) {
-  using Function = void (*)(const OuterProduct<C>&, int64_t, int64_t, C*, int64_t);
+NEQ_TARGET void outer_product(const OuterProduct<C>& o, int64_t n, int64_t vectors, int64_t skip) {
+  using Function = void (*)(const OuterProduct<C>&, int64_t, int64_t, int64_t);
   static constexpr Function of_width[5] = {
       nullptr,
-      outer_product_rows<C, 1, 6>,
-      outer_product_rows<C, 2>,
-      outer_product_rows<C, 3>,
-      outer_product_rows<C, 4>,
+      outer_product_rows<C, 1, kRowsTogether>,
+      outer_product_rows<C, 2, kRowsTogether>,
+      outer_product_rows<C, 3, kMostSums / 3>,
+      outer_product_rows<C, 4, kMostSums / 4>,
   };
-  const int64_t most = std::min<int64_t>(6, kMostSums / vectors);
-  OuterProduct<C> part = o;
+  const int64_t most = std::min<int64_t>(kRowsTogether, kMostSums / vectors);
+  int64_t first = 0;
   for (int64_t parts = (n + most - 1) / most; parts > 0; --parts) {
-    const int64_t size = (n + parts - 1) / parts;
-    of_width[vectors](part, size, skip, sums, sums_row);
-    part.dy += size;
-    sums += size * sums_row;
-    n -= size;
+    const int64_t size = (n - first + parts - 1) / parts;
+    of_width[vectors](o, first, size, skip);
+    first += size;
+  }
+}
+
+// totals[k] += sum over `count` pixels of from[pixel * n + k]; n is at most 8. Up to 7 elements
+// behind the last one are read.
+template <class C>
+NEQ_TARGET void sum_pixels(const C* from, int64_t n, int64_t count, double* totals) {
+  double even[8] = {}, odd[8] = {};
+  int64_t i = 0;
+  for (; i + 2 <= count; i += 2, from += 2 * n) {
+#pragma omp simd
+    for (int64_t k = 0; k < 8; ++k) even[k] += static_cast<double>(from[k]);
+#pragma omp simd
+    for (int64_t k = 0; k < 8; ++k) odd[k] += static_cast<double>(from[n + k]);
+  }
+  for (int64_t k = 0; k < n; ++k) {
+    totals[k] += even[k] + odd[k] + (i < count ? static_cast<double>(from[k]) : 0.0);
+  }
+}
+
+// to[i * vectors ...] = `vectors` vectors at from[i * stride], for i < count.
+template <class C>
+NEQ_TARGET void copy_pixels(const C* from, int64_t stride, int64_t vectors, int64_t count, C* to) {
+  constexpr int64_t kLanes = Lanes<C>::count;
+  for (int64_t i = 0; i < count; ++i, from += stride, to += vectors * kLanes) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      const auto pixel = load(from + v * kLanes);
+      std::memcpy(to + v * kLanes, &pixel, sizeof(pixel));
+    }
   }
 }
 
@@ -97,14 +139,17 @@ NEQ_TARGET inline void transpose_8x8(const float* const* planes, int64_t first, 
     a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
     a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xEE);
   }
+  // In ascending order: where rows are narrower than a vector, each overwrites what the one before
+  // stored past its end.
+  for (int i = 0; i < 4; ++i) _mm256_storeu_ps(to + i * width, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
   for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(to + i * width, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
     _mm256_storeu_ps(to + (i + 4) * width, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
   }
 }
 #endif
 
-// to[i * width + c] = planes[c][first + i], for c < n and i < count.
+// to[i * width + c] = planes[c][first + i], for c < n and i < count; n is at most 8 where the rows
+// are as narrow as that.
 template <class T>
 NEQ_TARGET void interleave(const T* const* planes, int64_t n, int64_t first, int64_t count,
                            Compute<T>* to, int64_t width) {
@@ -112,6 +157,17 @@ NEQ_TARGET void interleave(const T* const* planes, int64_t n, int64_t first, int
   int64_t c = 0;
 #ifdef NEQ_VECTOR_SHUFFLES
   if constexpr (std::is_same_v<T, float>) {
+    if (2 < n && n < 8) {
+      const float* eight[8];
+      for (int64_t j = 0; j < 8; ++j) eight[j] = planes[std::min(j, n - 1)];
+      int64_t i = 0;
+      // Whatever the last row stores past its end, there are rows left to overwrite it.
+      for (; i + 16 <= count; i += 8) transpose_8x8(eight, first + i, to + i * width, width);
+      for (; i < count; ++i) {
+        for (int64_t j = 0; j < n; ++j) to[i * width + j] = planes[j][first + i];
+      }
+      return;
+    }
     for (; c + 8 <= n; c += 8) {
       int64_t i = 0;
       for (; i + 8 <= count; i += 8) {

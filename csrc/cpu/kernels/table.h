@@ -28,6 +28,8 @@ const Kernels<T>& kernels() {
       sum<C>,
       copy_rows<T>,
       outer_product<C>,
+      sum_pixels<C>,
+      copy_pixels<C>,
       interleave<T>,
   };
   return table;
