@@ -14,15 +14,17 @@ class ColumnGatherPlan {
   ColumnGatherPlan(const int64_t* columns, int64_t n, int64_t width, int64_t word_bytes,
                    int64_t soon = 0);
 
-  ColumnGather get() const {
-    return {columns_,    n_,        windows_.data(), static_cast<int64_t>(windows_.size()),
-            soon_first_, soon_last_};
+  // Behind the last row, `room` words may be overwritten.
+  ColumnGather get(int64_t room = 0) const {
+    return {columns_,    n_,          windows_.data(), static_cast<int64_t>(windows_.size()),
+            one_vector_, soon_first_, soon_last_,      room};
   }
 
  private:
   const int64_t* columns_;
   int64_t n_;
   std::vector<Window> windows_;
+  bool one_vector_ = false;
   int64_t soon_first_ = 0, soon_last_ = -1;
 };
 

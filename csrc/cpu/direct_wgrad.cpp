@@ -17,7 +17,8 @@ constexpr int64_t kPixelsPerPart = 512;        // what a sum of its own is worth
 constexpr int64_t kProductsPerItem = 1 << 17;  // of dy and x: what one parallel item is worth
 constexpr int64_t kMostParts = 16;
 constexpr int64_t kSumsOfAllParts = 1 << 20;
-constexpr int64_t kBlocksTogether = 64;  // whose pixels of a unit fit into the second cache
+constexpr int64_t kPixelsTogether = 16;
+constexpr int64_t kBlocksTogether = 32;  // whose pixels of a unit fit into the second cache
 constexpr int64_t kUsesWorthAPanel = 3;
 constexpr int64_t kSlack = 8;  // elements that are read past the end of packed pixels
 
@@ -60,6 +61,17 @@ std::vector<Tile> channel_tiles(int64_t channels, int64_t lanes, int64_t n) {
   return tiles;
 }
 
+// The output rows, or columns, that read inside the input by each tap.
+struct TapRange {
+  int64_t begin, end;
+};
+
+std::vector<TapRange> tap_ranges(const Axis& axis) {
+  std::vector<TapRange> ranges;
+  for (int64_t tap = 0; tap < axis.kernel; ++tap) ranges.push_back({axis.begin(tap), axis.end(tap)});
+  return ranges;
+}
+
 // Active channels whose sums are in registers at the same time.
 struct Block {
   int64_t first, size;
@@ -71,8 +83,10 @@ std::vector<Block> channel_blocks(const ConvProblem& p, int64_t word_bytes) {
   int64_t first = 0;
   for (int64_t left = divided_up(p.n, kRowsTogether); left > 0; --left) {
     const int64_t size = divided_up(p.n - first, left);
-    blocks.push_back(
-        {first, size, ColumnGatherPlan(p.active + first, size, p.output_channels, word_bytes)});
+    const int64_t soon = std::min(size, p.n - first - size);
+    blocks.push_back({first, size,
+                      ColumnGatherPlan(p.active + first, size, p.output_channels, word_bytes,
+                                       soon)});
     first += size;
   }
   return blocks;
@@ -108,6 +122,8 @@ class Direct {
         padded_(std::max(channels_, kLanes)),
         column_taps_(rows_of_taps_ ? 1 : p.w.kernel),
         tiles_(channel_tiles(padded_, kLanes, p.n)),
+        taps_h_(tap_ranges(p.h)),
+        taps_w_(tap_ranges(p.w)),
         bands_(divided_up(p.h.output,
                           std::clamp<int64_t>(kPixelsPerUnit / p.w.output, 1, p.h.output))),
         band_rows_(divided_up(p.h.output, bands_)),
@@ -224,17 +240,13 @@ class Direct {
     const int64_t channels = blocks_[last - 1].first + blocks_[last - 1].size - blocks_[first].first;
     packed.resize(std::max<size_t>(packed.size(), unit.images * count * channels + kSlack));
     T* to = packed.data();
+    if (channels_last_) {
+      gather_grad(grad_ + (unit.image * plane + from) * p_.output_channels, unit.images * count,
+                  first, last, to);
+      return;
+    }
     for (int64_t b = first; b < last; ++b) {
       const Block& block = blocks_[b];
-      if (channels_last_) {
-        using Word = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-        const T* pixels = grad_ + (unit.image * plane + from) * p_.output_channels;
-        gather_columns_kernel<Word>()(block.plan.get(), reinterpret_cast<const Word*>(pixels),
-                                      p_.output_channels, reinterpret_cast<Word*>(to), block.size,
-                                      unit.images * count);
-        to += unit.images * count * block.size;
-        continue;
-      }
       for (int64_t image = unit.image; image < unit.image + unit.images; ++image) {
         const T* planes[kRowsTogether];
         for (int64_t k = 0; k < block.size; ++k) {
@@ -242,6 +254,23 @@ class Direct {
         }
         kernels<T>().interleave(planes, block.size, from, count, to, block.size);
         to += count * block.size;
+      }
+    }
+  }
+
+  // A few pixels of all blocks at a time: they lie in the first cache.
+  void gather_grad(const T* pixels, int64_t count, int64_t first, int64_t last, T* to) const {
+    using Word = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+    const auto gather = gather_columns_kernel<Word>();
+    for (int64_t i = 0; i < count; i += kPixelsTogether) {
+      const int64_t some = std::min(kPixelsTogether, count - i);
+      T* packed = to;
+      for (int64_t b = first; b < last; ++b) {
+        const Block& block = blocks_[b];
+        gather(block.plan.get((count - i - some) * block.size),
+               reinterpret_cast<const Word*>(pixels + i * p_.output_channels), p_.output_channels,
+               reinterpret_cast<Word*>(packed + i * block.size), block.size, some);
+        packed += count * block.size;
       }
     }
   }
@@ -317,6 +346,10 @@ class Direct {
     if (channels_last_) {
       const T* source = images + from * p_.input_channels + first;
       const int64_t stride = step * p_.input_channels;
+      if (width == stride) {
+        std::copy_n(source, count * width, to);
+        return;
+      }
       if (channels == width && channels % kLanes == 0) {
         kernels<T>().copy_pixels(source, stride, channels / kLanes, count, to);
         return;
@@ -340,16 +373,18 @@ class Direct {
   // Adds one unit to targets[n][tap][channel], for one block and the channels of one tile.
   void add(const Unit& unit, const T* dy, const Block& block, const Pixels& x, const Tile& tile,
            T* const* targets, bool fresh) const {
-    const int64_t stride_h = p_.h.stride / step_h_, stride_w = p_.w.stride / step_w_;
+    const int64_t stride_h = step_h_ == 1 ? p_.h.stride : 1;
+    const int64_t stride_w = step_w_ == 1 ? p_.w.stride : 1;
     const int64_t dy_row = p_.w.output * block.size;
     const T* data = x.data + (rows_of_taps_ ? tile.first : 0);
     for (int64_t r = 0; r < p_.h.kernel; ++r) {
-      const int64_t p0 = std::max(unit.top, p_.h.begin(r)), p1 = std::min(unit.bottom, p_.h.end(r));
+      const int64_t p0 = std::max(unit.top, taps_h_[r].begin),
+                    p1 = std::min(unit.bottom, taps_h_[r].end);
       if (p0 >= p1) continue;
       const int64_t y0 = p0 * stride_h - p_.h.padding + r * p_.h.dilation - x.begin;
       for (int64_t s = 0; s < column_taps_; ++s) {
-        const int64_t q0 = rows_of_taps_ ? 0 : p_.w.begin(s);
-        const int64_t q1 = rows_of_taps_ ? p_.w.output : p_.w.end(s);
+        const int64_t q0 = rows_of_taps_ ? 0 : taps_w_[s].begin;
+        const int64_t q1 = rows_of_taps_ ? p_.w.output : taps_w_[s].end;
         if (q0 >= q1) continue;
         const int64_t x0 = q0 * stride_w - p_.w.padding + s * p_.w.dilation + x.left;
         OuterProduct<T> o{unit.images,
@@ -408,12 +443,14 @@ class Direct {
         kernels<T>().interleave(planes.data(), taps, 0, p_.input_channels, to, taps);
         return;
       }
-      for (int64_t part = 0; part < p_.h.kernel * column_taps_; ++part) {
-        for (int64_t j = 0; j < channels_; ++j) {
-          const int64_t tap = part * (rows_of_taps_ ? p_.w.kernel : 1) + j / p_.input_channels;
-          const int64_t c = j % p_.input_channels;
-          to[taps_inside_ ? c * taps + tap : tap * p_.input_channels + c] =
-              total[part * padded_ + j];
+      const int64_t tap_stride = taps_inside_ ? 1 : p_.input_channels;
+      const int64_t channel_stride = taps_inside_ ? taps : 1;
+      for (int64_t r = 0; r < p_.h.kernel; ++r) {
+        for (int64_t s = 0; s < p_.w.kernel; ++s) {
+          const T* sums_of_tap = total + (rows_of_taps_ ? r * padded_ + s * p_.input_channels
+                                                        : (r * p_.w.kernel + s) * padded_);
+          T* target = to + (r * p_.w.kernel + s) * tap_stride;
+          for (int64_t c = 0; c < p_.input_channels; ++c) target[c * channel_stride] = sums_of_tap[c];
         }
       }
     });
@@ -438,6 +475,7 @@ class Direct {
   int64_t step_h_, step_w_;
   int64_t channels_, padded_, column_taps_;
   std::vector<Tile> tiles_;
+  std::vector<TapRange> taps_h_, taps_w_;
   int64_t bands_, band_rows_, images_;
 };
 

@@ -28,10 +28,11 @@ struct AdamStep {
       grad_sign;
 };
 
-// One vector load, shuffle and store: words of a row from column `from` on go to column `to` on.
+// One vector load and shuffle: words of a row from column `from` on go to column `to` on.
 struct Window {
   int64_t from, to;
   int32_t lanes[8];  // shuffle control, see column_gather.cpp
+  int32_t later[8];  // -1 from column `to` on, where the columns together are one vector
 };
 
 template <class Word>
@@ -42,7 +43,9 @@ struct ColumnGather {
   int64_t n;
   const Window* windows;  // none: the rows are narrower than a vector
   int64_t n_windows;
+  bool one_vector;                // the windows are blended into one vector of 32-bit words
   int64_t soon_first, soon_last;  // columns of the same row to prefetch; none when first > last
+  int64_t room;                   // words behind the last row that may be written
 };
 
 constexpr int64_t kVectorBytes = 32;

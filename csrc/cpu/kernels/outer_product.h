@@ -86,7 +86,10 @@ NEQ_TARGET void outer_product(const OuterProduct<C>& o, int64_t n, int64_t vecto
       outer_product_rows<C, 3, kMostSums / 3>,
       outer_product_rows<C, 4, kMostSums / 4>,
   };
-  const int64_t most = std::min<int64_t>(kRowsTogether, kMostSums / vectors);
+  static constexpr int64_t most_of_width[5] = {0, kRowsTogether, kRowsTogether, kMostSums / 3,
+                                               kMostSums / 4};
+  const int64_t most = most_of_width[vectors];
+  if (n <= most) return of_width[vectors](o, 0, n, skip);
   int64_t first = 0;
   for (int64_t parts = (n + most - 1) / most; parts > 0; --parts) {
     const int64_t size = (n - first + parts - 1) / parts;
@@ -112,11 +115,13 @@ NEQ_TARGET void sum_pixels(const C* from, int64_t n, int64_t count, double* tota
   }
 }
 
-// to[i * vectors ...] = `vectors` vectors at from[i * stride], for i < count.
+// to[i * vectors ...] = `vectors` vectors at from[i * stride], for i < count. What lies behind them
+// in memory is expected to be next.
 template <class C>
 NEQ_TARGET void copy_pixels(const C* from, int64_t stride, int64_t vectors, int64_t count, C* to) {
   constexpr int64_t kLanes = Lanes<C>::count;
   for (int64_t i = 0; i < count; ++i, from += stride, to += vectors * kLanes) {
+    __builtin_prefetch(from + vectors * kLanes);
     for (int64_t v = 0; v < vectors; ++v) {
       const auto pixel = load(from + v * kLanes);
       std::memcpy(to + v * kLanes, &pixel, sizeof(pixel));
