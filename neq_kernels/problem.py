@@ -20,7 +20,6 @@ class Strategy(IntEnum):
     - ``DENSE``: PyTorch's own kernel for all channels, then zeros over the frozen ones;
     - ``PACK``: the active channels of dY are gathered, or taken as a view where they are
       neighbours, and given to PyTorch's own kernel;
-    - ``MATMUL``: as ``PACK``, but a 1x1 convolution is given to BLAS as a product of matrices;
     - ``FUSED``: own kernel, which gathers as it multiplies.
 
     With no channel active there is nothing to compute, whatever the strategy.
@@ -28,8 +27,7 @@ class Strategy(IntEnum):
 
     DENSE = 0
     PACK = 1
-    MATMUL = 2
-    FUSED = 3
+    FUSED = 2
 
 
 @dataclass(frozen=True)
@@ -127,17 +125,6 @@ class Problem(NamedTuple):
         """A 2d convolution, neither transposed nor grouped."""
         g = self.geometry
         return g is not None and len(self.weight_size) == 4 and not g.transposed and g.groups == 1
-
-    @property
-    def is_matmul(self) -> bool:
-        """A 2d convolution that is one product of matrices: 1x1, without padding."""
-        g = self.geometry
-        return (
-            self.is_plain_conv2d
-            and g is not None
-            and self.weight_size[2:] == (1, 1)
-            and g.padding == (0, 0)
-        )
 
     @property
     def output_positions(self) -> int:

@@ -137,9 +137,9 @@ def test_dispatch_follows_the_table():
 
 def test_a_winner_that_cannot_serve_is_not_used():
     backend, threads = dispatch.backend_for("cpu"), torch.get_num_threads()
-    problem = CONV._replace(weight_size=(16, 8, 3, 3))
-    dispatch.table_for(threads).put(problem, 4, Strategy.MATMUL)
-    assert dispatch.strategy_for(problem, 4, backend, threads) != Strategy.MATMUL
+    problem = CONV._replace(dtype=torch.bfloat16)
+    dispatch.table_for(threads).put(problem, 4, Strategy.FUSED)
+    assert dispatch.strategy_for(problem, 4, backend, threads) != Strategy.FUSED
 
 
 def test_tune_measures_every_layer_and_keeps_the_winners(own_folder):

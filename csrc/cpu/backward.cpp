@@ -16,8 +16,8 @@ namespace {
 
 using torch::stable::narrow;
 
-// As in neq_kernels/strategies.py.
-enum class Strategy : int64_t { dense, pack, matmul, fused };
+// As in neq_kernels/problem.py.
+enum class Strategy : int64_t { dense, pack, fused };
 
 // BLAS works on this many rows at a time. What is left over, on any of its threads, it sums one
 // product after the other, with up to 30 times the error of the rest (float32, 100,000 products).
@@ -158,10 +158,10 @@ Grads direct(ConvProblem p, const Tensor& grad, const Tensor& input, const Tenso
   const bool taps_inside = weight.stride(1) != 1;
   dispatch_single_or_double(input, [&](auto zero) {
     using T = decltype(zero);
-    const std::vector<double> active = direct_wgrad<T>(
-        p, static_cast<const T*>(grad.const_data_ptr()),
-        static_cast<const T*>(input.const_data_ptr()), channels_last,
-        static_cast<T*>(rows.mutable_data_ptr()), taps_inside);
+    const std::vector<double> active =
+        direct_wgrad<T>(p, static_cast<const T*>(grad.const_data_ptr()),
+                        static_cast<const T*>(input.const_data_ptr()), channels_last,
+                        static_cast<T*>(rows.mutable_data_ptr()), taps_inside);
     bias = whole_bias<T>(active, weight, p.active, p.n, p.output_channels);
   });
   return {Tensor(), rows, bias};
@@ -171,82 +171,8 @@ bool is_channels_last(const Tensor& t) {
   return !is_dense(t, {0, 1, 2, 3}) && is_dense(t, {0, 2, 3, 1});
 }
 
-// [pixels, channels] of every stride-th pixel.
-Tensor pixel_matrix(const Tensor& t, const ConvProblem& p, int64_t stride_h, int64_t stride_w) {
-  const int64_t channels = t.size(1), height = p.h.output, width = p.w.output;
-  const int64_t plane = t.size(2) * t.size(3);
-  const bool every = height == t.size(2) && width == t.size(3);
-  const bool last = is_channels_last(t) || (plane == 1 && is_dense(t, {0, 1, 2, 3}));
-  if (every && last) {
-    return torch::stable::view(torch::stable::permute(t, {0, 2, 3, 1}),
-                               {t.size(0) * plane, channels});
-  }
-  const Tensor source = last ? t : in_order(t, {0, 1, 2, 3});
-  Tensor pixels = empty_in_order({t.size(0) * height * width, channels}, {0, 1}, t.scalar_type());
-  dispatch_floating(t.scalar_type(), "input", [&](auto zero) {
-    using T = decltype(zero);
-    const T* from = static_cast<const T*>(source.const_data_ptr());
-    T* to = static_cast<T*>(pixels.mutable_data_ptr());
-    const int64_t grain = std::max<int64_t>(1, (1 << 15) / (width * channels));
-    torch::stable::parallel_for(0, t.size(0) * height, grain, [&](int64_t begin, int64_t end) {
-      std::vector<const T*> planes(channels);
-      for (int64_t row = begin; row < end; ++row) {
-        const int64_t image = row / height, y = row % height * stride_h;
-        T* target = to + row * width * channels;
-        const T* first = from + image * plane * channels;
-        if (last) {
-          for (int64_t q = 0; q < width; ++q) {
-            std::copy_n(first + (y * t.size(3) + q * stride_w) * channels, channels,
-                        target + q * channels);
-          }
-        } else if constexpr (std::is_same_v<T, Compute<T>>) {
-          if (stride_w == 1) {
-            for (int64_t c = 0; c < channels; ++c) planes[c] = first + c * plane;
-            kernels<T>().interleave(planes.data(), channels, y * t.size(3), width, target,
-                                    channels);
-            continue;
-          }
-        }
-        if (!last) {
-          for (int64_t c = 0; c < channels; ++c) {
-            const T* line = first + c * plane + y * t.size(3);
-            for (int64_t q = 0; q < width; ++q) target[q * channels + c] = line[q * stride_w];
-          }
-        }
-      }
-    });
-  });
-  return pixels;
-}
-
-Grads by_matmul(const ConvProblem& p, const Tensor& grad, const Tensor& input, const Tensor& weight,
-                const Tensor& order, const Neurons& neurons) {
-  require(p.taps() == 1 && p.h.padding == 0 && p.w.padding == 0,
-          "strategy: expected a 1x1 convolution without padding for matmul");
-  const int64_t k = p.output_channels, m = p.n == k ? k : rounded_up(p.n, k);
-  const Tensor packed = m == k ? grad : pack(grad, order, m, 1);
-  const Tensor dy = pixel_matrix(packed, p, 1, 1);
-  const Tensor x = pixel_matrix(input, p, p.h.stride, p.w.stride);
-  const Tensor rows = torch::stable::reshape(mm(torch::stable::transpose(dy, 0, 1), x),
-                                             {m, p.input_channels, 1, 1});
-  Tensor bias;
-  if (p.want_bias) bias = column_sums(dy);
-  if (p.n == k) return {Tensor(), rows, bias};
-  // With all channels packed they are in their own order.
-  if (m == k) {
-    clear_frozen(rows, order, p.n, neurons);
-    clear_frozen(bias, order, p.n, neurons);
-    return {Tensor(), rows, bias};
-  }
-  return {Tensor(),
-          scattered(narrow(const_cast<Tensor&>(rows), 0, 0, p.n), weight, order, p.n, neurons),
-          bias.defined()
-              ? scattered(narrow(bias, 0, 0, p.n), bias_like(weight, k), order, p.n, neurons)
-              : bias};
-}
-
 Strategy checked_strategy(int64_t strategy) {
-  require(0 <= strategy && strategy <= 3, "strategy: expected 0 to 3, got ", strategy);
+  require(0 <= strategy && strategy <= 2, "strategy: expected 0 to 2, got ", strategy);
   return static_cast<Strategy>(strategy);
 }
 
@@ -365,14 +291,14 @@ Grads conv_backward(const Tensor& grad_output, const Tensor& input, const Tensor
       grad_output, input, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, stride,
       padding, dilation, order, n, want_bias);
   Grads grads;
-  if (chosen == Strategy::matmul) {
-    require(groups == 1, "groups: expected 1 for matmul, got ", groups);
-    grads = by_matmul(p, grad_output, input, weight, order, neurons);
-  } else if (groups == 1) {
+  if (groups == 1) {
     const bool last = is_channels_last(input);
     const std::vector<int64_t> dims =
         last ? std::vector<int64_t>{0, 2, 3, 1} : std::vector<int64_t>{0, 1, 2, 3};
-    grads = direct(p, in_order(grad_output, dims), in_order(input, dims), weight, order, last);
+    // Channels of a single pixel lie innermost whatever the format.
+    const bool single = p.h.input * p.w.input == 1 && p.h.output * p.w.output == 1;
+    grads = direct(p, in_order(grad_output, dims), in_order(input, dims), weight, order,
+                   last || single);
   } else {
     auto [rows, bias] =
         depthwise_wgrad(grad_output, input, {k, weight.size(1), weight.size(2), weight.size(3)},

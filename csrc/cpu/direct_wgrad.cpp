@@ -6,13 +6,16 @@
 
 #include "column_gather.h"
 #include "kernels.h"
+#include "prefetch.h"
 #include "runs.h"
 #include "split.h"
 
 namespace neq {
 namespace {
 
-constexpr int64_t kPixelsPerUnit = 256;        // summed in registers before they join the others
+// As many pixels are summed in registers before they join the others. Of few pixels the library
+// sums even fewer at a time, and what is summed in one go is less exact.
+constexpr int64_t kPixelsPerUnit = 256, kPixelsPerSmallUnit = 128, kFewPixels = 1024;
 constexpr int64_t kPixelsPerPart = 512;        // what a sum of its own is worth
 constexpr int64_t kProductsPerItem = 1 << 17;  // of dy and x: what one parallel item is worth
 constexpr int64_t kMostParts = 16;
@@ -20,7 +23,8 @@ constexpr int64_t kSumsOfAllParts = 1 << 20;
 constexpr int64_t kPixelsTogether = 16;
 constexpr int64_t kBlocksTogether = 32;  // whose pixels of a unit fit into the second cache
 constexpr int64_t kUsesWorthAPanel = 3;
-constexpr int64_t kSlack = 8;  // elements that are read past the end of packed pixels
+constexpr int64_t kEnoughItems = 8;  // for a thread, where they cannot be shared out evenly
+constexpr int64_t kSlack = 8;        // elements that are read past the end of packed pixels
 
 int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -68,7 +72,8 @@ struct TapRange {
 
 std::vector<TapRange> tap_ranges(const Axis& axis) {
   std::vector<TapRange> ranges;
-  for (int64_t tap = 0; tap < axis.kernel; ++tap) ranges.push_back({axis.begin(tap), axis.end(tap)});
+  for (int64_t tap = 0; tap < axis.kernel; ++tap)
+    ranges.push_back({axis.begin(tap), axis.end(tap)});
   return ranges;
 }
 
@@ -84,9 +89,9 @@ std::vector<Block> channel_blocks(const ConvProblem& p, int64_t word_bytes) {
   for (int64_t left = divided_up(p.n, kRowsTogether); left > 0; --left) {
     const int64_t size = divided_up(p.n - first, left);
     const int64_t soon = std::min(size, p.n - first - size);
-    blocks.push_back({first, size,
-                      ColumnGatherPlan(p.active + first, size, p.output_channels, word_bytes,
-                                       soon)});
+    blocks.push_back(
+        {first, size,
+         ColumnGatherPlan(p.active + first, size, p.output_channels, word_bytes, soon)});
     first += size;
   }
   return blocks;
@@ -97,8 +102,7 @@ std::vector<Block> channel_blocks(const ConvProblem& p, int64_t word_bytes) {
 // The pixels are taken in units: some rows of an image, or several small images. Of each unit, the
 // active channels of dy are packed block by block, and the channels of x tile by tile, in a panel,
 // unless they are used so little that they are read where they lie. With fewer channels than lanes
-// the taps of a kernel row take part as channels: they are neighbours in a zero-padded copy of the
-// input's rows.
+// all taps take part as channels: they are copied side by side for every pixel.
 template <class T>
 class Direct {
  public:
@@ -113,80 +117,82 @@ class Direct {
         gradient_(gradient),
         taps_inside_(taps_inside && p.taps() > 1),
         blocks_(channel_blocks(p, sizeof(T))),
-        rows_of_taps_(p.input_channels < kLanes && p.w.dilation == 1),
-        panels_(!channels_last || p.input_channels < kLanes ||
+        taps_as_channels_(p.input_channels < kLanes),
+        panels_(!channels_last ||
                 p.taps() * static_cast<int64_t>(blocks_.size()) >= kUsesWorthAPanel),
         step_h_(takes_steps(p.h) ? p.h.stride : 1),
         step_w_(takes_steps(p.w) ? p.w.stride : 1),
-        channels_(p.input_channels * (rows_of_taps_ ? p.w.kernel : 1)),
+        channels_(p.input_channels * (taps_as_channels_ ? p.taps() : 1)),
         padded_(std::max(channels_, kLanes)),
-        column_taps_(rows_of_taps_ ? 1 : p.w.kernel),
         tiles_(channel_tiles(padded_, kLanes, p.n)),
         taps_h_(tap_ranges(p.h)),
         taps_w_(tap_ranges(p.w)),
-        bands_(divided_up(p.h.output,
-                          std::clamp<int64_t>(kPixelsPerUnit / p.w.output, 1, p.h.output))),
-        band_rows_(divided_up(p.h.output, bands_)),
+        products_(static_cast<double>(p.n * size_of_sums()) * static_cast<double>(pixels())),
+        parts_(number_of_parts()),
+        band_rows_(rows_of_band()),
+        bands_(divided_up(p.h.output, band_rows_)),
         images_(bands_ > 1 ? 1
-                           : std::clamp<int64_t>(kPixelsPerUnit / (p.h.output * p.w.output), 1,
+                           : std::clamp<int64_t>(pixels_per_unit() / (p.h.output * p.w.output), 1,
                                                  p.images)) {}
 
   std::vector<double> run() {
-    const int64_t n = p_.n, pixels = p_.images * p_.h.output * p_.w.output;
-    const int64_t size = p_.h.kernel * column_taps_ * padded_;
-    const double products = static_cast<double>(n * size) * static_cast<double>(pixels);
+    const int64_t n = p_.n;
+    const int64_t size = size_of_sums();
     // The bits depend on the number of parts, so it follows from the shape; they do not depend on
     // how blocks and tiles are shared out.
-    const int64_t most_parts = std::min({kMostParts, kSumsOfAllParts / (n * size),
-                                         static_cast<int64_t>(products / kProductsPerItem),
-                                         pixels / kPixelsPerPart});
-    const Split units(divided_up(p_.images, images_) * bands_,
-                      std::max<int64_t>(1, most_parts), 1);
+    const Split units(divided_up(p_.images, images_) * bands_, parts_, 1);
     const Split groups(static_cast<int64_t>(blocks_.size()),
                        divided_up(static_cast<int64_t>(blocks_.size()), kBlocksTogether), 1);
-    // Each chunk of tiles packs dy for itself, so there are no more than needed.
-    const int64_t threads =
-        std::min<int64_t>(torch::stable::get_num_threads(),
-                          static_cast<int64_t>(products / kProductsPerItem) + 1);
+    const int64_t threads = std::min<int64_t>(
+        torch::stable::get_num_threads(), static_cast<int64_t>(products_ / kProductsPerItem) + 1);
+    // Each chunk of tiles packs dy for itself, so tiles are shared out only where the rest would
+    // leave threads without work.
     const int64_t others = units.parts * groups.parts;
-    const Split chunks(static_cast<int64_t>(tiles_.size()),
-                       divided_up(threads, others), 1);
+    const bool is_even = others % threads == 0 || others >= kEnoughItems * threads;
+    const Split chunks(static_cast<int64_t>(tiles_.size()), is_even ? 1 : threads, 1);
 
-    const bool in_place = units.parts == 1 && !taps_inside_ && padded_ == p_.input_channels;
+    const bool in_place = units.parts == 1 && !taps_inside_ && padded_ == channels_;
     std::vector<T> sums(in_place ? 0 : units.parts * n * size);
     std::vector<T*> sums_of(units.parts * n);
     for (int64_t i = 0; i < units.parts * n; ++i) {
       sums_of[i] = in_place ? gradient_ + p_.active[i] * size : sums.data() + i * size;
     }
-    const bool fresh = p_.taps() == 1 && p_.h.padding == 0 && p_.w.padding == 0;
+    const bool fresh =
+        taps_as_channels_ || (p_.taps() == 1 && p_.h.padding == 0 && p_.w.padding == 0);
     if (in_place) {
-      for_each_row(fresh ? n : 0, p_.output_channels, size, [&](int64_t i) {
-        std::fill_n(gradient_ + p_.active[i] * size, size, T(0));
-      });
+      for_each_row(fresh ? n : 0, p_.output_channels, size,
+                   [&](int64_t i) { std::fill_n(gradient_ + p_.active[i] * size, size, T(0)); });
     }
     std::vector<double> bias(p_.want_bias ? units.parts * n : 0);
     torch::stable::parallel_for(0, others * chunks.parts, 1, [&](int64_t begin, int64_t end) {
-      std::vector<T> panel, packed;
+      Scratch scratch;
       for (int64_t item = begin; item < end; ++item) {
         const int64_t chunk = item % chunks.parts, group = item / chunks.parts % groups.parts;
         const int64_t part = item / chunks.parts / groups.parts;
         T* const* targets = sums_of.data() + part * n;
         for (int64_t u = units.begin(part); u < units.end(part); ++u) {
           const Unit unit = unit_at(u);
-          pack_grad(unit, groups.begin(group), groups.end(group), packed);
+          const int64_t first = groups.begin(group), last = groups.end(group);
+          pack_grad(unit, first, last, scratch.grad);
           if (p_.want_bias && chunk == 0) {
-            add_bias(unit, groups.begin(group), groups.end(group), packed,
-                     bias.data() + part * n);
+            add_bias(unit, first, last, scratch.grad, bias.data() + part * n);
           }
-          Pixels x{};
-          if (rows_of_taps_) x = fill_rows_of_taps(unit, panel);
+          if (taps_as_channels_) fill_taps(unit, scratch);
+          const Unit next = unit_at(std::min(u + 1, units.end(part) - 1));
+          const int64_t calls = (last - first) * (chunks.end(chunk) - chunks.begin(chunk));
+          Prefetcher<T> next_grad(grad_of(next, first, last), calls);
+          Prefetcher<T> next_input(input_of(next, chunks.begin(chunk), chunks.end(chunk)), calls);
           for (int64_t t = chunks.begin(chunk); t < chunks.end(chunk); ++t) {
-            if (!rows_of_taps_) x = panels_ ? fill_panel(unit, tiles_[t], panel) : in_place_of(unit, tiles_[t]);
-            const T* dy = packed.data();
-            for (int64_t b = groups.begin(group); b < groups.end(group); ++b) {
-              add(unit, dy, blocks_[b], x, tiles_[t], targets,
-                  fresh && u == units.begin(part));
+            if (!taps_as_channels_ && panels_) fill_panel(unit, tiles_[t], scratch.input);
+            const Pixels x = pixels_of(unit, tiles_[t], scratch.input.data());
+            const T* dy = scratch.grad.data();
+            for (int64_t b = first; b < last; ++b) {
+              add(unit, dy, blocks_[b], x, tiles_[t], targets, fresh && u == units.begin(part));
               dy += unit.pixels(p_) * blocks_[b].size;
+              if (u + 1 < units.end(part)) {
+                next_grad.fetch_some();
+                next_input.fetch_some();
+              }
             }
           }
         }
@@ -201,10 +207,42 @@ class Direct {
   }
 
  private:
+  int64_t pixels() const { return p_.images * p_.h.output * p_.w.output; }
+
+  int64_t pixels_per_unit() const {
+    return p_.images > 1 && pixels() <= kFewPixels ? kPixelsPerSmallUnit : kPixelsPerUnit;
+  }
+
+  int64_t size_of_sums() const { return taps_as_channels_ ? padded_ : p_.taps() * padded_; }
+
+  // A power of two, so that threads get equal shares.
+  int64_t number_of_parts() const {
+    const int64_t most =
+        std::min({kMostParts, kSumsOfAllParts / (p_.n * size_of_sums()),
+                  static_cast<int64_t>(products_ / kProductsPerItem), pixels() / kPixelsPerPart});
+    int64_t parts = 1;
+    while (2 * parts <= most) parts *= 2;
+    return parts;
+  }
+
+  // Output rows of a unit. Those of a single image are shared out among the parts.
+  int64_t rows_of_band() const {
+    const int64_t most = std::clamp<int64_t>(pixels_per_unit() / p_.w.output, 1, p_.h.output);
+    const int64_t bands = divided_up(p_.h.output, most);
+    const int64_t even = p_.images > 1 ? bands : divided_up(bands, parts_) * parts_;
+    return divided_up(p_.h.output, even);
+  }
+
   // Whether a panel holds only the pixels that are read.
   bool takes_steps(const Axis& axis) const {
-    return panels_ && !rows_of_taps_ && axis.kernel == 1 && axis.padding == 0;
+    return panels_ && !taps_as_channels_ && axis.kernel == 1 && axis.padding == 0;
   }
+
+  // Copies of a unit's operands: dy block by block, x with some channels side by side, and rows of
+  // x.
+  struct Scratch {
+    std::vector<T> grad, input, rows;
+  };
 
   // Output rows [top, bottom) of some images.
   struct Unit {
@@ -218,12 +256,28 @@ class Direct {
             std::min(p_.h.output, top + band_rows_)};
   }
 
-  // Channels of x at the pixels of a unit, in memory. `data` is that of row `begin`, and of the
-  // column `left` columns beside the input.
+  // Channels of x at the pixels of a unit; the first row in memory is row `begin`.
   struct Pixels {
     const T* data;
-    int64_t image, row, pixel, begin, left;
+    int64_t image, row, pixel, begin;
   };
+
+  Pixels pixels_of(const Unit& unit, const Tile& tile, const T* copied) const {
+    if (taps_as_channels_) return {copied + tile.first, 0, 0, taps_stride(), 0};
+    if (panels_) {
+      int64_t begin, end;
+      rows_read(unit, begin, end);
+      const int64_t width = tile.vectors * kLanes, row = panel_columns() * width;
+      return {copied, (end - begin) * row, row, width, begin};
+    }
+    const int64_t row = p_.w.input * p_.input_channels, image = p_.h.input * row;
+    return {x_ + unit.image * image + tile.first, image, row, p_.input_channels, 0};
+  }
+
+  int64_t panel_columns() const { return step_w_ == 1 ? p_.w.input : p_.w.output; }
+
+  // A vector more than needed: what is copied ends with a whole one.
+  int64_t taps_stride() const { return channels_ + kLanes; }
 
   // Rows of the input that a unit reads, counted in steps.
   void rows_read(const Unit& unit, int64_t& begin, int64_t& end) const {
@@ -233,11 +287,67 @@ class Direct {
     end = std::clamp(last + 1, begin, std::max(begin, (p_.h.input - 1) / step_h_ + 1));
   }
 
+  // Where a unit's operands lie, for some blocks and for some tiles.
+  Region<T> grad_of(const Unit& unit, int64_t first, int64_t last) const {
+    const int64_t plane = p_.h.output * p_.w.output, from = unit.top * p_.w.output;
+    const int64_t begin = blocks_[first].first;
+    const int64_t end = blocks_[last - 1].first + blocks_[last - 1].size;
+    const T* images = grad_ + unit.image * plane * p_.output_channels;
+    if (channels_last_) {
+      const int64_t channel = p_.active[begin];
+      return {images + from * p_.output_channels + channel,
+              unit.pixels(p_),
+              p_.active[end - 1] + 1 - channel,
+              unit.pixels(p_),
+              p_.output_channels,
+              0,
+              nullptr};
+    }
+    const int64_t channels = end - begin;
+    return {images + from,
+            unit.images * channels,
+            (unit.bottom - unit.top) * p_.w.output,
+            channels,
+            plane,
+            p_.output_channels * plane,
+            p_.active + begin};
+  }
+
+  Region<T> input_of(const Unit& unit, int64_t first, int64_t last) const {
+    int64_t begin, end;
+    rows_read(unit, begin, end);
+    const int64_t from = begin * step_h_ * p_.w.input;
+    const int64_t count = std::min(p_.h.input, end * step_h_) * p_.w.input - from;
+    const int64_t plane = p_.h.input * p_.w.input;
+    const int64_t channel = taps_as_channels_ ? 0 : tiles_[first].first;
+    const int64_t channels =
+        taps_as_channels_ ? p_.input_channels
+                          : tiles_[last - 1].first + tiles_[last - 1].vectors * kLanes - channel;
+    const T* images = x_ + unit.image * plane * p_.input_channels;
+    if (channels_last_) {
+      return {images + from * p_.input_channels + channel,
+              unit.images * count,
+              channels,
+              count,
+              p_.input_channels,
+              plane * p_.input_channels,
+              nullptr};
+    }
+    return {images + channel * plane + from,
+            unit.images * channels,
+            count,
+            channels,
+            plane,
+            p_.input_channels * plane,
+            nullptr};
+  }
+
   // The active channels of each block, side by side at every pixel; block after block.
   void pack_grad(const Unit& unit, int64_t first, int64_t last, std::vector<T>& packed) const {
     const int64_t plane = p_.h.output * p_.w.output, from = unit.top * p_.w.output;
     const int64_t count = (unit.bottom - unit.top) * p_.w.output;
-    const int64_t channels = blocks_[last - 1].first + blocks_[last - 1].size - blocks_[first].first;
+    const int64_t channels =
+        blocks_[last - 1].first + blocks_[last - 1].size - blocks_[first].first;
     packed.resize(std::max<size_t>(packed.size(), unit.images * count * channels + kSlack));
     T* to = packed.data();
     if (channels_last_) {
@@ -285,62 +395,77 @@ class Direct {
     }
   }
 
-  Pixels in_place_of(const Unit& unit, const Tile& tile) const {
-    const int64_t row = p_.w.input * p_.input_channels, image = p_.h.input * row;
-    return {x_ + unit.image * image + tile.first, image, row, p_.input_channels, 0, 0};
-  }
-
   // The input rows of a unit with the tile's channels side by side.
-  Pixels fill_panel(const Unit& unit, const Tile& tile, std::vector<T>& panel) const {
+  void fill_panel(const Unit& unit, const Tile& tile, std::vector<T>& panel) const {
     int64_t begin, end;
     rows_read(unit, begin, end);
-    const int64_t width = tile.vectors * kLanes;
-    const int64_t channels = std::min(width, p_.input_channels - tile.first);
-    const int64_t columns = step_w_ == 1 ? p_.w.input : p_.w.output;
+    const int64_t width = tile.vectors * kLanes, columns = panel_columns();
     const int64_t row = columns * width, image = (end - begin) * row;
     panel.resize(std::max<size_t>(panel.size(), unit.images * image));
-    if (channels < width) std::fill_n(panel.begin(), unit.images * image, T(0));
     for (int64_t i = 0; i < unit.images; ++i) {
       T* to = panel.data() + i * image;
       if (step_h_ == 1 && step_w_ == 1) {
-        side_by_side(unit.image + i, tile.first, channels, begin * columns, (end - begin) * columns,
-                     1, to, width);
+        side_by_side(unit.image + i, tile.first, begin * columns, (end - begin) * columns, 1, to,
+                     width);
         continue;
       }
       for (int64_t y = begin; y < end; ++y) {
-        side_by_side(unit.image + i, tile.first, channels, y * step_h_ * p_.w.input, columns,
-                     step_w_, to + (y - begin) * row, width);
+        side_by_side(unit.image + i, tile.first, y * step_h_ * p_.w.input, columns, step_w_,
+                     to + (y - begin) * row, width);
       }
     }
-    return {panel.data(), image, row, width, begin, 0};
   }
 
-  // The input rows of a unit, channels innermost, with zeros where taps read beside the input.
-  Pixels fill_rows_of_taps(const Unit& unit, std::vector<T>& panel) const {
+  // For every output pixel of a unit the channels that its taps read, tap after tap, zeros where
+  // they read beside the input.
+  void fill_taps(const Unit& unit, Scratch& scratch) const {
     int64_t begin, end;
     rows_read(unit, begin, end);
-    const int64_t pixel = p_.input_channels;
-    const int64_t row = ((p_.w.output - 1) * p_.w.stride + p_.w.kernel) * pixel;
-    const int64_t left = std::min(p_.w.padding * pixel, row);
-    const int64_t columns = std::min(p_.w.input, (row - left) / pixel);
-    const int64_t filled = columns * pixel, image = (end - begin) * row;
-    panel.resize(std::max<size_t>(panel.size(), unit.images * image + padded_ + kLanes));
-    T* to = panel.data();
-    for (int64_t i = 0; i < unit.images; ++i) {
-      for (int64_t y = begin; y < end; ++y, to += row) {
-        std::fill_n(to, left, T(0));
-        side_by_side(unit.image + i, 0, pixel, y * p_.w.input, columns, 1, to + left, pixel);
-        std::fill_n(to + left + filled, row - left - filled, T(0));
+    const int64_t channels = p_.input_channels, reach = (p_.w.kernel - 1) * p_.w.dilation + 1;
+    const int64_t row = ((p_.w.output - 1) * p_.w.stride + reach) * channels;
+    const int64_t left = std::min(p_.w.padding * channels, row);
+    const int64_t columns = std::min(p_.w.input, (row - left) / channels);
+    const int64_t stride = taps_stride();
+    // One row of zeros follows the others.
+    scratch.rows.resize(
+        std::max<size_t>(scratch.rows.size(), (end - begin + 1) * row + taps_stride()));
+    scratch.input.resize(std::max<size_t>(scratch.input.size(), unit.pixels(p_) * stride));
+    std::fill_n(scratch.rows.begin() + (end - begin) * row, row + taps_stride(), T(0));
+    T* to = scratch.input.data();
+    for (int64_t i = unit.image; i < unit.image + unit.images; ++i) {
+      T* rows = scratch.rows.data();
+      for (int64_t y = begin; y < end; ++y, rows += row) {
+        std::fill_n(rows, left, T(0));
+        side_by_side(i, 0, y * p_.w.input, columns, 1, rows + left, channels);
+        std::fill_n(rows + left + columns * channels, row - left - columns * channels, T(0));
+      }
+      for (int64_t p = unit.top; p < unit.bottom; ++p, to += p_.w.output * stride) {
+        for (int64_t r = 0; r < p_.h.kernel; ++r) {
+          const int64_t y = p * p_.h.stride - p_.h.padding + r * p_.h.dilation;
+          const bool inside = begin <= y && y < end;
+          copy_taps(scratch.rows.data() + (inside ? y - begin : end - begin) * row,
+                    to + r * p_.w.kernel * channels);
+        }
       }
     }
-    std::fill_n(to, padded_ + kLanes, T(0));
-    return {panel.data(), image, row, pixel, begin, p_.w.padding};
   }
 
-  // to[i * width + c]: channels [first, first + channels) of `count` pixels, every step-th from
-  // `from` on.
-  void side_by_side(int64_t image, int64_t first, int64_t channels, int64_t from, int64_t count,
-                    int64_t step, T* to, int64_t width) const {
+  // One row of taps for one row of pixels. Vectors are copied whole: what is written past the end,
+  // the next row of taps overwrites.
+  void copy_taps(const T* row, T* to) const {
+    const bool neighbours = p_.w.dilation == 1;
+    const int64_t length = p_.input_channels * (neighbours ? p_.w.kernel : 1);
+    for (int64_t s = 0; s < (neighbours ? 1 : p_.w.kernel); ++s) {
+      kernels<T>().copy_pixels(row + s * p_.w.dilation * p_.input_channels,
+                               p_.w.stride * p_.input_channels, divided_up(length, kLanes),
+                               p_.w.output, to + s * length, taps_stride());
+    }
+  }
+
+  // to[i * width + c] is channel first + c, c < width, of `count` pixels, every step-th from `from`
+  // on.
+  void side_by_side(int64_t image, int64_t first, int64_t from, int64_t count, int64_t step, T* to,
+                    int64_t width) const {
     const int64_t plane = p_.h.input * p_.w.input;
     const T* images = x_ + image * plane * p_.input_channels;
     if (channels_last_) {
@@ -348,24 +473,18 @@ class Direct {
       const int64_t stride = step * p_.input_channels;
       if (width == stride) {
         std::copy_n(source, count * width, to);
-        return;
-      }
-      if (channels == width && channels % kLanes == 0) {
-        kernels<T>().copy_pixels(source, stride, channels / kLanes, count, to);
-        return;
-      }
-      for (int64_t i = 0; i < count; ++i) {
-        for (int64_t c = 0; c < channels; ++c) to[i * width + c] = source[i * stride + c];
+      } else {
+        kernels<T>().copy_pixels(source, stride, width / kLanes, count, to, width);
       }
       return;
     }
     const T* planes[4 * kLanes];
-    for (int64_t c = 0; c < channels; ++c) planes[c] = images + (first + c) * plane;
+    for (int64_t c = 0; c < width; ++c) planes[c] = images + (first + c) * plane;
     if (step == 1) {
-      kernels<T>().interleave(planes, channels, from, count, to, width);
+      kernels<T>().interleave(planes, width, from, count, to, width);
       return;
     }
-    for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t c = 0; c < width; ++c) {
       for (int64_t i = 0; i < count; ++i) to[i * width + c] = planes[c][from + i * step];
     }
   }
@@ -373,20 +492,25 @@ class Direct {
   // Adds one unit to targets[n][tap][channel], for one block and the channels of one tile.
   void add(const Unit& unit, const T* dy, const Block& block, const Pixels& x, const Tile& tile,
            T* const* targets, bool fresh) const {
+    const int64_t at = tile.first;
+    if (taps_as_channels_) {
+      const OuterProduct<T> o{1, 1,       unit.pixels(p_),       dy, 0,    0, block.size, x.data, 0,
+                              0, x.pixel, targets + block.first, at, fresh};
+      kernels<T>().outer_product(o, block.size, tile.vectors, tile.skip);
+      return;
+    }
     const int64_t stride_h = step_h_ == 1 ? p_.h.stride : 1;
     const int64_t stride_w = step_w_ == 1 ? p_.w.stride : 1;
     const int64_t dy_row = p_.w.output * block.size;
-    const T* data = x.data + (rows_of_taps_ ? tile.first : 0);
     for (int64_t r = 0; r < p_.h.kernel; ++r) {
-      const int64_t p0 = std::max(unit.top, taps_h_[r].begin),
-                    p1 = std::min(unit.bottom, taps_h_[r].end);
+      const int64_t p0 = std::max(unit.top, taps_h_[r].begin);
+      const int64_t p1 = std::min(unit.bottom, taps_h_[r].end);
       if (p0 >= p1) continue;
       const int64_t y0 = p0 * stride_h - p_.h.padding + r * p_.h.dilation - x.begin;
-      for (int64_t s = 0; s < column_taps_; ++s) {
-        const int64_t q0 = rows_of_taps_ ? 0 : taps_w_[s].begin;
-        const int64_t q1 = rows_of_taps_ ? p_.w.output : taps_w_[s].end;
+      for (int64_t s = 0; s < p_.w.kernel; ++s) {
+        const int64_t q0 = taps_w_[s].begin, q1 = taps_w_[s].end;
         if (q0 >= q1) continue;
-        const int64_t x0 = q0 * stride_w - p_.w.padding + s * p_.w.dilation + x.left;
+        const int64_t x0 = q0 * stride_w - p_.w.padding + s * p_.w.dilation;
         OuterProduct<T> o{unit.images,
                           p1 - p0,
                           q1 - q0,
@@ -394,12 +518,12 @@ class Direct {
                           (unit.bottom - unit.top) * dy_row,
                           dy_row,
                           block.size,
-                          data + y0 * x.row + x0 * x.pixel,
+                          x.data + y0 * x.row + x0 * x.pixel,
                           x.image,
                           stride_h * x.row,
                           stride_w * x.pixel,
                           targets + block.first,
-                          (r * column_taps_ + s) * padded_ + tile.first,
+                          (r * p_.w.kernel + s) * padded_ + at,
                           fresh};
         join_loops(o);
         kernels<T>().outer_product(o, block.size, tile.vectors, tile.skip);
@@ -437,21 +561,17 @@ class Direct {
         const T* more = total + part * n * size;
         for (int64_t j = 0; j < size; ++j) total[j] += more[j];
       }
-      if (taps_inside_ && !rows_of_taps_) {
+      if (taps_inside_ && !taps_as_channels_) {
         std::vector<const T*> planes(taps);
         for (int64_t tap = 0; tap < taps; ++tap) planes[tap] = total + tap * padded_;
         kernels<T>().interleave(planes.data(), taps, 0, p_.input_channels, to, taps);
         return;
       }
-      const int64_t tap_stride = taps_inside_ ? 1 : p_.input_channels;
-      const int64_t channel_stride = taps_inside_ ? taps : 1;
-      for (int64_t r = 0; r < p_.h.kernel; ++r) {
-        for (int64_t s = 0; s < p_.w.kernel; ++s) {
-          const T* sums_of_tap = total + (rows_of_taps_ ? r * padded_ + s * p_.input_channels
-                                                        : (r * p_.w.kernel + s) * padded_);
-          T* target = to + (r * p_.w.kernel + s) * tap_stride;
-          for (int64_t c = 0; c < p_.input_channels; ++c) target[c * channel_stride] = sums_of_tap[c];
-        }
+      const int64_t channels = p_.input_channels;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const T* from = total + tap * (taps_as_channels_ ? channels : padded_);
+        T* target = to + (taps_inside_ ? tap : tap * channels);
+        for (int64_t c = 0; c < channels; ++c) target[taps_inside_ ? c * taps : c] = from[c];
       }
     });
   }
@@ -471,12 +591,13 @@ class Direct {
   T* gradient_;
   bool taps_inside_;
   std::vector<Block> blocks_;
-  bool rows_of_taps_, panels_;
+  bool taps_as_channels_, panels_;
   int64_t step_h_, step_w_;
-  int64_t channels_, padded_, column_taps_;
+  int64_t channels_, padded_;
   std::vector<Tile> tiles_;
   std::vector<TapRange> taps_h_, taps_w_;
-  int64_t bands_, band_rows_, images_;
+  double products_;
+  int64_t parts_, band_rows_, bands_, images_;
 };
 
 }  // namespace

@@ -96,7 +96,8 @@ struct Kernels {
                     int64_t rows, int64_t count);
   void (*outer_product)(const OuterProduct<C>& o, int64_t n, int64_t vectors, int64_t skip);
   void (*sum_pixels)(const C* from, int64_t n, int64_t count, double* totals);
-  void (*copy_pixels)(const C* from, int64_t stride, int64_t vectors, int64_t count, C* to);
+  void (*copy_pixels)(const C* from, int64_t stride, int64_t vectors, int64_t count, C* to,
+                      int64_t to_stride);
   void (*interleave)(const T* const* planes, int64_t n, int64_t first, int64_t count, C* to,
                      int64_t width);
 };

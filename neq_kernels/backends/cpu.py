@@ -52,8 +52,6 @@ def strategies(problem: Problem) -> tuple[Strategy, ...]:
     if problem.is_depthwise:
         return Strategy.DENSE, Strategy.PACK, Strategy.FUSED
     usable = list(aten.strategies(problem))
-    if problem.is_matmul:
-        usable.append(Strategy.MATMUL)
     if (problem.geometry is None or problem.is_plain_conv2d) and problem.dtype in _FUSED_DTYPES:
         usable.append(Strategy.FUSED)
     return tuple(usable)

@@ -78,20 +78,6 @@ def test_images_of_any_size(size, last):
     assert torch.equal(bias, dense_bias)
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_a_pointwise_convolution_as_a_product_of_matrices(last, stride):
-    window = ((1, 1), (stride, stride), (0, 0), (1, 1))
-    x, weight, dy = operands(11, 9, (7, 6), window, torch.bfloat16, last)
-    for active in ([3], [0, 1, 2], [1, 4, 5, 7], range(8), range(9)):
-        channels = ActiveChannels(9)
-        channels.set(list(active))
-        rows, bias = gradients(x, weight, dy, window, channels, Strategy.MATMUL)
-        dense, dense_bias = gradients(x, weight, dy, window, channels, Strategy.DENSE)
-        assert torch.equal(rows, dense)
-        assert torch.equal(bias, dense_bias)
-
-
 def test_no_images():
     x, weight, dy = operands(8, 4, (5, 5), WINDOWS["3x3"], batch=0)
     channels = ActiveChannels(4)
@@ -125,7 +111,5 @@ def test_what_it_cannot_serve_is_refused():
     channels.set([2])
     with pytest.raises(ValueError, match="float32 or float64"):
         gradients(x, weight, dy, WINDOWS["3x3"], channels)
-    with pytest.raises(ValueError, match="1x1"):
-        gradients(x, weight, dy, WINDOWS["3x3"], channels, Strategy.MATMUL)
     with pytest.raises(ValueError, match="grad_output: expected size 5"):
         gradients(x, weight, dy[:, :, 1:], WINDOWS["3x3"], channels)

@@ -46,8 +46,8 @@ NEQ_TARGET int64_t gather_vector(const ColumnGather& gather, const uint32_t* fro
     __m256 words{};
 #pragma GCC unroll 4
     for (int w = 0; w < kWindows; ++w) {
-      const __m256i window = _mm256_loadu_si256(
-          reinterpret_cast<const __m256i*>(source + gather.windows[w].from));
+      const __m256i window =
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + gather.windows[w].from));
       const __m256 moved = _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(window, lanes[w]));
       words = w == 0 ? moved : _mm256_blendv_ps(words, moved, is_later[w]);
     }
@@ -75,9 +75,9 @@ NEQ_TARGET inline int64_t gather_vectors(const ColumnGather& gather, const uint3
 template <class Word>
 NEQ_TARGET void gather_columns(const ColumnGather& gather, const Word* from, int64_t from_stride,
                                Word* to, int64_t to_stride, int64_t rows) {
+  constexpr int64_t kCacheLine = 64 / sizeof(Word);
   int64_t row = 0;
 #ifdef NEQ_VECTOR_SHUFFLES
-  constexpr int64_t kCacheLine = 64 / sizeof(Word);
   if (gather.one_vector) {
     if constexpr (sizeof(Word) == 4) {
       row = gather_vectors(gather, from, from_stride, to, to_stride, rows);
@@ -105,6 +105,9 @@ NEQ_TARGET void gather_columns(const ColumnGather& gather, const Word* from, int
   for (; row < rows; ++row) {
     const Word* source = from + row * from_stride;
     Word* target = to + row * to_stride;
+    for (int64_t column = gather.soon_first; column <= gather.soon_last; column += kCacheLine) {
+      __builtin_prefetch(source + column);
+    }
     for (int64_t i = 0; i < gather.n; ++i) target[i] = source[gather.columns[i]];
   }
 }

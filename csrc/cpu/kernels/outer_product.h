@@ -115,12 +115,13 @@ NEQ_TARGET void sum_pixels(const C* from, int64_t n, int64_t count, double* tota
   }
 }
 
-// to[i * vectors ...] = `vectors` vectors at from[i * stride], for i < count. What lies behind them
-// in memory is expected to be next.
+// `vectors` vectors at to[i * to_stride] = those at from[i * stride], for i < count. What lies
+// behind them in memory is expected to be next.
 template <class C>
-NEQ_TARGET void copy_pixels(const C* from, int64_t stride, int64_t vectors, int64_t count, C* to) {
+NEQ_TARGET void copy_pixels(const C* from, int64_t stride, int64_t vectors, int64_t count, C* to,
+                            int64_t to_stride) {
   constexpr int64_t kLanes = Lanes<C>::count;
-  for (int64_t i = 0; i < count; ++i, from += stride, to += vectors * kLanes) {
+  for (int64_t i = 0; i < count; ++i, from += stride, to += to_stride) {
     __builtin_prefetch(from + vectors * kLanes);
     for (int64_t v = 0; v < vectors; ++v) {
       const auto pixel = load(from + v * kLanes);
@@ -146,7 +147,8 @@ NEQ_TARGET inline void transpose_8x8(const float* const* planes, int64_t first, 
   }
   // In ascending order: where rows are narrower than a vector, each overwrites what the one before
   // stored past its end.
-  for (int i = 0; i < 4; ++i) _mm256_storeu_ps(to + i * width, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+  for (int i = 0; i < 4; ++i)
+    _mm256_storeu_ps(to + i * width, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
   for (int i = 0; i < 4; ++i) {
     _mm256_storeu_ps(to + (i + 4) * width, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
   }
