@@ -113,7 +113,7 @@ def _parts(
             "part: leaf op": lambda: module.linear_backward(
                 grad_output, x, size, weight, order, n, start, wanted, strategy
             ),
-            "part: choice of strategy and leaf op": lambda: ops.linear_backward(
+            "part: without a plan": lambda: ops.linear_backward(
                 grad_output, x, size, weight, channels, wanted, False
             ),
         }
@@ -132,7 +132,7 @@ def _parts(
         "part: leaf op": lambda: module.conv_backward(
             grad_output, x, weight, geometry, order, n, wanted, strategy
         ),
-        "part: choice of strategy and leaf op": lambda: ops.conv_backward(
+        "part: without a plan": lambda: ops.conv_backward(
             grad_output, x, x.shape, weight, geometry, channels, wanted, False
         ),
     }

@@ -1,8 +1,10 @@
-"""The autograd Functions of ``functional``: what is saved, and who computes backward."""
+"""The autograd Functions for any device, under ``torch.compile`` and under autocast: what is saved,
+and who computes backward. In eager on the CPU, ``plans`` has a leaner one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,12 +13,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from neq_kernels import ops
+from neq_kernels import dispatch, ops
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.problem import ConvGeometry
 
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
 _CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+def once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """``once_differentiable``, whose context manager is entered only where it matters."""
+    refusing = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def chosen(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        function = refusing if torch.is_grad_enabled() else backward
+        gradients: tuple[Any, ...] = function(ctx, *grads)
+        return gradients
+
+    return chosen
 
 
 def all_active(channels: ActiveChannels) -> bool:
@@ -40,17 +55,13 @@ class LinearFunction(torch.autograd.Function):
         x, w, b = _autocast(input, weight, bias)
         _save(ctx, x, w, order, count, host_count, channels, active_dgrad)
         ctx.dtypes = (input.dtype, weight.dtype)
-        out = F.linear(x, w, b)
-        if not torch.compiler.is_compiling() and out._is_view():
-            # Of the library's own making; autograd would refuse in-place activations on it.
-            out = torch.ops.aten._unsafe_view(out, out.shape)
-        return out
+        return linear_forward(x, w, b)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         x, weight, active, output_mask = _restore(ctx)
-        with _no_autocast(grad_output):
+        with no_autocast(grad_output):
             grads = ops.linear_backward(
                 grad_output, x, ctx.input_size, weight, active, output_mask, ctx.active_dgrad
             )
@@ -90,36 +101,21 @@ class ConvFunction(torch.autograd.Function):
         return convolve(x, w, b, stride, padding, dilation, groups, transposed, output_padding)
 
     @staticmethod
+    @once
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        if torch.is_grad_enabled() and ctx.channels is not None and all_active(ctx.channels):
-            return _conv_backward_of_library(ctx, grad_output)
-        return _conv_backward(ctx, grad_output)
-
-
-def _conv_backward_of_library(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    """One that can be differentiated again: every channel is active."""
-    x, weight, _, wanted = _restore(ctx)
-    assert x is not None
-    with _no_autocast(grad_output):
-        grads = ctx.geometry.backward(grad_output, x, weight, wanted)
-    return *_cast(grads, ctx.dtypes), *(None,) * 11
-
-
-@once_differentiable
-def _conv_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    x, weight, active, output_mask = _restore(ctx)
-    with _no_autocast(grad_output):
-        grads = ops.conv_backward(
-            grad_output,
-            x,
-            ctx.input_size,
-            weight,
-            ctx.geometry,
-            active,
-            output_mask,
-            ctx.active_dgrad,
-        )
-    return *_cast(grads, ctx.dtypes), *(None,) * 11
+        x, weight, active, output_mask = _restore(ctx)
+        with no_autocast(grad_output):
+            grads = ops.conv_backward(
+                grad_output,
+                x,
+                ctx.input_size,
+                weight,
+                ctx.geometry,
+                active,
+                output_mask,
+                ctx.active_dgrad,
+            )
+        return *_cast(grads, ctx.dtypes), *(None,) * 11
 
 
 class AffineFunction(torch.autograd.Function):
@@ -137,13 +133,10 @@ class AffineFunction(torch.autograd.Function):
             ctx.save_for_backward(order, host_count)
         else:
             ctx.generation = channels.generation
-        return (
-            None if weight is None else weight.view_as(weight),
-            None if bias is None else bias.view_as(bias),
-        )
+        return weight, bias
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         return *(_mask_entries(ctx, grad) for grad in grads), None, None, None
 
@@ -185,7 +178,8 @@ def _unchanged(ctx: Any) -> ActiveChannels:
     return channels
 
 
-def check_unchanged(channels: ActiveChannels, generation: int) -> None:
+def check_unchanged(channels: ActiveChannels, generation: int, grad: Tensor | None = None) -> None:
+    """Raise if the set of active channels is not that of ``generation``; can be a gradient hook."""
     if channels.generation != generation:
         raise RuntimeError(
             "the active channels of a layer were changed between its forward and its backward: "
@@ -206,7 +200,7 @@ def _mask_entries(ctx: Any, grad: Tensor | None) -> Tensor | None:
     channels = _unchanged(ctx)
     if grad is None or channels.n_active == len(channels):
         return grad
-    return grad.index_fill(0, channels.order(grad.device)[channels.n_active :], 0)
+    return dispatch.keep_entries(grad, channels)
 
 
 def _cast(
@@ -241,11 +235,20 @@ def _autocast(
     return cast(input), cast(weight), None if bias is None else cast(bias)
 
 
-def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """A backward called inside autocast must not cast what the forward did not."""
     if autocasts(tensor):
         return torch.autocast(tensor.device.type, enabled=False)
     return nullcontext()
+
+
+def linear_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` in the forward of a Function."""
+    out = F.linear(input, weight, bias)
+    if not torch.compiler.is_compiling() and out._is_view():
+        # Of the library's own making; autograd would refuse in-place activations on it.
+        out = torch.ops.aten._unsafe_view(out, out.shape)
+    return out
 
 
 def convolve(

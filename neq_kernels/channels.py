@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,6 +111,8 @@ class ActiveChannels:
         self._start = 0
         # Apart from the count: compiled code may be specialised on it, and on nothing else.
         self._stopped = False
+        # What others have derived from the present set; emptied when it changes.
+        self.plans: dict[Hashable, Any] = {}
         cpu = torch.device("cpu")
         with torch.inference_mode(False):  # else set() could not refresh them outside it
             self._mask = torch.ones(n_channels, dtype=torch.bool, device=cpu)
@@ -119,6 +122,9 @@ class ActiveChannels:
 
     def __len__(self) -> int:
         return self._n_channels
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "plans": {}}
 
     def __repr__(self) -> str:
         return f"ActiveChannels(active={self._n_active}/{len(self)})"
@@ -212,6 +218,7 @@ class ActiveChannels:
         self._start = int(active[0]) if is_run else -1
         self._stopped = n == 0
         self._generation += 1
+        self.plans.clear()
         self._host_count.copy_(torch.tensor([n, self._start], device="cpu"))
         order = torch.cat([active, frozen])
         for tensor in self._order.values():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from neq_kernels import contest, heuristics, tuning
 from neq_kernels.backends import aten, cpu, reference
+from neq_kernels.channels import ActiveChannels
 from neq_kernels.machine import machine
 from neq_kernels.problem import ConvGeometry, Problem, Strategy
 from neq_kernels.version import __version__
@@ -25,6 +26,8 @@ _BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "aten": aten, "reference": refer
 _AUTOMATIC = {"cpu": ("cpu", "aten")}
 
 _forced: Strategy | None = None
+# Grows when what was chosen no longer holds.
+revision = 0
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -114,18 +117,25 @@ def table_for(threads: int) -> tuning.TuningTable:
     )
 
 
+def forget_choices() -> None:
+    """Strategies are chosen anew from now on."""
+    global revision
+    revision += 1
+    strategy_for.cache_clear()
+
+
 @contextmanager
 def forced_strategy(strategy: Strategy) -> Iterator[None]:
     """Within it ``strategy`` is used wherever it can serve, else ``DENSE``: for tests and
     measurements."""
     global _forced
     before, _forced = _forced, strategy
-    strategy_for.cache_clear()
+    forget_choices()
     try:
         yield
     finally:
         _forced = before
-        strategy_for.cache_clear()
+        forget_choices()
 
 
 def replaces_library(input: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
@@ -226,6 +236,40 @@ def conv_backward(
         grad_output, x, weight, geometry, order, n, wanted, strategy
     )
     return grads if grad_input is None else (grad_input, *grads[1:])
+
+
+def linear_call(input: Tensor, weight: Tensor, channels: ActiveChannels) -> cpu.Call | None:
+    """Computes the gradients of a linear layer on the CPU in one call, while ``channels`` does not
+    change; None where the extension cannot."""
+    backend, n = backend_for("cpu"), channels.n_active
+    if backend != "cpu":
+        return None
+    strategy = Strategy.DENSE
+    if n > 0:
+        problem = Problem.linear(input.numel() // max(1, weight.shape[1]), weight)
+        strategy = strategy_for(problem, n, backend, torch.get_num_threads())
+    return cpu.linear_call(weight, channels.order(), n, channels.start, strategy)
+
+
+def conv_call(
+    input: Tensor, weight: Tensor, geometry: ConvGeometry, channels: ActiveChannels
+) -> cpu.Call | None:
+    """As :func:`linear_call`, for a convolution."""
+    backend, n = backend_for("cpu"), channels.n_active
+    if backend != "cpu":
+        return None
+    strategy = Strategy.DENSE
+    if n > 0:
+        problem = Problem.conv(input, weight, geometry)
+        strategy = strategy_for(problem, n, backend, torch.get_num_threads())
+    return cpu.conv_call(input.shape, weight, geometry, channels.order(), n, strategy)
+
+
+def keep_entries(vector: Tensor, channels: ActiveChannels) -> Tensor:
+    """``vector`` with exact zeros in the frozen entries."""
+    own = vector.is_cpu and type(vector) is Tensor and backend_for("cpu") == "cpu"
+    keep = cpu.keep_entries if own else aten.keep_entries
+    return keep(vector, channels.order(vector.device), channels.n_active)
 
 
 def channel_similarity(a: Tensor, b: Tensor, dim: int) -> Tensor:

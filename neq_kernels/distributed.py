@@ -26,7 +26,7 @@ class StoppedParameters:
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[int, Parameter] = {}
+        self.waiting: dict[int, Parameter] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StoppedParameters:
         return StoppedParameters()
@@ -36,14 +36,14 @@ class StoppedParameters:
 
     def add(self, parameters: Iterable[Parameter]) -> None:
         """Let these parameters wait for the next live output."""
-        self._waiting.update((id(p), p) for p in parameters if p.requires_grad)
+        self.waiting.update((id(p), p) for p in parameters if p.requires_grad)
 
     def anchor(self, output: Tensor) -> Tensor:
         """``output``, tied to the waiting parameters if it needs a gradient."""
-        if not self._waiting or not output.requires_grad:
+        if not self.waiting or not output.requires_grad:
             return output
-        anchored: Tensor = _Anchor.apply(output, *self._waiting.values())
-        self._waiting.clear()
+        anchored: Tensor = _Anchor.apply(output, *self.waiting.values())
+        self.waiting.clear()
         return anchored
 
 

@@ -12,15 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neq_kernels import dispatch
+from neq_kernels import dispatch, ops, plans
 from neq_kernels.autograd import (
     AffineFunction,
     ConvFunction,
     LinearFunction,
     all_active,
     autocasts,
-    check_unchanged,
     convolve,
+    linear_forward,
+    no_autocast,
 )
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.problem import ConvGeometry
@@ -57,15 +58,17 @@ def linear(
     """
     if not learns(weight, bias):
         return F.linear(input, weight, bias)
-    _validate(input, weight, bias, channels, weight.shape[0], grad_input)
-    if all_active(channels):
-        return watched(F.linear(input, weight, bias), channels)
-    if not torch.compiler.is_compiling() and channels.n_active == 0 and not input.requires_grad:
-        return F.linear(input, weight.detach(), _detached(bias))
-    out: Tensor = LinearFunction.apply(
-        input, weight, bias, *_selection(channels, weight), grad_input == "active"
-    )
-    return out
+    if torch.compiler.is_compiling() or not plans.serve(input, weight):
+        return _linear(input, weight, bias, channels, grad_input)
+    key = (*_circumstances(input, weight, bias), grad_input)
+    if key in channels.plans:
+        plan: plans.Plan | None = channels.plans[key]
+    else:
+        plan = _plan_linear(input, weight, bias, channels, grad_input)
+        plans.keep(channels, key, plan)
+    if plan is None:
+        return _linear(input, weight, bias, channels, grad_input)
+    return plan.run(input, weight, bias)
 
 
 def conv(
@@ -102,36 +105,23 @@ def conv(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`linear`.
     """
-    spatial = weight.dim() - 2
-    if not 1 <= spatial <= 3:
-        raise ValueError(f"weight: expected 3 to 5 dimensions, got shape {tuple(weight.shape)}")
-    if transposed and isinstance(padding, str):
-        raise ValueError(f"padding: expected numbers, got {padding!r}")
-    arguments = (
-        _expand("stride", stride, spatial),
-        padding if isinstance(padding, str) else _expand("padding", padding, spatial),
-        _expand("dilation", dilation, spatial),
-        groups,
-        transposed,
-        _expand("output_padding", output_padding, spatial),
-    )
-    if not learns(weight, bias):
-        return convolve(input, weight, bias, *arguments)
-    k = weight.shape[1] * groups if transposed else weight.shape[0]
-    _validate(input, weight, bias, channels, k, grad_input)
-    if all_active(channels) and not _replaces_library(input, weight, arguments):
-        return watched(convolve(input, weight, bias, *arguments), channels)
-    if not torch.compiler.is_compiling() and channels.n_active == 0 and not input.requires_grad:
-        return convolve(input, weight.detach(), _detached(bias), *arguments)
-    batched = input.dim() != spatial + 1
-    x = input if batched else input.unsqueeze(0)
-    if isinstance(padding, str):
-        x, symmetric = _string_padding(x, weight, padding, arguments[0], arguments[2])
-        arguments = (arguments[0], symmetric, *arguments[2:])
-    out: Tensor = ConvFunction.apply(
-        x, weight, bias, *_selection(channels, weight), grad_input == "active", *arguments
-    )
-    return out if batched else out.squeeze(0)
+    arguments = (stride, padding, dilation, groups, transposed, output_padding)
+    if (
+        torch.compiler.is_compiling()
+        or not learns(weight, bias)
+        or not plans.serve(input, weight)
+        or list in map(type, arguments)
+    ):
+        return _conv(input, weight, bias, channels, arguments, grad_input)
+    key = (*_circumstances(input, weight, bias), *arguments, grad_input)
+    if key in channels.plans:
+        plan: plans.Plan | None = channels.plans[key]
+    else:
+        plan = _plan_conv(input, weight, bias, channels, arguments, grad_input)
+        plans.keep(channels, key, plan)
+    if plan is None:
+        return _conv(input, weight, bias, channels, arguments, grad_input)
+    return plan.run(input, weight, bias)
 
 
 def affine(
@@ -140,7 +130,7 @@ def affine(
     """The scale and shift of a norm layer, unchanged, with gradients of active entries only.
 
     With everything active these are the parameters themselves: give the layer's output to
-    :func:`watched`.
+    :func:`neq_kernels.plans.watched`.
 
     Args:
         weight, bias: ``[K]`` or None.
@@ -157,24 +147,12 @@ def affine(
     if all_active(channels):
         return weight, bias
     if not torch.compiler.is_compiling() and channels.n_active == 0:
-        return _detached(weight), _detached(bias)
+        return detached(weight), detached(bias)
     order, _, host_count, live = _selection(channels, parameters[0])
     out: tuple[Tensor | None, Tensor | None] = AffineFunction.apply(
         weight, bias, order, host_count, live
     )
     return out
-
-
-def watched(output: Tensor, channels: ActiveChannels) -> Tensor:
-    """``output`` of PyTorch's own graph, whose backward raises RuntimeError if ``channels`` was
-    changed after the forward."""
-    if output.requires_grad:
-        generation = channels.generation
-        # An in-place activation on a view leaves the view's own hooks behind, not its base's.
-        base = output._base if output._is_view() else output
-        assert base is not None
-        base.register_hook(lambda grad: check_unchanged(channels, generation))
-    return output
 
 
 def learns(weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -193,7 +171,167 @@ def _transformed() -> bool:
     return tracing or torch._C._are_functorch_transforms_active()
 
 
-def _detached(tensor: Tensor | None) -> Tensor | None:
+def _circumstances(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+    """What a plan depends on, besides the arguments that are no tensors."""
+    return (
+        input.shape,
+        input.stride(),
+        input.dtype,
+        weight.shape,
+        weight.stride(),
+        weight.dtype,
+        None if bias is None else bias.dtype,
+        torch.get_num_threads(),
+        dispatch.backend_for("cpu"),
+        dispatch.revision,
+    )
+
+
+def _linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    channels: ActiveChannels,
+    grad_input: GradInput,
+) -> Tensor:
+    """Without a plan."""
+    _validate(input, weight, bias, channels, weight.shape[0], grad_input)
+    if all_active(channels):
+        return plans.watched(F.linear(input, weight, bias), channels)
+    if not torch.compiler.is_compiling() and channels.n_active == 0 and not input.requires_grad:
+        return F.linear(input, weight.detach(), detached(bias))
+    out: Tensor = LinearFunction.apply(
+        input, weight, bias, *_selection(channels, weight), grad_input == "active"
+    )
+    return out
+
+
+def _plan_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    channels: ActiveChannels,
+    grad_input: GradInput,
+) -> plans.Plan | None:
+    """None where the extension does not serve."""
+    _validate(input, weight, bias, channels, weight.shape[0], grad_input)
+    if all_active(channels):
+        return plans.Plan(channels, F.linear)
+    if grad_input == "active":
+        return None
+    call = dispatch.linear_call(input, weight, channels)
+    if call is None:
+        return None
+    size = input.shape
+
+    def observed(
+        grad_output: Tensor, input: Tensor | None, weight: Tensor, wanted: Sequence[bool]
+    ) -> ops.Grads:
+        with no_autocast(grad_output):
+            return ops.linear_backward(
+                grad_output, input, size, weight, channels, wanted[:3], False
+            )
+
+    return plans.Plan(channels, linear_forward, call, observed)
+
+
+def _conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    channels: ActiveChannels,
+    arguments: tuple[Any, ...],
+    grad_input: GradInput,
+) -> Tensor:
+    """Without a plan."""
+    stride, padding, dilation, groups, transposed, output_padding = _expanded(weight, arguments)
+    arguments = (stride, padding, dilation, groups, transposed, output_padding)
+    if not learns(weight, bias):
+        return convolve(input, weight, bias, *arguments)
+    k = weight.shape[1] * groups if transposed else weight.shape[0]
+    _validate(input, weight, bias, channels, k, grad_input)
+    if all_active(channels):
+        return plans.watched(convolve(input, weight, bias, *arguments), channels)
+    if not torch.compiler.is_compiling() and channels.n_active == 0 and not input.requires_grad:
+        return convolve(input, weight.detach(), detached(bias), *arguments)
+    batched = input.dim() == weight.dim()
+    x = input if batched else input.unsqueeze(0)
+    if isinstance(padding, str):
+        x, padding = _string_padding(x, weight, padding, stride, dilation)
+        arguments = (stride, padding, *arguments[2:])
+    out: Tensor = ConvFunction.apply(
+        x, weight, bias, *_selection(channels, weight), grad_input == "active", *arguments
+    )
+    return out if batched else out.squeeze(0)
+
+
+def _plan_conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    channels: ActiveChannels,
+    arguments: tuple[Any, ...],
+    grad_input: GradInput,
+) -> plans.Plan | None:
+    """None where the extension does not serve."""
+    arguments = _expanded(weight, arguments)
+    stride, padding, dilation, groups, transposed, output_padding = arguments
+    k = weight.shape[1] * groups if transposed else weight.shape[0]
+    _validate(input, weight, bias, channels, k, grad_input)
+    if isinstance(padding, str) or input.dim() != weight.dim():
+        return None
+
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return convolve(input, weight, bias, *arguments)
+
+    geometry = ConvGeometry(stride, padding, dilation, transposed, output_padding, groups)
+    everything = all_active(channels)
+    if everything and not dispatch.replaces_library(input, weight, geometry):
+        return plans.Plan(channels, forward)
+    if grad_input == "active" and not everything:
+        return None
+    call = dispatch.conv_call(input, weight, geometry, channels)
+    if call is None:
+        return plans.Plan(channels, forward) if everything else None
+    size = input.shape
+
+    def observed(
+        grad_output: Tensor, input: Tensor | None, weight: Tensor, wanted: Sequence[bool]
+    ) -> ops.Grads:
+        with no_autocast(grad_output):
+            return ops.conv_backward(
+                grad_output, input, size, weight, geometry, channels, wanted[:3], False
+            )
+
+    def twice(
+        grad_output: Tensor, input: Tensor | None, weight: Tensor, wanted: Sequence[bool]
+    ) -> ops.Grads:
+        assert input is not None
+        return geometry.backward(grad_output, input, weight, wanted[:3])
+
+    return plans.Plan(channels, forward, call, observed, twice if everything else None)
+
+
+def _expanded(weight: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """With a number for each dimension."""
+    stride, padding, dilation, groups, transposed, output_padding = arguments
+    spatial = weight.dim() - 2
+    if not 1 <= spatial <= 3:
+        raise ValueError(f"weight: expected 3 to 5 dimensions, got shape {tuple(weight.shape)}")
+    if transposed and isinstance(padding, str):
+        raise ValueError(f"padding: expected numbers, got {padding!r}")
+    return (
+        _expand("stride", stride, spatial),
+        padding if isinstance(padding, str) else _expand("padding", padding, spatial),
+        _expand("dilation", dilation, spatial),
+        groups,
+        transposed,
+        _expand("output_padding", output_padding, spatial),
+    )
+
+
+def detached(tensor: Tensor | None) -> Tensor | None:
+    """Without a gradient; None stays None."""
     return None if tensor is None else tensor.detach()
 
 
@@ -204,15 +342,6 @@ def _selection(channels: ActiveChannels, weight: Tensor) -> tuple[Any, ...]:
         device = weight.device
         return channels.order(device), channels.count(device), channels.host_count, None
     return None, None, None, channels
-
-
-def _replaces_library(input: Tensor, weight: Tensor, arguments: tuple[Any, ...]) -> bool:
-    stride, padding, dilation, groups, transposed, output_padding = arguments
-    unusual = isinstance(padding, str) or weight.dtype != input.dtype
-    if unusual or weight.device.type != "cpu" or input.dim() != weight.dim():
-        return False
-    geometry = ConvGeometry(stride, padding, dilation, transposed, output_padding, groups)
-    return dispatch.replaces_library(input, weight, geometry)
 
 
 def _string_padding(

@@ -17,6 +17,7 @@ from neq_kernels import functional
 from neq_kernels.autograd import all_active
 from neq_kernels.channels import WHOLE_PARAMETER, ActiveChannels, NeuronLayout
 from neq_kernels.distributed import StoppedParameters, in_process_group
+from neq_kernels.plans import watched
 
 Owners = dict[Parameter, list[tuple[ActiveChannels, NeuronLayout]]]
 
@@ -71,18 +72,18 @@ class NeuronLayer(nn.Module):
             and not in_process_group()
         )
 
-    def _parameters_in_graph(self) -> tuple[Tensor, Tensor | None]:
-        weight, bias = self.weight, self.bias
+    def _in_graph(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Any, Tensor | None]:
+        """The parameters as the graph being compiled is to see them."""
         if self._stops_in_graph():
-            return weight.detach(), None if bias is None else bias.detach()
+            return functional.detached(weight), functional.detached(bias)
         return weight, bias
 
     def _anchored(self, output: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not in_process_group():
+        if torch.compiler.is_compiling():
             return output
-        if self.channels.n_active == 0:
+        if self.channels.stopped and torch.is_grad_enabled() and in_process_group():
             self.stopped.add(p for p, _ in self.neuron_parameters())
-        return self.stopped.anchor(output)
+        return self.stopped.anchor(output) if self.stopped.waiting else output
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -98,7 +99,7 @@ class Linear(NeuronLayer, nn.Linear):
         return output.dim() - 1
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self._parameters_in_graph()
+        weight, bias = self._in_graph(self.weight, self.bias)
         out = functional.linear(input, weight, bias, self.channels, grad_input=self.grad_input)
         return self._anchored(out)
 
@@ -114,8 +115,10 @@ class _AnyConv(NeuronLayer):
     def channel_dim(self, output: Tensor) -> int:
         return output.dim() - len(self.kernel_size) - 1
 
-    def _convolve(self, input: Tensor, padding: Any, **options: Any) -> Tensor:
-        weight, bias = self._parameters_in_graph()
+    def _convolve(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, **options: Any
+    ) -> Tensor:
+        weight, bias = self._in_graph(weight, bias)
         out = functional.conv(
             input,
             weight,
@@ -137,9 +140,9 @@ class _Conv(_AnyConv):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.padding_mode == "zeros":
-            return self._convolve(input, self.padding)
+            return self._convolve(input, weight, bias, self.padding)
         padded = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-        return self._convolve(padded, 0)
+        return self._convolve(padded, weight, bias, 0)
 
 
 class Conv1d(_Conv, nn.Conv1d):
@@ -171,7 +174,14 @@ class _ConvTranspose(_AnyConv):
             len(self.kernel_size),
             self.dilation,
         )
-        return self._convolve(input, self.padding, transposed=True, output_padding=output_padding)
+        return self._convolve(
+            input,
+            self.weight,
+            self.bias,
+            self.padding,
+            transposed=True,
+            output_padding=tuple(output_padding),
+        )
 
 
 class ConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
@@ -194,11 +204,11 @@ class _Norm(NeuronLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """The stock layer, run on a scale and shift whose gradients are masked."""
-        parameters = self._parameters_in_graph()
-        out = self._normalize(input, *functional.affine(*parameters, self.channels))
-        if functional.learns(*parameters) and all_active(self.channels):
-            out = functional.watched(out, self.channels)
-        return self._anchored(out)
+        weight, bias = self._in_graph(self.weight, self.bias)
+        if not functional.learns(weight, bias):
+            return self._anchored(self._normalize(input, weight, bias))
+        out = self._normalize(input, *functional.affine(weight, bias, self.channels))
+        return self._anchored(watched(out, self.channels) if all_active(self.channels) else out)
 
     def _normalize(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         raise NotImplementedError

@@ -24,6 +24,7 @@ _LIBRARY = torch.library.Library("neq_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _PLAIN = (Tensor, Parameter)
 _Triple = tuple[Tensor, Tensor, Tensor]
+Grads = dispatch.Grads
 # In a compiled graph the three tensors (order, count, host_count).
 Active = ActiveChannels | tuple[Tensor, Tensor, Tensor]
 

@@ -68,7 +68,7 @@ def tune(
         for n, winner in winners[problem].items():
             table.put(problem, n, winner)
         logger.info("tuned %s: %d of %d problems", name, len(winners), len(set(layers.values())))
-    dispatch.strategy_for.cache_clear()
+    dispatch.forget_choices()
     table.save()
     return {name: winners[problem] for name, problem in layers.items()}
 
@@ -85,7 +85,7 @@ def load_tuning_state_dict(state: dict[str, Any]) -> None:
         ValueError: ``state`` is not what :func:`tuning_state_dict` returned.
     """
     dispatch.table_for(torch.get_num_threads()).load_state_dict(state)
-    dispatch.strategy_for.cache_clear()
+    dispatch.forget_choices()
 
 
 def _counts(k: int, shares: Sequence[float] | None) -> list[int]:

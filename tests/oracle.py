@@ -237,6 +237,7 @@ class CalledOps(TorchDispatchMode):
         "reshape",
         "resolve_conj",
         "resolve_neg",
+        "lift_fresh",
         "squeeze",
         "t",
         "unsqueeze",

@@ -29,10 +29,10 @@ ABOUT = {"cpu": "a", "threads": 2}
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv(tuning.DIRECTORY_VARIABLE, str(tmp_path))
     dispatch.table_for.cache_clear()
-    dispatch.strategy_for.cache_clear()
+    dispatch.forget_choices()
     yield tmp_path
     dispatch.table_for.cache_clear()
-    dispatch.strategy_for.cache_clear()
+    dispatch.forget_choices()
 
 
 def test_counts_share_an_entry_four_to_the_doubling():
@@ -131,7 +131,7 @@ def test_dispatch_follows_the_table():
     backend, threads = dispatch.backend_for("cpu"), torch.get_num_threads()
     for strategy in dispatch.candidates(CONV, backend):
         dispatch.table_for(threads).put(CONV, 4, strategy)
-        dispatch.strategy_for.cache_clear()
+        dispatch.forget_choices()
         assert dispatch.strategy_for(CONV, 4, backend, threads) == strategy
 
 
@@ -173,13 +173,13 @@ def test_measuring_on_the_fly_is_asked_for_by_the_environment(monkeypatch):
     backend, threads = dispatch.backend_for("cpu"), torch.get_num_threads()
     dispatch.strategy_for(LINEAR, 3, backend, threads)
     assert measured == []
-    dispatch.strategy_for.cache_clear()
+    dispatch.forget_choices()
     monkeypatch.setenv(tuning.MEASURE_VARIABLE, "1")
     for _ in range(3):
         assert dispatch.strategy_for(LINEAR, 3, backend, threads) == Strategy.PACK
     assert measured == [(LINEAR, 3)]
     monkeypatch.setenv(tuning.MEASURE_VARIABLE, "yes")
-    dispatch.strategy_for.cache_clear()
+    dispatch.forget_choices()
     with pytest.raises(ValueError, match="expected 0 or 1"):
         dispatch.strategy_for(LINEAR, 5, backend, threads)
 

@@ -171,6 +171,14 @@ bool is_channels_last(const Tensor& t) {
   return !is_dense(t, {0, 1, 2, 3}) && is_dense(t, {0, 2, 3, 1});
 }
 
+const int64_t* checked_numbers(const Tensor& numbers, int64_t count) {
+  require_cpu(numbers, "numbers");
+  require(numbers.scalar_type() == ScalarType::Long && numbers.is_contiguous() &&
+              numbers.numel() == count,
+          "numbers: expected ", count, " of dtype Long, got shape ", shape(numbers));
+  return numbers.const_data_ptr<int64_t>();
+}
+
 Strategy checked_strategy(int64_t strategy) {
   require(0 <= strategy && strategy <= 2, "strategy: expected 0 to 2, got ", strategy);
   return static_cast<Strategy>(strategy);
@@ -178,18 +186,23 @@ Strategy checked_strategy(int64_t strategy) {
 
 }  // namespace
 
-Grads linear_backward(const Tensor& grad_output, const Tensor& input,
-                      const std::vector<int64_t>& input_size, const Tensor& weight,
-                      const Tensor& order, int64_t n, int64_t start, bool want_input,
-                      bool want_weight, bool want_bias, int64_t strategy) {
+Grads linear_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                      const Tensor& order, const Tensor& numbers, bool want_input, bool want_weight,
+                      bool want_bias) {
   const int64_t k = weight.size(0), c = weight.size(1);
   const Neurons neurons{0, k};
-  const Strategy chosen = checked_strategy(strategy);
+  const int64_t* given = checked_numbers(numbers, 3);
+  const Strategy chosen = checked_strategy(given[0]);
+  const int64_t n = given[1], start = given[2];
   const Tensor dy = matrix(grad_output);
   Tensor grad_input;
   if (want_input) {
     grad_input = mm(dy, weight);
-    if (input_size.size() != 2) grad_input = torch::stable::reshape(grad_input, input_size);
+    if (grad_output.dim() != 2) {
+      std::vector<int64_t> size = sizes_of(grad_output);
+      size.back() = c;
+      grad_input = torch::stable::reshape(grad_input, size);
+    }
   }
   if (!want_weight && !want_bias) return {grad_input, Tensor(), Tensor()};
   require(0 <= n && n <= k, "n: expected 0 <= n <= ", k, ", got ", n);
@@ -197,7 +210,7 @@ Grads linear_backward(const Tensor& grad_output, const Tensor& input,
     return {grad_input, want_weight ? zeros_like(weight) : Tensor(),
             want_bias ? zeros_like(bias_like(weight, k)) : Tensor()};
   }
-  if (chosen == Strategy::fused && want_weight) {
+  if (chosen == Strategy::fused && want_weight && c > 0) {
     const Tensor x = in_order(matrix(input), {0, 1}), grad = in_order(dy, {0, 1});
     require_same_dtype(grad, x, "grad_output");
     require(x.size(0) == grad.size(0) && x.size(1) == c && grad.size(1) == k,
@@ -243,15 +256,22 @@ Grads linear_backward(const Tensor& grad_output, const Tensor& input,
 }
 
 Grads conv_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                    const std::vector<int64_t>& dilation, bool transposed,
-                    const std::vector<int64_t>& output_padding, int64_t groups, const Tensor& order,
-                    int64_t n, bool want_input, bool want_weight, bool want_bias,
-                    int64_t strategy) {
+                    const Tensor& order, const Tensor& numbers, bool want_input, bool want_weight,
+                    bool want_bias) {
+  const int64_t spatial = weight.dim() - 2;
+  const int64_t* given = checked_numbers(numbers, 4 + 4 * spatial);
+  const int64_t n = given[1], groups = given[2];
+  const bool transposed = given[3] != 0;
+  const auto of_each_dimension = [&](int64_t which) {
+    const int64_t* first = given + 4 + which * spatial;
+    return std::vector<int64_t>(first, first + spatial);
+  };
+  const std::vector<int64_t> stride = of_each_dimension(0), padding = of_each_dimension(1);
+  const std::vector<int64_t> dilation = of_each_dimension(2), output_padding = of_each_dimension(3);
   const Geometry geometry{stride, padding, dilation, output_padding, transposed, groups};
   const int64_t k = grad_output.size(1);
   const Neurons neurons{transposed ? 1 : 0, k};
-  const Strategy chosen = checked_strategy(strategy);
+  const Strategy chosen = checked_strategy(given[0]);
   require(0 <= n && n <= k, "n: expected 0 <= n <= ", k, ", got ", n);
   const bool wants_rows = want_weight || want_bias;
   const bool packs_all = chosen == Strategy::pack && rounded_up(n, k) == k;

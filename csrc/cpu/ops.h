@@ -17,6 +17,9 @@ Tensor pack(const Tensor& tensor, const Tensor& order, int64_t n, int64_t dim);
 Tensor scatter_rows(const Tensor& rows, const Tensor& like, const Tensor& order, int64_t n,
                     int64_t groups, int64_t outer, int64_t per_group, int64_t inner);
 
+// A vector like `vector` with its entries order[:n], and zeros.
+Tensor keep_entries(const Tensor& vector, const Tensor& order, int64_t n);
+
 Tensor channel_similarity(const Tensor& a, const Tensor& b, int64_t dim);
 
 std::tuple<Tensor, Tensor> depthwise_wgrad(const Tensor& grad_output, const Tensor& input,
@@ -29,16 +32,16 @@ std::tuple<Tensor, Tensor> depthwise_wgrad(const Tensor& grad_output, const Tens
 // Gradients of input, weight and bias; undefined where not wanted.
 using Grads = std::tuple<Tensor, Tensor, Tensor>;
 
-Grads linear_backward(const Tensor& grad_output, const Tensor& input,
-                      const std::vector<int64_t>& input_size, const Tensor& weight,
-                      const Tensor& order, int64_t n, int64_t start, bool want_input,
-                      bool want_weight, bool want_bias, int64_t strategy);
+// Numbers come as one tensor, int64 on the CPU: every argument of an operator costs time.
+// strategy, n, start
+Grads linear_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                      const Tensor& order, const Tensor& numbers, bool want_input, bool want_weight,
+                      bool want_bias);
 
+// strategy, n, groups, transposed, then stride, padding, dilation, output padding by dimension
 Grads conv_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                    const std::vector<int64_t>& dilation, bool transposed,
-                    const std::vector<int64_t>& output_padding, int64_t groups, const Tensor& order,
-                    int64_t n, bool want_input, bool want_weight, bool want_bias, int64_t strategy);
+                    const Tensor& order, const Tensor& numbers, bool want_input, bool want_weight,
+                    bool want_bias);
 
 // Parameter by parameter; `blocks` has four numbers for each, lists that are not used are empty.
 using TensorList = std::vector<Tensor>;

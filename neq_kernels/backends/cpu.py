@@ -9,7 +9,7 @@ import functools
 import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ _FUSED_DTYPES = (torch.float32, torch.float64)
 
 _leaf = torch.ops.neq_kernels_cpu
 _Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+Call = Callable[[Tensor, Tensor | None, Tensor, Sequence[bool]], _Grads]
 
 
 @functools.cache
@@ -57,6 +58,72 @@ def strategies(problem: Problem) -> tuple[Strategy, ...]:
     return tuple(usable)
 
 
+def linear_call(
+    weight: Tensor, order: Tensor, n: int, start: int, strategy: Strategy
+) -> Call | None:
+    """Computes the gradients of a linear layer in one call of the extension; None where it cannot.
+
+    ``call(grad_output, input, weight, wanted)``: ``input`` may be None where the weight's gradient
+    is not wanted. ``order`` is read when the call is made.
+    """
+    if not weight.is_contiguous():
+        return None
+    leaf, numbers = _leaf.linear_backward.default, _numbers(strategy.value, n, start)
+
+    def call(
+        grad_output: Tensor, input: Tensor | None, weight: Tensor, wanted: Sequence[bool]
+    ) -> _Grads:
+        x = grad_output if input is None else input
+        grads: _Grads = leaf(
+            grad_output, x, weight, order, numbers, wanted[0], wanted[1], wanted[2]
+        )
+        return grads
+
+    return call
+
+
+def conv_call(
+    input_size: Sequence[int],
+    weight: Tensor,
+    geometry: ConvGeometry,
+    order: Tensor,
+    n: int,
+    strategy: Strategy,
+) -> Call | None:
+    """Computes the gradients of a convolution in one call of the extension; None where it cannot.
+
+    As :func:`linear_call`.
+    """
+    plain = geometry.groups == 1 or strategy == Strategy.FUSED or n == 0
+    if not plain or geometry.layout.blocks(weight) is None:
+        return None
+    leaf, numbers = _leaf.conv_backward.default, _numbers(strategy.value, n, *_flat(geometry))
+
+    def call(
+        grad_output: Tensor, input: Tensor | None, weight: Tensor, wanted: Sequence[bool]
+    ) -> _Grads:
+        # Where only the input's shape matters, nothing is allocated for it.
+        x = grad_output.new_empty(1).expand(input_size) if input is None else input
+        if wanted[2] and not wanted[1] and geometry.groups > 1:  # the bias alone
+            return aten.conv_backward(
+                grad_output,
+                x,
+                weight,
+                geometry,
+                order,
+                n,
+                wanted[:3],
+                Strategy.PACK,
+                sys.modules[__name__],
+            )
+        grads: _Grads = leaf(
+            grad_output, x, weight, order, numbers, wanted[0], wanted[1], wanted[2]
+        )
+        return grads
+
+    return call
+
+
 def linear_backward(
     grad_output: Tensor,
     input: Tensor | None,
@@ -70,31 +137,21 @@ def linear_backward(
 ) -> _Grads:
     """``aten.linear_backward``; what there is to save, in one call."""
     saves = 0 < n < len(order) and (wanted[1] or wanted[2])
-    if not saves or not weight.is_contiguous():
-        return aten.linear_backward(
-            grad_output,
-            input,
-            input_size,
-            weight,
-            order,
-            n,
-            start,
-            wanted,
-            Strategy.DENSE if strategy == Strategy.DENSE else Strategy.PACK,
-            sys.modules[__name__],
-        )
-    grads: _Grads = _leaf.linear_backward.default(
+    call = linear_call(weight, order, n, start, strategy) if saves else None
+    if call is not None:
+        return call(grad_output, input, weight, wanted)
+    return aten.linear_backward(
         grad_output,
-        grad_output if input is None else input,
+        input,
         input_size,
         weight,
         order,
         n,
         start,
-        *wanted,
-        strategy.value,  # an IntEnum takes the slow way into the dispatcher
+        wanted,
+        Strategy.DENSE if strategy == Strategy.DENSE else Strategy.PACK,
+        sys.modules[__name__],
     )
-    return grads
 
 
 def conv_backward(
@@ -110,35 +167,32 @@ def conv_backward(
     """``aten.conv_backward``; what there is to save, in one call."""
     saves = n < len(order) or strategy != Strategy.DENSE
     saves = saves and n > 0 and (wanted[1] or wanted[2])
-    plain = geometry.groups == 1 or strategy == Strategy.FUSED
-    if not saves or not plain or geometry.layout.blocks(weight) is None:
-        return aten.conv_backward(
-            grad_output,
-            input,
-            weight,
-            geometry,
-            order,
-            n,
-            wanted,
-            Strategy.DENSE if strategy == Strategy.DENSE else Strategy.PACK,
-            sys.modules[__name__],
-        )
-    grads: _Grads = _leaf.conv_backward.default(
+    call = conv_call(input.shape, weight, geometry, order, n, strategy) if saves else None
+    if call is not None:
+        return call(grad_output, input, weight, wanted)
+    return aten.conv_backward(
         grad_output,
         input,
         weight,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        geometry.transposed,
-        geometry.output_padding,
-        geometry.groups,
+        geometry,
         order,
         n,
-        *wanted,
-        strategy.value,
+        wanted,
+        Strategy.DENSE if strategy == Strategy.DENSE else Strategy.PACK,
+        sys.modules[__name__],
     )
-    return grads
+
+
+def _flat(geometry: ConvGeometry) -> tuple[int, ...]:
+    g = geometry
+    return g.groups, int(g.transposed), *g.stride, *g.padding, *g.dilation, *g.output_padding
+
+
+@functools.lru_cache(maxsize=8192)
+def _numbers(*numbers: int) -> Tensor:
+    """Numbers for the extension: one tensor is read faster than many arguments."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def pack(t: Tensor, order: Tensor, n: int, dim: int) -> Tensor:
@@ -170,6 +224,16 @@ def scatter_rows(rows: Tensor, like: Tensor, order: Tensor, n: int, layout: Neur
         return torch.empty_like(like).copy_(scatter_rows(rows, dense, order, n, layout))
     scattered: Tensor = _leaf.scatter_rows(rows, like, order, n, *blocks)
     return scattered
+
+
+def keep_entries(vector: Tensor, order: Tensor, n: int) -> Tensor:
+    """``vector`` with zeros everywhere but at ``order[:n]``.
+
+    Raises:
+        ValueError: no vector, no floating point, or an index out of range.
+    """
+    kept: Tensor = _leaf.keep_entries.default(vector, order, n)
+    return kept
 
 
 def channel_similarity(a: Tensor, b: Tensor, dim: int) -> Tensor:

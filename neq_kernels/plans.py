@@ -1,0 +1,132 @@
+"""What a call of a layer comes to, decided once for its shapes and its set of active channels.
+
+Between two changes of the set, a layer is called with the same shapes again and again. The first of
+these calls checks its arguments and chooses a strategy; the outcome is kept in ``channels.plans``,
+where the others find it. Plans are for eager calls on plain CPU tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from neq_kernels.autograd import check_unchanged, once
+from neq_kernels.backends.cpu import Call
+from neq_kernels.channels import ActiveChannels
+
+Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+_PLAIN = (Tensor, Parameter)
+_MOST_PLANS = 64
+
+
+class Plan:
+    """How a layer is called while ``channels`` does not change.
+
+    Args:
+        forward: the library's.
+        call: computes the gradients; None: the library's own graph does.
+        observed: does it by an operator that dispatch modes can see.
+        twice: computes gradients that can be differentiated again; None where that is not possible.
+    """
+
+    __slots__ = ("call", "channels", "forward", "generation", "observed", "stopped", "twice")
+
+    def __init__(
+        self,
+        channels: ActiveChannels,
+        forward: Forward,
+        call: Call | None = None,
+        observed: Call | None = None,
+        twice: Call | None = None,
+    ) -> None:
+        self.channels, self.generation = channels, channels.generation
+        self.stopped = channels.n_active == 0
+        self.forward, self.call, self.observed, self.twice = forward, call, observed, twice
+
+    def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output."""
+        if self.call is None:
+            return watched(self.forward(input, weight, bias), self.channels)
+        if self.stopped and not input.requires_grad:
+            return self.forward(input, weight.detach(), None if bias is None else bias.detach())
+        output: Tensor = _PlannedFunction.apply(input, weight, bias, self)
+        return output
+
+
+def serve(input: Tensor, weight: Tensor) -> bool:
+    """Whether calls with these tensors are planned."""
+    return (
+        type(input) in _PLAIN
+        and type(weight) in _PLAIN
+        and input.is_cpu
+        and weight.is_cpu
+        and not torch._C._is_any_autocast_enabled()
+    )
+
+
+def keep(channels: ActiveChannels, key: Hashable, plan: Plan | None) -> None:
+    """Remember a plan, or that there is none, until the set of active channels changes."""
+    if len(channels.plans) >= _MOST_PLANS:
+        channels.plans.clear()
+    channels.plans[key] = plan
+
+
+def watched(output: Tensor, channels: ActiveChannels) -> Tensor:
+    """``output`` of PyTorch's own graph, whose backward raises RuntimeError if ``channels`` was
+    changed after the forward."""
+    if output.requires_grad:
+        # An in-place activation on a view leaves the view's own hooks behind, not its base's.
+        base = output._base if output._is_view() else output
+        assert base is not None
+        base.register_hook(partial(check_unchanged, channels, channels.generation))
+    return output
+
+
+class _PlannedFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        reads_input = ctx.needs_input_grad[1] and not plan.stopped
+        ctx.save_for_backward(input if reads_input else None, weight)
+        return plan.forward(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        function = gradients_once if ctx.plan.twice is None else gradients
+        return function(ctx, grad_output)
+
+
+def gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """Of input, weight and bias, and None for the plan."""
+    plan: Plan = ctx.plan
+    check_unchanged(plan.channels, plan.generation)
+    input, weight = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    if plan.stopped:
+        wanted = (wanted[0], False, False)
+    call = plan.call
+    if torch.is_grad_enabled():
+        call = plan.twice
+    elif _is_observed(grad_output):
+        call = plan.observed
+    assert call is not None
+    return *call(grad_output, input, weight, wanted), None
+
+
+gradients_once = once(gradients)
+
+
+def _is_observed(grad_output: Tensor) -> bool:
+    """By a dispatch mode or a subclass; autocast, too, would change what the library is called
+    with."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or type(grad_output) is not Tensor
+        or torch._C._is_any_autocast_enabled()
+    )
