@@ -134,25 +134,26 @@ def _peer(
 def _ours(
     problem: Problem, channels: ActiveChannels, grad_output: Tensor, input: Tensor, weight: Tensor
 ) -> Callable[[], Tensor]:
-    order, n, start = channels.order(), channels.n_active, channels.start
-    wanted, geometry, size = (False, True, False), problem.geometry, problem.input_size
+    """What a layer runs while its active channels do not change."""
+    geometry, wanted = problem.geometry, (False, True, False)
+    if geometry is None:
+        replaced, call = False, dispatch.linear_call(input, weight, channels)
+    else:
+        replaced = dispatch.replaces_library(input, weight, geometry)
+        call = dispatch.conv_call(input, weight, geometry, channels)
+    if channels.n_active == len(channels) and not replaced:
+        return _peer(peers.DENSE, problem, grad_output, input, weight, channels.active)
+    if call is None:
+        raise RuntimeError(
+            "benchmarks.kernels: it measures the C++ extension, which does not serve"
+        )
 
-    def linear() -> Tensor:
-        gradient = dispatch.linear_backward(
-            grad_output, input, size, weight, order, n, start, wanted, False
-        )[1]
+    def ours() -> Tensor:
+        gradient = call(grad_output, input, weight, wanted)[1]
         assert gradient is not None
         return gradient
 
-    def conv() -> Tensor:
-        assert geometry is not None
-        gradient = dispatch.conv_backward(
-            grad_output, input, size, weight, geometry, order, n, wanted, False
-        )[1]
-        assert gradient is not None
-        return gradient
-
-    return linear if geometry is None else conv
+    return ours
 
 
 def _exact(problem: Problem, grad_output: Tensor, input: Tensor, weight: Tensor) -> Tensor:

@@ -15,12 +15,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import neq_kernels as neq
 from benchmarks import console
 from benchmarks.record import Record, Row
-from neq_kernels import contest, dispatch, ops
+from neq_kernels import contest, dispatch
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.measure.timing import Quantiles
 from neq_kernels.problem import ConvGeometry
@@ -99,42 +100,24 @@ def _parts(
 ) -> dict[str, Step]:
     """What our step is made of, each by itself, from the inside out."""
     weight, bias = (p.detach() for p in layer.parameters())
-    order, n = channels.order(), channels.n_active
     wanted = (True, True, True)
     if isinstance(layer, nn.Linear):
-        size, start = x.shape, channels.start
-        strategy = dispatch.strategy_for(
-            dispatch.Problem.linear(len(x), weight), n, "cpu", torch.get_num_threads()
-        )
-        module = dispatch.module_of("cpu")
-        return {
-            LIBRARY_FORWARD: lambda: torch.nn.functional.linear(x, weight, bias),
-            LIBRARY_DGRAD: lambda: grad_output.mm(weight),
-            "part: leaf op": lambda: module.linear_backward(
-                grad_output, x, size, weight, order, n, start, wanted, strategy
-            ),
-            "part: without a plan": lambda: ops.linear_backward(
-                grad_output, x, size, weight, channels, wanted, False
-            ),
-        }
-    assert isinstance(layer, nn.Conv2d)
-    padding = layer.padding
-    assert not isinstance(padding, str)
-    geometry = ConvGeometry(layer.stride, padding, layer.dilation, False, (0, 0), layer.groups)
-    problem = dispatch.Problem.conv(x, weight, geometry)
-    strategy = dispatch.strategy_for(problem, n, "cpu", torch.get_num_threads())
-    module = dispatch.module_of("cpu")
+        call = dispatch.linear_call(x, weight, channels)
+        forward = lambda: F.linear(x, weight, bias)  # noqa: E731
+        dgrad = lambda: grad_output.mm(weight)  # noqa: E731
+    else:
+        assert isinstance(layer, nn.Conv2d)
+        assert not isinstance(layer.padding, str)
+        arguments = layer.stride, layer.padding, layer.dilation
+        geometry = ConvGeometry(*arguments, False, (0, 0), layer.groups)
+        call = dispatch.conv_call(x, weight, geometry, channels)
+        forward = lambda: F.conv2d(x, weight, bias, *arguments, layer.groups)  # noqa: E731
+        dgrad = lambda: geometry.backward(grad_output, x, weight, (True, False, False))  # noqa: E731
+    assert call is not None
     return {
-        LIBRARY_FORWARD: lambda: torch.nn.functional.conv2d(
-            x, weight, bias, layer.stride, padding, layer.dilation, layer.groups
-        ),
-        LIBRARY_DGRAD: lambda: geometry.backward(grad_output, x, weight, (True, False, False)),
-        "part: leaf op": lambda: module.conv_backward(
-            grad_output, x, weight, geometry, order, n, wanted, strategy
-        ),
-        "part: without a plan": lambda: ops.conv_backward(
-            grad_output, x, x.shape, weight, geometry, channels, wanted, False
-        ),
+        LIBRARY_FORWARD: forward,
+        LIBRARY_DGRAD: dgrad,
+        "part: all three gradients": lambda: call(grad_output, x, weight, wanted),
     }
 
 

@@ -1,9 +1,9 @@
 """Where the time of a dense step goes, layer by layer, and how much of it freezing can save.
 
-A layer's backward costs its weight gradient (wgrad) and everything else from the moment the
-gradient of its output arrives to the moment the next layer's does: its input gradient (dgrad), and
-the activations and additions below. Freezing neurons saves wgrad; only where nothing below learns
-the rest goes too.
+A layer's backward costs its weight gradient (wgrad: what it takes longer than without one) and
+everything else from the moment the gradient of its output arrives to the moment the next layer's
+does: its input gradient (dgrad), and the activations and additions below. Freezing neurons saves
+wgrad; only where nothing below learns the rest goes too.
 """
 
 from __future__ import annotations
@@ -218,8 +218,8 @@ def _measure(variant: Variant, batches: Sequence[Any], warmup: int, repeats: int
         if name not in arrivals[0]:  # its output is not part of the loss
             continue
         whole = scale * _median(arrivals, name)
-        alone = Quantiles.of(layers.samples[name]).median if name in layers.samples else 0.0
-        wgrad = min(alone, whole) if propagates else whole
+        more = Quantiles.of(layers.samples[name]).median if name in layers.samples else 0.0
+        wgrad = min(max(more, 0.0), whole) if propagates else whole
         read = bytes_read.get(name, (0, 0))
         shares.append(LayerShare(name, wgrad / total, (whole - wgrad) / total, *read))
     return StepShares(
@@ -264,16 +264,23 @@ class _TracedStep:
         return seconds
 
     def replay_weight_gradients(self, clock: PhaseClock) -> None:
-        """Each product's weight (and bias) gradient by itself, from the last layer to the first."""
+        """What each product's backward takes longer for its weight (and bias) gradient, from the
+        last layer to the first. Alone, a weight gradient would take more: the gradient of the
+        output, which both products of a backward read, would not be in the cache."""
         seconds: dict[str, float] = {}
         for product in reversed(self._products):
-            output, learned = product.again()
-            grad = torch.randn_like(output)
-            start = clock.now()
-            torch.autograd.grad(output, learned, grad)
-            seconds[product.name] = seconds.get(product.name, 0.0) + clock.now() - start
+            spent = -self._backward_seconds(product, False) if product.propagates else 0.0
+            spent += self._backward_seconds(product, True)
+            seconds[product.name] = seconds.get(product.name, 0.0) + spent
         for name, spent in seconds.items():
             clock.samples.setdefault(name, []).append(spent)
+
+    def _backward_seconds(self, product: _Product, learns: bool) -> float:
+        output, leaves = product.again(learns)
+        grad = torch.randn_like(output)
+        start = self._clock.now()
+        torch.autograd.grad(output, leaves, grad)
+        return self._clock.now() - start
 
     def _watch(
         self,
@@ -297,25 +304,30 @@ class _TracedStep:
             of_inputs, of_outputs = self.bytes_read.get(call.name, (0, 0))
             of_inputs += (args[0] if args else kwargs["input"]).nbytes
             self.bytes_read[call.name] = (of_inputs, of_outputs + output.nbytes)
-            self._products.append(_Product(call.name, func, args, kwargs, _autocast_dtype(output)))
+            propagates = call.input_needs_grad
+            product = _Product(call.name, func, args, kwargs, _autocast_dtype(output), propagates)
+            self._products.append(product)
 
 
 @dataclass(frozen=True)
 class _Product:
-    """One call of a linear or convolution function. ``autocast`` is the dtype it ran in."""
+    """One call of a linear or convolution function. ``autocast`` is the dtype it ran in,
+    ``propagates`` says whether its input needed a gradient."""
 
     name: str
     func: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     autocast: torch.dtype | None
+    propagates: bool
 
-    def again(self) -> tuple[Tensor, list[Tensor]]:
-        """The call once more, on the same values, with a graph to its weight and bias only: its
-        output, and the two."""
+    def again(self, learns: bool) -> tuple[Tensor, list[Tensor]]:
+        """The call once more, on the same values: its output, and the leaves of its graph, the
+        input if it ``propagates``, weight and bias if it ``learns``."""
         named = dict(zip(OPERANDS, self.args, strict=False)) | self.kwargs
         operands: list[Tensor | None] = [named.pop(name, None) for name in OPERANDS]
-        wanted = [False, *(t is not None and t.requires_grad for t in operands[1:])]
+        learned = [learns and t is not None and t.requires_grad for t in operands[1:]]
+        wanted = [self.propagates, *learned]
         fresh = [
             None if tensor is None else tensor.detach().requires_grad_(want)
             for tensor, want in zip(operands, wanted, strict=True)
