@@ -1,4 +1,4 @@
-// The pieces of the direct depthwise wgrad: its geometry, its sums, and the scratch copy of a band.
+// Direct depthwise wgrad by way of scratch memory.
 //
 // A band of output rows is handled at a time: the input rows it needs are copied to scratch memory,
 // zero-padded and with their rows and columns sorted by stride phase, so that every tap reads
@@ -11,58 +11,12 @@
 #include <vector>
 
 #include "convolution.h"
+#include "depthwise_sums.h"
 #include "kernels.h"
 
 namespace neq::depthwise {
 
 constexpr int64_t kScratchBytes = 96 * 1024;
-
-// Sums of one vector of channels (NHWC) or of one channel (NCHW): per tap, and last the bias. A
-// lane adds up only so many products in its own precision before they go to double.
-template <class T>
-class Sums {
- public:
-  using C = Compute<T>;
-  static constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(C));
-  static constexpr int64_t kMostVectors = 128;
-
-  // Lane i adds to out[i * lane_stride + tap], for i < n_lanes; the bias comes after the taps.
-  Sums(int64_t taps, double* out, int64_t lane_stride, int64_t n_lanes)
-      : taps_(taps),
-        lanes_(taps * kLanes, C(0)),
-        out_(out),
-        lane_stride_(lane_stride),
-        n_lanes_(n_lanes) {}
-
-  // [tap][lane], to add up to `vectors` more products to.
-  C* lanes_for(int64_t vectors) {
-    if (vectors_ + vectors > kMostVectors) flush();
-    vectors_ += vectors;
-    return lanes_.data();
-  }
-
-  double* bias_lanes() { return bias_; }
-
-  void flush() {
-    for (int64_t i = 0; i < n_lanes_; ++i) {
-      for (int64_t tap = 0; tap < taps_; ++tap) {
-        out_[i * lane_stride_ + tap] += static_cast<double>(lanes_[tap * kLanes + i]);
-      }
-      out_[i * lane_stride_ + taps_] += bias_[i];
-    }
-    std::fill(lanes_.begin(), lanes_.end(), C(0));
-    std::fill_n(bias_, kLanes, 0.0);
-    vectors_ = 0;
-  }
-
- private:
-  int64_t taps_;
-  std::vector<C> lanes_;
-  double bias_[kLanes] = {};
-  int64_t vectors_ = 0;
-  double* out_;
-  int64_t lane_stride_, n_lanes_;
-};
 
 // The scratch copy of one band. `width` elements stand side by side at
 // each pixel: 1 in NCHW, some channels in NHWC.

@@ -6,6 +6,7 @@
 
 #include "column_gather.h"
 #include "depthwise_band.h"
+#include "depthwise_in_place.h"
 #include "ops.h"
 #include "split.h"
 #include "strides.h"
@@ -31,7 +32,7 @@ std::vector<double> nchw(const ConvProblem& p, const T* grad, const T* input, in
     };
     for (int64_t item = begin; item < end; ++item) {
       const int64_t part = item / p.n, channel = p.active[item % p.n];
-      Sums<T> sums(p.taps(), partial.data() + item * p.cells(), 0, Sums<T>::kLanes);
+      Sums<T> sums(p.taps());
       for (int64_t image = images.begin(part); image < images.end(part); ++image) {
         const T* dy = grad + (image * p.output_channels + channel) * out_plane;
         const T* x = input + (image * p.input_channels + channel / p.multiplier()) * in_plane;
@@ -41,7 +42,9 @@ std::vector<double> nchw(const ConvProblem& p, const T* grad, const T* input, in
           band.add(b, 0, sums);
         }
       }
-      sums.flush();
+      for (int64_t lane = 0; lane < Sums<T>::kLanes; ++lane) {
+        sums.add_lane(lane, partial.data() + item * p.cells());
+      }
     }
   });
   return partial;
@@ -85,6 +88,12 @@ class PixelCopy {
 
 template <class T>
 std::vector<double> nhwc(const ConvProblem& p, const T* grad, const T* input, int64_t& parts) {
+  if constexpr (std::is_same_v<T, Compute<T>>) {
+    if (InPlace<T>::serves(p)) {
+      const InPlace<T> in_place(p);
+      if (in_place.is_cheaper()) return in_place.partial(grad, input, parts);
+    }
+  }
   constexpr int64_t kLanes = Band<T>::kLanes, kWidth = 2 * kLanes;
   const int64_t chunks = (p.n + kWidth - 1) / kWidth;
   std::vector<int64_t> sources(p.n);
@@ -102,11 +111,7 @@ std::vector<double> nhwc(const ConvProblem& p, const T* grad, const T* input, in
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     Band<T> band(p, kWidth);
     for (int64_t part = begin; part < end; ++part) {
-      std::vector<Sums<T>> sums;
-      for (int64_t first = 0; first < p.n; first += kLanes) {
-        sums.emplace_back(p.taps(), partial.data() + (part * p.n + first) * p.cells(), p.cells(),
-                          std::min(kLanes, p.n - first));
-      }
+      std::vector<Sums<T>> sums((p.n - 1) / kLanes + 1, Sums<T>(p.taps()));
       for (int64_t unit = units.begin(part); unit < units.end(part); ++unit) {
         const int64_t image = unit / bands, b = unit % bands;
         const T* dy = grad + image * p.h.output * p.w.output * p.output_channels;
@@ -119,7 +124,9 @@ std::vector<double> nhwc(const ConvProblem& p, const T* grad, const T* input, in
           }
         }
       }
-      for (Sums<T>& each : sums) each.flush();
+      for (int64_t i = 0; i < p.n; ++i) {
+        sums[i / kLanes].add_lane(i % kLanes, partial.data() + (part * p.n + i) * p.cells());
+      }
     }
   });
   return partial;

@@ -60,6 +60,24 @@ struct Correlation {
   int64_t rows, columns, step;
 };
 
+// A tile of taps of a depthwise convolution, whose sums stay in registers together.
+constexpr int kMostTapColumns = 7, kMostTapRows = 3;
+constexpr int64_t most_tap_rows(int64_t tap_columns) {
+  return tap_columns <= 3 ? 3 : tap_columns <= 5 ? 2 : 1;
+}
+
+// From a pixel of dY to the next, from what a tap reads of x for it to what it reads for the next,
+// from a tap to the next; in elements.
+struct PixelSteps {
+  int64_t dy_row, dy_column, x_row, x_column, tap_row, tap_column, lanes_row;
+};
+
+// lanes[tap row * lanes_row + tap column * vector + lane] += sum over rows and columns of dy * x, a
+// vector of channels at each pixel.
+template <class C>
+using CorrelatePixels = void (*)(const PixelSteps& steps, const C* dy, const C* x, int64_t rows,
+                                 int64_t columns, C* lanes);
+
 // How many output channels the outer product keeps in registers.
 constexpr int kRowsTogether = 6;
 
@@ -91,6 +109,7 @@ struct Kernels {
   void (*products_of_columns)(const T* a, const T* b, int64_t rows, int64_t stride, int64_t columns,
                               double* ab, double* aa, double* bb);
   void (*correlate)(const Correlation<C>& c, const int64_t* offsets, int64_t taps, C* sums);
+  const CorrelatePixels<C> (&correlate_pixels)[kMostTapColumns][kMostTapRows];
   void (*sum)(const Correlation<C>& c, double* totals);
   void (*copy_rows)(const T* from, int64_t from_row, int64_t stride, C* to, int64_t to_row,
                     int64_t rows, int64_t count);

@@ -161,6 +161,44 @@ def test_several_bands_chunks_and_threads(problem, kind, share):
         assert torch.equal(bits(one), bits(two))
 
 
+# Read in place, or gathered where few channels are active.
+CHANNELS_LAST = [
+    *(Depthwise(channels=channels) for channels in (*range(1, 10), 15, 16, 17, 23, 31, 33)),
+    Depthwise(channels=17, size=(1, 1)),
+    Depthwise(channels=9, size=(1, 1), kernel=(7, 7), padding=(3, 3)),
+    Depthwise(channels=11, size=(4, 4), kernel=(7, 7), padding=(3, 3)),
+    Depthwise(channels=19, size=(5, 6), kernel=(2, 3), padding=(4, 7)),
+    Depthwise(channels=19, size=(3, 2), kernel=(3, 3), padding=(5, 4), dilation=(3, 2)),
+    Depthwise(channels=12, size=(16, 15), kernel=(5, 5), stride=(2, 2), padding=(2, 2)),
+    Depthwise(channels=10, size=(12, 13), kernel=(4, 6), stride=(3, 1), padding=(1, 2)),
+    Depthwise(channels=20, size=(20, 23), kernel=(11, 9), padding=(5, 4)),
+    Depthwise(channels=9, size=(9, 24), kernel=(2, 15), padding=(0, 7), dilation=(2, 1)),
+    Depthwise(channels=13, size=(3, 300), kernel=(3, 3), padding=(1, 2)),
+    Depthwise(channels=8, size=(70, 65), kernel=(1, 1), padding=(0, 0)),
+]
+
+
+@pytest.mark.parametrize("problem", CHANNELS_LAST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_channels_last_with_few_and_many_active(problem, dtype):
+    grad, x = problem.tensors(dtype, 1, "channels_last")
+    k = problem.k
+    for n in sorted({1, (k + 1) // 2, k}):
+        problem.check(grad, x, order_of(k, n, n), n)
+    problem.check(grad, x, torch.randperm(k), k)
+
+
+def test_infinity_at_the_edge_does_not_meet_the_padding():
+    problem = Depthwise(channels=16)
+    grad, x = problem.tensors(torch.float32, 0, "channels_last")
+    grad[0, 5, 0, 0] = float("inf")
+    rows, _ = problem.ours(grad, x, torch.arange(16), 16)
+    assert rows[5, 0, 0].isfinite().all()
+    assert rows[5, 0, :, 0].isfinite().all()
+    assert rows[5, 0, 1:, 1:].isinf().all()
+    assert rows[[*range(5), *range(6, 16)]].isfinite().all()
+
+
 @pytest.mark.parametrize("kind", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nan_in_frozen_channels_is_never_read(kind, dtype):

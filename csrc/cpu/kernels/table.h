@@ -6,6 +6,7 @@
 
 #include "../kernels.h"
 #include "correlate.h"
+#include "correlate_pixels.h"
 #include "gather.h"
 #include "outer_product.h"
 #include "row_steps.h"
@@ -25,6 +26,7 @@ const Kernels<T>& kernels() {
       products_of_run<T>,
       products_of_columns<T>,
       correlate<C>,
+      correlate_pixels<C>,
       sum<C>,
       copy_rows<T>,
       outer_product<C>,
