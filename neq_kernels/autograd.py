@@ -251,6 +251,12 @@ def linear_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     return out
 
 
+def convolution(weight: Tensor, transposed: bool) -> Callable[..., Tensor]:
+    """The library's function for as many dimensions."""
+    functions: tuple[Callable[..., Tensor], ...] = _CONV_TRANSPOSE if transposed else _CONV
+    return functions[weight.dim() - 3]
+
+
 def convolve(
     input: Tensor,
     weight: Tensor,
@@ -262,10 +268,7 @@ def convolve(
     transposed: bool,
     output_padding: Sequence[int],
 ) -> Tensor:
-    which = weight.dim() - 3
+    function = convolution(weight, transposed)
     if transposed:
-        function = _CONV_TRANSPOSE[which]
-        assert not isinstance(padding, str)
         return function(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    out: Tensor = _CONV[which](input, weight, bias, stride, padding, dilation, groups)
-    return out
+    return function(input, weight, bias, stride, padding, dilation, groups)

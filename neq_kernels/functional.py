@@ -19,6 +19,7 @@ from neq_kernels.autograd import (
     LinearFunction,
     all_active,
     autocasts,
+    convolution,
     convolve,
     linear_forward,
     no_autocast,
@@ -281,8 +282,15 @@ def _plan_conv(
     if isinstance(padding, str) or input.dim() != weight.dim():
         return None
 
+    function = convolution(weight, transposed)
+    numbers = (
+        (stride, padding, output_padding, groups, dilation)
+        if transposed
+        else (stride, padding, dilation, groups)
+    )
+
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return convolve(input, weight, bias, *arguments)
+        return function(input, weight, bias, *numbers)
 
     geometry = ConvGeometry(stride, padding, dilation, transposed, output_padding, groups)
     everything = all_active(channels)

@@ -63,18 +63,13 @@ class NeuronLayer(nn.Module):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, active={self.channels.n_active}/{len(self.channels)}"
 
-    def _stops_in_graph(self) -> bool:
+    def _stops(self) -> bool:
         """Under compile: whether this graph is one in which the layer is wholly frozen."""
-        return (
-            torch.compiler.is_compiling()
-            and self.specialized
-            and self.channels.stopped
-            and not in_process_group()
-        )
+        return self.specialized and self.channels.stopped and not in_process_group()
 
     def _in_graph(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Any, Tensor | None]:
         """The parameters as the graph being compiled is to see them."""
-        if self._stops_in_graph():
+        if torch.compiler.is_compiling() and self._stops():
             return functional.detached(weight), functional.detached(bias)
         return weight, bias
 
@@ -204,11 +199,13 @@ class _Norm(NeuronLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """The stock layer, run on a scale and shift whose gradients are masked."""
+        channels = self.channels
         weight, bias = self._in_graph(self.weight, self.bias)
         if not functional.learns(weight, bias):
             return self._anchored(self._normalize(input, weight, bias))
-        out = self._normalize(input, *functional.affine(weight, bias, self.channels))
-        return self._anchored(watched(out, self.channels) if all_active(self.channels) else out)
+        if all_active(channels):
+            return self._anchored(watched(self._normalize(input, weight, bias), channels))
+        return self._anchored(self._normalize(input, *functional.affine(weight, bias, channels)))
 
     def _normalize(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         raise NotImplementedError

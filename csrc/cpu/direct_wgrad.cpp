@@ -8,6 +8,7 @@
 #include "kernels.h"
 #include "prefetch.h"
 #include "runs.h"
+#include "scratch.h"
 #include "split.h"
 
 namespace neq {
@@ -21,7 +22,8 @@ constexpr int64_t kProductsPerItem = 1 << 17;  // of dy and x: what one parallel
 constexpr int64_t kMostParts = 16;
 constexpr int64_t kSumsOfAllParts = 1 << 20;
 constexpr int64_t kPixelsTogether = 16;
-constexpr int64_t kBlocksTogether = 32;  // whose pixels of a unit fit into the second cache
+constexpr int64_t kBlocksTogether = 32,
+                  kMostBlocksTogether = 48;  // whose pixels of a unit fit into the second cache
 constexpr int64_t kUsesWorthAPanel = 3;
 constexpr int64_t kEnoughItems = 8;  // for a thread, where they cannot be shared out evenly
 constexpr int64_t kSlack = 8;        // elements that are read past the end of packed pixels
@@ -141,10 +143,9 @@ class Direct {
     // The bits depend on the number of parts, so it follows from the shape; they do not depend on
     // how blocks and tiles are shared out.
     const Split units(divided_up(p_.images, images_) * bands_, parts_, 1);
-    const Split groups(static_cast<int64_t>(blocks_.size()),
-                       divided_up(static_cast<int64_t>(blocks_.size()), kBlocksTogether), 1);
     const int64_t threads = std::min<int64_t>(
         torch::stable::get_num_threads(), static_cast<int64_t>(products_ / kProductsPerItem) + 1);
+    const Split groups(static_cast<int64_t>(blocks_.size()), number_of_groups(threads), 1);
     // Each chunk of tiles packs dy for itself, so tiles are shared out only where the rest would
     // leave threads without work.
     const int64_t others = units.parts * groups.parts;
@@ -152,20 +153,19 @@ class Direct {
     const Split chunks(static_cast<int64_t>(tiles_.size()), is_even ? 1 : threads, 1);
 
     const bool in_place = units.parts == 1 && !taps_inside_ && padded_ == channels_;
-    std::vector<T> sums(in_place ? 0 : units.parts * n * size);
+    static thread_local Scratch<T> scratch_of_sums;
+    T* sums = in_place ? nullptr : scratch_of_sums.at_least(units.parts * n * size);
     std::vector<T*> sums_of(units.parts * n);
     for (int64_t i = 0; i < units.parts * n; ++i) {
-      sums_of[i] = in_place ? gradient_ + p_.active[i] * size : sums.data() + i * size;
+      sums_of[i] = in_place ? gradient_ + p_.active[i] * size : sums + i * size;
     }
-    const bool fresh =
-        taps_as_channels_ || (p_.taps() == 1 && p_.h.padding == 0 && p_.w.padding == 0);
     if (in_place) {
-      for_each_row(fresh ? n : 0, p_.output_channels, size,
+      for_each_row(n, p_.output_channels, size,
                    [&](int64_t i) { std::fill_n(gradient_ + p_.active[i] * size, size, T(0)); });
     }
     std::vector<double> bias(p_.want_bias ? units.parts * n : 0);
     torch::stable::parallel_for(0, others * chunks.parts, 1, [&](int64_t begin, int64_t end) {
-      Scratch scratch;
+      static thread_local Operands scratch;
       for (int64_t item = begin; item < end; ++item) {
         const int64_t chunk = item % chunks.parts, group = item / chunks.parts % groups.parts;
         const int64_t part = item / chunks.parts / groups.parts;
@@ -187,7 +187,7 @@ class Direct {
             const Pixels x = pixels_of(unit, tiles_[t], scratch.input.data());
             const T* dy = scratch.grad.data();
             for (int64_t b = first; b < last; ++b) {
-              add(unit, dy, blocks_[b], x, tiles_[t], targets, fresh && u == units.begin(part));
+              add(unit, dy, blocks_[b], x, tiles_[t], targets, u == units.begin(part));
               dy += unit.pixels(p_) * blocks_[b].size;
               if (u + 1 < units.end(part)) {
                 next_grad.fetch_some();
@@ -225,6 +225,15 @@ class Direct {
     return parts;
   }
 
+  // Of blocks. Where there are several anyway, as many as the threads can share evenly.
+  int64_t number_of_groups(int64_t threads) const {
+    const auto blocks = static_cast<int64_t>(blocks_.size());
+    const int64_t groups = divided_up(blocks, kBlocksTogether);
+    if (groups == 1 || parts_ % threads == 0) return groups;
+    const int64_t more = divided_up(groups, threads) * threads, fewer = more - threads;
+    return fewer > 0 && blocks <= fewer * kMostBlocksTogether ? fewer : more;
+  }
+
   // Output rows of a unit. Those of a single image are shared out among the parts.
   int64_t rows_of_band() const {
     const int64_t most = std::clamp<int64_t>(pixels_per_unit() / p_.w.output, 1, p_.h.output);
@@ -240,8 +249,8 @@ class Direct {
 
   // Copies of a unit's operands: dy block by block, x with some channels side by side, and rows of
   // x.
-  struct Scratch {
-    std::vector<T> grad, input, rows;
+  struct Operands {
+    Scratch<T> grad, input, rows;
   };
 
   // Output rows [top, bottom) of some images.
@@ -343,13 +352,12 @@ class Direct {
   }
 
   // The active channels of each block, side by side at every pixel; block after block.
-  void pack_grad(const Unit& unit, int64_t first, int64_t last, std::vector<T>& packed) const {
+  void pack_grad(const Unit& unit, int64_t first, int64_t last, Scratch<T>& packed) const {
     const int64_t plane = p_.h.output * p_.w.output, from = unit.top * p_.w.output;
     const int64_t count = (unit.bottom - unit.top) * p_.w.output;
     const int64_t channels =
         blocks_[last - 1].first + blocks_[last - 1].size - blocks_[first].first;
-    packed.resize(std::max<size_t>(packed.size(), unit.images * count * channels + kSlack));
-    T* to = packed.data();
+    T* to = packed.at_least(unit.images * count * channels + kSlack);
     if (channels_last_) {
       gather_grad(grad_ + (unit.image * plane + from) * p_.output_channels, unit.images * count,
                   first, last, to);
@@ -385,7 +393,7 @@ class Direct {
     }
   }
 
-  void add_bias(const Unit& unit, int64_t first, int64_t last, const std::vector<T>& packed,
+  void add_bias(const Unit& unit, int64_t first, int64_t last, const Scratch<T>& packed,
                 double* bias) const {
     const T* dy = packed.data();
     for (int64_t b = first; b < last; ++b) {
@@ -396,14 +404,13 @@ class Direct {
   }
 
   // The input rows of a unit with the tile's channels side by side.
-  void fill_panel(const Unit& unit, const Tile& tile, std::vector<T>& panel) const {
+  void fill_panel(const Unit& unit, const Tile& tile, Scratch<T>& panel) const {
     int64_t begin, end;
     rows_read(unit, begin, end);
     const int64_t width = tile.vectors * kLanes, columns = panel_columns();
     const int64_t row = columns * width, image = (end - begin) * row;
-    panel.resize(std::max<size_t>(panel.size(), unit.images * image));
-    for (int64_t i = 0; i < unit.images; ++i) {
-      T* to = panel.data() + i * image;
+    T* to = panel.at_least(unit.images * image);
+    for (int64_t i = 0; i < unit.images; ++i, to += image) {
       if (step_h_ == 1 && step_w_ == 1) {
         side_by_side(unit.image + i, tile.first, begin * columns, (end - begin) * columns, 1, to,
                      width);
@@ -418,7 +425,7 @@ class Direct {
 
   // For every output pixel of a unit the channels that its taps read, tap after tap, zeros where
   // they read beside the input.
-  void fill_taps(const Unit& unit, Scratch& scratch) const {
+  void fill_taps(const Unit& unit, Operands& scratch) const {
     int64_t begin, end;
     rows_read(unit, begin, end);
     const int64_t channels = p_.input_channels, reach = (p_.w.kernel - 1) * p_.w.dilation + 1;
@@ -427,13 +434,11 @@ class Direct {
     const int64_t columns = std::min(p_.w.input, (row - left) / channels);
     const int64_t stride = taps_stride();
     // One row of zeros follows the others.
-    scratch.rows.resize(
-        std::max<size_t>(scratch.rows.size(), (end - begin + 1) * row + taps_stride()));
-    scratch.input.resize(std::max<size_t>(scratch.input.size(), unit.pixels(p_) * stride));
-    std::fill_n(scratch.rows.begin() + (end - begin) * row, row + taps_stride(), T(0));
-    T* to = scratch.input.data();
+    T* all_rows = scratch.rows.at_least((end - begin + 1) * row + taps_stride());
+    T* to = scratch.input.at_least(unit.pixels(p_) * stride + kLanes);
+    std::fill_n(all_rows + (end - begin) * row, row + taps_stride(), T(0));
     for (int64_t i = unit.image; i < unit.image + unit.images; ++i) {
-      T* rows = scratch.rows.data();
+      T* rows = all_rows;
       for (int64_t y = begin; y < end; ++y, rows += row) {
         std::fill_n(rows, left, T(0));
         side_by_side(i, 0, y * p_.w.input, columns, 1, rows + left, channels);
@@ -443,7 +448,7 @@ class Direct {
         for (int64_t r = 0; r < p_.h.kernel; ++r) {
           const int64_t y = p * p_.h.stride - p_.h.padding + r * p_.h.dilation;
           const bool inside = begin <= y && y < end;
-          copy_taps(scratch.rows.data() + (inside ? y - begin : end - begin) * row,
+          copy_taps(all_rows + (inside ? y - begin : end - begin) * row,
                     to + r * p_.w.kernel * channels);
         }
       }
@@ -505,11 +510,14 @@ class Direct {
     for (int64_t r = 0; r < p_.h.kernel; ++r) {
       const int64_t p0 = std::max(unit.top, taps_h_[r].begin);
       const int64_t p1 = std::min(unit.bottom, taps_h_[r].end);
-      if (p0 >= p1) continue;
       const int64_t y0 = p0 * stride_h - p_.h.padding + r * p_.h.dilation - x.begin;
       for (int64_t s = 0; s < p_.w.kernel; ++s) {
         const int64_t q0 = taps_w_[s].begin, q1 = taps_w_[s].end;
-        if (q0 >= q1) continue;
+        const int64_t sums = (r * p_.w.kernel + s) * padded_ + at;
+        if (p0 >= p1 || q0 >= q1) {
+          if (fresh) clear(block, tile, targets, sums);
+          continue;
+        }
         const int64_t x0 = q0 * stride_w - p_.w.padding + s * p_.w.dilation;
         OuterProduct<T> o{unit.images,
                           p1 - p0,
@@ -523,11 +531,17 @@ class Direct {
                           stride_h * x.row,
                           stride_w * x.pixel,
                           targets + block.first,
-                          (r * p_.w.kernel + s) * padded_ + at,
+                          sums,
                           fresh};
         join_loops(o);
         kernels<T>().outer_product(o, block.size, tile.vectors, tile.skip);
       }
+    }
+  }
+
+  static void clear(const Block& block, const Tile& tile, T* const* targets, int64_t at) {
+    for (int64_t i = block.first; i < block.first + block.size; ++i) {
+      std::fill(targets[i] + at + tile.skip, targets[i] + at + tile.vectors * kLanes, T(0));
     }
   }
 
@@ -548,7 +562,7 @@ class Direct {
   }
 
   // Adds up the parts and puts the rows where they belong.
-  void write_gradient(std::vector<T>& sums, int64_t parts, int64_t size) const {
+  void write_gradient(T* sums, int64_t parts, int64_t size) const {
     const int64_t n = p_.n, taps = p_.taps(), row = taps * p_.input_channels;
     for_each_row(0, p_.output_channels, row * (1 + parts), [&](int64_t i) {
       T* to = gradient_ + p_.active[i] * row;
@@ -556,7 +570,7 @@ class Direct {
         std::fill_n(to, row, T(0));
         return;
       }
-      T* total = sums.data() + i * size;
+      T* total = sums + i * size;
       for (int64_t part = 1; part < parts; ++part) {
         const T* more = total + part * n * size;
         for (int64_t j = 0; j < size; ++j) total[j] += more[j];
