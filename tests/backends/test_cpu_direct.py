@@ -9,6 +9,7 @@ from neq_kernels.backends import cpu
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.problem import ConvGeometry, Strategy
 from tests import oracle
+from tests.backends.arrange import threads
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="tests of the extension")
 
@@ -78,6 +79,44 @@ def test_images_of_any_size(size, last):
     assert torch.equal(bias, dense_bias)
 
 
+# Few sums and many pixels are added up in parts; many channels are taken in groups, whose rows are
+# written where they belong.
+@pytest.mark.parametrize(
+    ("rows", "c", "k"), [(1, 8, 3), (40, 24, 400), (700, 130, 250), (5000, 9, 20)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_linear_layers_of_any_size(rows, c, k, dtype):
+    x, weight, dy = (oracle.small_integers(s, dtype) for s in ((rows, c), (k, c), (rows, k)))
+    for n in sorted({1, min(k, 7), k // 2, k - 1, k} - {0}):
+        channels = ActiveChannels(k)
+        channels.set(torch.randperm(k)[:n])
+        order = channels.order()
+        for count in (1, 2, 3):
+            with threads(count):
+                _, grad, bias = cpu.linear_backward(
+                    dy, x, x.shape, weight, order, n, -1, (False, True, True), Strategy.FUSED
+                )
+            expected = (dy.t().double() @ x.double()).index_fill(0, order[n:], 0)
+            assert torch.equal(grad.double(), expected)
+            assert torch.equal(bias.double(), dy.double().sum(0).index_fill(0, order[n:], 0))
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
+def test_a_call_finds_nothing_of_the_one_before(last):
+    """Scratch memory is not cleared between calls."""
+    window = WINDOWS["wide padding"]
+    for c, k, size in ((70, 40, (20, 21)), (9, 5, (2, 2)), (3, 13, (4, 1))):
+        x, weight, dy = operands(c, k, size, window, torch.float32, last)
+        channels = ActiveChannels(k)
+        channels.set(range(0, k, 2))
+        for poison in (float("nan"), 1.0):
+            gradients(x * poison, weight, dy, window, channels)
+        rows, bias = gradients(x, weight, dy, window, channels)
+        dense, dense_bias = gradients(x, weight, dy, window, channels, Strategy.DENSE)
+        assert torch.equal(rows, dense)
+        assert torch.equal(bias, dense_bias)
+
+
 def test_no_images():
     x, weight, dy = operands(8, 4, (5, 5), WINDOWS["3x3"], batch=0)
     channels = ActiveChannels(4)
@@ -92,14 +131,10 @@ def test_the_bits_do_not_depend_on_the_number_of_threads():
     x, dy = torch.randn_like(x), torch.randn_like(dy)
     channels = ActiveChannels(24)
     channels.set([0, 3, 4, 9, 20])
-    before = torch.get_num_threads()
     results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        with threads(count):
             results.append(gradients(x, weight, dy, WINDOWS["3x3"], channels))
-    finally:
-        torch.set_num_threads(before)
     for rows, bias in results[1:]:
         assert torch.equal(rows, results[0][0])
         assert torch.equal(bias, results[0][1])
