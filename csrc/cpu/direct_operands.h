@@ -21,6 +21,7 @@ constexpr int64_t kProductsPerItem = 1 << 17;  // of dy and x: what one parallel
 constexpr int64_t kMostParts = 16;
 constexpr int64_t kSumsOfAllParts = 1 << 20;
 constexpr int64_t kPixelsTogether = 16;  // that are gathered block after block
+constexpr int64_t kElementsTogether = 1 << 15;  // of panels that are used in turn
 constexpr int64_t kUsesWorthAPanel = 3;
 constexpr int64_t kSlack = 8;  // elements that are read past the end of packed pixels
 
@@ -85,6 +86,7 @@ struct Pixels {
 template <class T>
 struct Copies {
   Scratch<T> grad, input, rows;
+  std::vector<Pixels<T>> tiles;
 };
 
 // The pixels are taken in units: some rows of an image, or several small images. Channels of x are
@@ -148,12 +150,35 @@ class Operands {
   int64_t stride_h() const { return step_h_ == 1 ? p_.h.stride : 1; }
   int64_t stride_w() const { return step_w_ == 1 ? p_.w.stride : 1; }
 
-  // Copies the channels of x that a tile needs, where they are not read in place.
-  Pixels<T> input_of(const Unit& unit, const Tile& tile, Copies<T>& copies) const {
-    if (taps_as_channels_) return {copies.input.data() + tile.first, 0, 0, taps_stride(), 0};
-    if (panels_) return fill_panel(unit, tile, copies.input);
+  // How many tiles, up to `last`, have channels of x that fit into the cache together; or one.
+  int64_t tiles_together(const Unit& unit, int64_t first, int64_t last) const {
+    int64_t begin, end;
+    rows_read(unit, begin, end);
+    const int64_t pixels = unit.images * (end - begin) * panel_columns();
+    return pixels * channels_of(first, last) <= kElementsTogether ? last - first : 1;
+  }
+
+  // The channels of x that some tiles need, copied where they are not read in place: copies.tiles.
+  void read_input(const Unit& unit, int64_t first, int64_t last, Copies<T>& copies) const {
+    copies.tiles.clear();
+    int64_t begin, end;
+    rows_read(unit, begin, end);
+    const int64_t pixels = unit.images * (end - begin) * panel_columns();
+    const bool copied = panels_ && !taps_as_channels_;
+    T* panel = copied ? copies.input.at_least(pixels * kLanes * 4 * (last - first)) : nullptr;
     const int64_t row = p_.w.input * p_.input_channels, image = p_.h.input * row;
-    return {x_ + unit.image * image + tile.first, image, row, p_.input_channels, 0};
+    for (int64_t t = first; t < last; ++t) {
+      const Tile& tile = tiles_[t];
+      if (taps_as_channels_) {
+        copies.tiles.push_back({copies.input.data() + tile.first, 0, 0, taps_stride(), 0});
+      } else if (copied) {
+        copies.tiles.push_back(fill_panel(unit, tile, panel));
+        panel += pixels * tile.vectors * kLanes;
+      } else {
+        const T* first_image = x_ + unit.image * image;
+        copies.tiles.push_back({first_image + tile.first, image, row, p_.input_channels, 0});
+      }
+    }
   }
 
   // Where a unit's operands lie, for some blocks and for some tiles.
@@ -189,9 +214,7 @@ class Operands {
     const int64_t count = std::min(p_.h.input, end * step_h_) * p_.w.input - from;
     const int64_t plane = p_.h.input * p_.w.input;
     const int64_t channel = taps_as_channels_ ? 0 : tiles_[first].first;
-    const int64_t channels =
-        taps_as_channels_ ? p_.input_channels
-                          : tiles_[last - 1].first + tiles_[last - 1].vectors * kLanes - channel;
+    const int64_t channels = taps_as_channels_ ? p_.input_channels : channels_of(first, last);
     const T* images = x_ + unit.image * plane * p_.input_channels;
     if (channels_last_) {
       return {images + from * p_.input_channels + channel,
@@ -308,6 +331,10 @@ class Operands {
     return panels_ && !taps_as_channels_ && axis.kernel == 1 && axis.padding == 0;
   }
 
+  int64_t channels_of(int64_t first, int64_t last) const {
+    return tiles_[last - 1].first + tiles_[last - 1].vectors * kLanes - tiles_[first].first;
+  }
+
   int64_t panel_columns() const { return step_w_ == 1 ? p_.w.input : p_.w.output; }
 
   // A vector more than needed: what is copied ends with a whole one.
@@ -339,13 +366,13 @@ class Operands {
   }
 
   // The input rows of a unit with the tile's channels side by side.
-  Pixels<T> fill_panel(const Unit& unit, const Tile& tile, Scratch<T>& panel) const {
+  Pixels<T> fill_panel(const Unit& unit, const Tile& tile, T* panel) const {
     int64_t begin, end;
     rows_read(unit, begin, end);
     const int64_t width = tile.vectors * kLanes, columns = panel_columns();
     const int64_t row = columns * width, image = (end - begin) * row;
-    T* to = panel.at_least(unit.images * image);
-    for (int64_t i = 0; i < unit.images; ++i, to += image) {
+    for (int64_t i = 0; i < unit.images; ++i) {
+      T* to = panel + i * image;
       if (step_h_ == 1 && step_w_ == 1) {
         side_by_side(unit.image + i, tile.first, begin * columns, (end - begin) * columns, 1, to,
                      width);
@@ -356,7 +383,7 @@ class Operands {
                      to + (y - begin) * row, width);
       }
     }
-    return {panel.data(), image, row, width, begin};
+    return {panel, image, row, width, begin};
   }
 
   // One row of taps for one row of pixels. Vectors are copied whole: what is written past the end,

@@ -104,17 +104,23 @@ class Direct {
           const int64_t calls = (last - first) * (chunks.end(chunk) - chunks.begin(chunk));
           Prefetcher<T> next_grad(o_.region_of_grad(next, first, last), calls);
           Prefetcher<T> next_input(o_.region_of_input(next, chunks.begin(chunk), chunks.end(chunk)), calls);
-          for (int64_t t = chunks.begin(chunk); t < chunks.end(chunk); ++t) {
-            const Tile& tile = o_.tiles()[t];
-            const Pixels<T> x = o_.input_of(unit, tile, copies);
+          const int64_t end_tile = chunks.end(chunk);
+          for (int64_t t = chunks.begin(chunk), some = 0; t < end_tile; t += some) {
+            // All tiles of a block one after the other, if they can: so the rows of the gradient
+            // are written from end to end.
+            some = o_.tiles_together(unit, t, end_tile);
+            o_.read_input(unit, t, t + some, copies);
             const T* dy = copies.grad.data();
             for (int64_t b = first; b < last; ++b) {
-              add(unit, dy, o_.blocks()[b], x, tile, targets, u == units.begin(part));
-              dy += o_.pixels_of(unit) * o_.blocks()[b].size;
-              if (u + 1 < units.end(part)) {
-                next_grad.fetch_some();
-                next_input.fetch_some();
+              for (int64_t i = 0; i < some; ++i) {
+                add(unit, dy, o_.blocks()[b], copies.tiles[i], o_.tiles()[t + i], targets,
+                    u == units.begin(part));
+                if (u + 1 < units.end(part)) {
+                  next_grad.fetch_some();
+                  next_input.fetch_some();
+                }
               }
+              dy += o_.pixels_of(unit) * o_.blocks()[b].size;
             }
           }
         }
