@@ -32,13 +32,13 @@ void flatten_pixels(ConvProblem& p, bool channels_last) {
   p.w = {1, 1, 1, 1, 0, 1};
 }
 
-// The output rows, or columns, that read inside the input by each tap.
-struct TapRange {
+struct Range {
   int64_t begin, end;
 };
 
-std::vector<TapRange> tap_ranges(const Axis& axis) {
-  std::vector<TapRange> ranges;
+// The output rows, or columns, that read inside the input by each tap.
+std::vector<Range> tap_ranges(const Axis& axis) {
+  std::vector<Range> ranges;
   for (int64_t tap = 0; tap < axis.kernel; ++tap)
     ranges.push_back({axis.begin(tap), axis.end(tap)});
   return ranges;
@@ -87,43 +87,12 @@ class Direct {
     }
     std::vector<double> bias(p_.want_bias ? units.parts * n : 0);
     torch::stable::parallel_for(0, others * chunks.parts, 1, [&](int64_t begin, int64_t end) {
-      static thread_local Copies<T> copies;
       for (int64_t item = begin; item < end; ++item) {
         const int64_t chunk = item % chunks.parts, group = item / chunks.parts % groups.parts;
         const int64_t part = item / chunks.parts / groups.parts;
-        T* const* targets = sums_of.data() + part * n;
-        for (int64_t u = units.begin(part); u < units.end(part); ++u) {
-          const Unit unit = o_.unit_at(u);
-          const int64_t first = groups.begin(group), last = groups.end(group);
-          o_.pack_grad(unit, first, last, copies.grad);
-          if (p_.want_bias && chunk == 0) {
-            o_.add_bias(unit, first, last, copies.grad, bias.data() + part * n);
-          }
-          if (o_.taps_as_channels()) o_.fill_taps(unit, copies);
-          const Unit next = o_.unit_at(std::min(u + 1, units.end(part) - 1));
-          const int64_t calls = (last - first) * (chunks.end(chunk) - chunks.begin(chunk));
-          Prefetcher<T> next_grad(o_.region_of_grad(next, first, last), calls);
-          Prefetcher<T> next_input(o_.region_of_input(next, chunks.begin(chunk), chunks.end(chunk)), calls);
-          const int64_t end_tile = chunks.end(chunk);
-          for (int64_t t = chunks.begin(chunk), some = 0; t < end_tile; t += some) {
-            // All tiles of a block one after the other, if they can: so the rows of the gradient
-            // are written from end to end.
-            some = o_.tiles_together(unit, t, end_tile);
-            o_.read_input(unit, t, t + some, copies);
-            const T* dy = copies.grad.data();
-            for (int64_t b = first; b < last; ++b) {
-              for (int64_t i = 0; i < some; ++i) {
-                add(unit, dy, o_.blocks()[b], copies.tiles[i], o_.tiles()[t + i], targets,
-                    u == units.begin(part));
-                if (u + 1 < units.end(part)) {
-                  next_grad.fetch_some();
-                  next_input.fetch_some();
-                }
-              }
-              dy += o_.pixels_of(unit) * o_.blocks()[b].size;
-            }
-          }
-        }
+        add_units({units.begin(part), units.end(part)}, {groups.begin(group), groups.end(group)},
+                  {chunks.begin(chunk), chunks.end(chunk)}, sums_of.data() + part * n,
+                  p_.want_bias && chunk == 0 ? bias.data() + part * n : nullptr);
       }
     });
     if (!in_place) write_gradient(sums, units.parts, size);
@@ -142,6 +111,38 @@ class Direct {
     if (groups == 1 || o_.parts() % threads == 0) return groups;
     const int64_t more = divided_up(groups, threads) * threads, fewer = more - threads;
     return fewer > 0 && blocks <= fewer * kMostBlocksTogether ? fewer : more;
+  }
+
+  // Of units, for the channels of some blocks and tiles.
+  void add_units(Range units, Range blocks, Range tiles, T* const* targets, double* bias) const {
+    static thread_local Copies<T> copies;
+    for (int64_t u = units.begin; u < units.end; ++u) {
+      const Unit unit = o_.unit_at(u), next = o_.unit_at(std::min(u + 1, units.end - 1));
+      o_.pack_grad(unit, blocks.begin, blocks.end, copies.grad);
+      if (bias) o_.add_bias(unit, blocks.begin, blocks.end, copies.grad, bias);
+      if (o_.taps_as_channels()) o_.fill_taps(unit, copies);
+      const int64_t calls = (blocks.end - blocks.begin) * (tiles.end - tiles.begin);
+      Prefetcher<T> next_grad(o_.region_of_grad(next, blocks.begin, blocks.end), calls);
+      Prefetcher<T> next_input(o_.region_of_input(next, tiles.begin, tiles.end), calls);
+      for (int64_t t = tiles.begin, some = 0; t < tiles.end; t += some) {
+        // All tiles of a block one after the other, if they can: so the rows of the gradient are
+        // written from end to end.
+        some = o_.tiles_together(unit, t, tiles.end);
+        o_.read_input(unit, t, t + some, copies);
+        const T* dy = copies.grad.data();
+        for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+          const Block& block = o_.blocks()[b];
+          for (int64_t i = 0; i < some; ++i) {
+            add(unit, dy, block, copies.tiles[i], o_.tiles()[t + i], targets, u == units.begin);
+            if (u + 1 < units.end) {
+              next_grad.fetch_some();
+              next_input.fetch_some();
+            }
+          }
+          dy += o_.pixels_of(unit) * block.size;
+        }
+      }
+    }
   }
 
   // Adds one unit to targets[n][tap][channel], for one block and the channels of one tile.
@@ -251,7 +252,7 @@ class Direct {
   const Operands<T> o_;
   T* gradient_;
   bool taps_inside_;
-  std::vector<TapRange> taps_h_, taps_w_;
+  std::vector<Range> taps_h_, taps_w_;
 };
 
 }  // namespace
