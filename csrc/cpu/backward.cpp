@@ -184,30 +184,14 @@ Strategy checked_strategy(int64_t strategy) {
   return static_cast<Strategy>(strategy);
 }
 
-}  // namespace
-
-Grads linear_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                      const Tensor& order, const Tensor& numbers, bool want_input, bool want_weight,
-                      bool want_bias) {
+// Of weight and bias alone.
+Grads linear_wgrad(const Tensor& dy, const Tensor& input, const Tensor& weight, const Tensor& order,
+                   Strategy chosen, int64_t n, int64_t start, bool want_weight, bool want_bias) {
   const int64_t k = weight.size(0), c = weight.size(1);
   const Neurons neurons{0, k};
-  const int64_t* given = checked_numbers(numbers, 3);
-  const Strategy chosen = checked_strategy(given[0]);
-  const int64_t n = given[1], start = given[2];
-  const Tensor dy = matrix(grad_output);
-  Tensor grad_input;
-  if (want_input) {
-    grad_input = mm(dy, weight);
-    if (grad_output.dim() != 2) {
-      std::vector<int64_t> size = sizes_of(grad_output);
-      size.back() = c;
-      grad_input = torch::stable::reshape(grad_input, size);
-    }
-  }
-  if (!want_weight && !want_bias) return {grad_input, Tensor(), Tensor()};
   require(0 <= n && n <= k, "n: expected 0 <= n <= ", k, ", got ", n);
   if (n == 0) {
-    return {grad_input, want_weight ? zeros_like(weight) : Tensor(),
+    return {Tensor(), want_weight ? zeros_like(weight) : Tensor(),
             want_bias ? zeros_like(bias_like(weight, k)) : Tensor()};
   }
   if (chosen == Strategy::fused && want_weight && c > 0) {
@@ -224,8 +208,7 @@ Grads linear_backward(const Tensor& grad_output, const Tensor& input, const Tens
                         checked_order(order, n, k),
                         n,
                         want_bias};
-    const auto [none, grad_weight, grad_bias] = direct(p, grad, x, weight, order, true);
-    return {grad_input, grad_weight, grad_bias};
+    return direct(p, grad, x, weight, order, true);
   }
   Tensor packed = dy;
   int64_t skipped = 0, m = k;
@@ -247,12 +230,80 @@ Grads linear_backward(const Tensor& grad_output, const Tensor& input, const Tens
       clear_frozen(rows, order, n, neurons);
       clear_frozen(bias, order, n, neurons);
     }
-    return {grad_input, rows, bias};
+    return {Tensor(), rows, bias};
   }
   if (rows.defined()) rows = narrow(rows, 0, skipped, n);
   if (bias.defined()) bias = narrow(bias, 0, skipped, n);
-  return {grad_input, scattered(rows, weight, order, n, neurons),
+  return {Tensor(), scattered(rows, weight, order, n, neurons),
           scattered(bias, bias_like(weight, k), order, n, neurons)};
+}
+
+// Of weight and bias alone, by another strategy than the dense one.
+Grads conv_wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                 const Tensor& order, const Geometry& g, Strategy chosen, int64_t n,
+                 bool want_weight, bool want_bias) {
+  const int64_t k = grad_output.size(1);
+  const Neurons neurons{g.transposed ? 1 : 0, k};
+  if (n == 0) {
+    return {Tensor(), want_weight ? zeros_like(weight) : Tensor(),
+            want_bias ? zeros_like(bias_like(weight, k)) : Tensor()};
+  }
+  if (chosen == Strategy::pack || !want_weight) {
+    require(g.groups == 1, "groups: expected 1 for the pack strategy, got ", g.groups);
+    const int64_t m = rounded_up(n, k);
+    const Tensor packed = pack(grad_output, order, m, 1);
+    Tensor same = weight;
+    const Tensor shape_only = narrow(same, neurons.axis, 0, m);
+    auto [none, rows, bias] =
+        library(packed, input, shape_only, g, {false, want_weight, want_bias});
+    if (m > n && rows.defined()) rows = narrow(rows, neurons.axis, 0, n);
+    if (m > n && bias.defined()) bias = narrow(bias, 0, 0, n);
+    return {Tensor(), scattered(rows, weight, order, n, neurons),
+            scattered(bias, bias_like(weight, k), order, n, neurons)};
+  }
+  require(!g.transposed, "transposed: expected False for this strategy");
+  const ConvProblem p = checked_problem(
+      grad_output, input, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, g.stride,
+      g.padding, g.dilation, order, n, want_bias);
+  if (g.groups == 1) {
+    const bool last = is_channels_last(input);
+    const std::vector<int64_t> dims =
+        last ? std::vector<int64_t>{0, 2, 3, 1} : std::vector<int64_t>{0, 1, 2, 3};
+    // Channels of a single pixel lie innermost whatever the format.
+    const bool single = p.h.input * p.w.input == 1 && p.h.output * p.w.output == 1;
+    return direct(p, in_order(grad_output, dims), in_order(input, dims), weight, order,
+                   last || single);
+  }
+  auto [rows, bias] =
+        depthwise_wgrad(grad_output, input, {k, weight.size(1), weight.size(2), weight.size(3)},
+                        g.stride, g.padding, g.dilation, order, n, want_bias);
+  return {Tensor(), scattered(rows, weight, order, n, neurons),
+          want_bias ? scattered(bias, bias_like(weight, k), order, n, neurons) : Tensor()};
+}
+
+}  // namespace
+
+// Of several gradients the input's comes last: it is the one that is read next.
+
+Grads linear_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                      const Tensor& order, const Tensor& numbers, bool want_input, bool want_weight,
+                      bool want_bias) {
+  const int64_t* given = checked_numbers(numbers, 3);
+  const Tensor dy = matrix(grad_output);
+  Grads grads;
+  if (want_weight || want_bias) {
+    grads = linear_wgrad(dy, input, weight, order, checked_strategy(given[0]), given[1], given[2],
+                         want_weight, want_bias);
+  }
+  if (!want_input) return grads;
+  Tensor grad_input = mm(dy, weight);
+  if (grad_output.dim() != 2) {
+    std::vector<int64_t> size = sizes_of(grad_output);
+    size.back() = weight.size(1);
+    grad_input = torch::stable::reshape(grad_input, size);
+  }
+  std::get<0>(grads) = grad_input;
+  return grads;
 }
 
 Grads conv_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
@@ -284,49 +335,15 @@ Grads conv_backward(const Tensor& grad_output, const Tensor& input, const Tensor
     }
     return grads;
   }
-  Tensor grad_input;
-  if (want_input) {
-    grad_input = std::get<0>(library(grad_output, input, weight, geometry, {true, false, false}));
-  }
-  if (!wants_rows) return {grad_input, Tensor(), Tensor()};
-  if (n == 0) {
-    return {grad_input, want_weight ? zeros_like(weight) : Tensor(),
-            want_bias ? zeros_like(bias_like(weight, k)) : Tensor()};
-  }
-  if (chosen == Strategy::pack || !want_weight) {
-    require(groups == 1, "groups: expected 1 for the pack strategy, got ", groups);
-    const int64_t m = rounded_up(n, k);
-    const Tensor packed = pack(grad_output, order, m, 1);
-    Tensor same = weight;
-    const Tensor shape_only = narrow(same, neurons.axis, 0, m);
-    auto [none, rows, bias] =
-        library(packed, input, shape_only, geometry, {false, want_weight, want_bias});
-    if (m > n && rows.defined()) rows = narrow(rows, neurons.axis, 0, n);
-    if (m > n && bias.defined()) bias = narrow(bias, 0, 0, n);
-    return {grad_input, scattered(rows, weight, order, n, neurons),
-            scattered(bias, bias_like(weight, k), order, n, neurons)};
-  }
-  require(!transposed, "transposed: expected False for this strategy");
-  const ConvProblem p = checked_problem(
-      grad_output, input, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, stride,
-      padding, dilation, order, n, want_bias);
   Grads grads;
-  if (groups == 1) {
-    const bool last = is_channels_last(input);
-    const std::vector<int64_t> dims =
-        last ? std::vector<int64_t>{0, 2, 3, 1} : std::vector<int64_t>{0, 1, 2, 3};
-    // Channels of a single pixel lie innermost whatever the format.
-    const bool single = p.h.input * p.w.input == 1 && p.h.output * p.w.output == 1;
-    grads = direct(p, in_order(grad_output, dims), in_order(input, dims), weight, order,
-                   last || single);
-  } else {
-    auto [rows, bias] =
-        depthwise_wgrad(grad_output, input, {k, weight.size(1), weight.size(2), weight.size(3)},
-                        stride, padding, dilation, order, n, want_bias);
-    grads = {Tensor(), scattered(rows, weight, order, n, neurons),
-             want_bias ? scattered(bias, bias_like(weight, k), order, n, neurons) : Tensor()};
+  if (wants_rows) {
+    grads = conv_wgrad(grad_output, input, weight, order, geometry, chosen, n, want_weight,
+                       want_bias);
   }
-  std::get<0>(grads) = grad_input;
+  if (want_input) {
+    std::get<0>(grads) =
+        std::get<0>(library(grad_output, input, weight, geometry, {true, false, false}));
+  }
   return grads;
 }
 
