@@ -1,6 +1,6 @@
 """Fit the model of costs that chooses strategies to measurements of the kernel benchmark.
 
->>> python -m benchmarks.kernels --strategies --out runs/strategies
+>>> python -m benchmarks.kernels --strategies --networks NAME ... tiny --out runs/strategies
 >>> python -m benchmarks.fit runs/strategies/kernels.jsonl
 
 Without a record it fits again to the measurements of the last one, kept in ``results/fit.csv``.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import console, kernel_targets, peers
 from benchmarks.record import Record, Row
-from benchmarks.shapes import NAMES, QUICK, Shape, shape_set
+from benchmarks.shapes import NAMES, QUICK, TINY, Shape, shape_set
 from neq_kernels import contest, dispatch
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.measure.bandwidth import read_bandwidth
@@ -205,7 +205,9 @@ def _peak_flops() -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     console.add_common_arguments(parser)
-    parser.add_argument("--networks", nargs="+", choices=NAMES, metavar="NAME", help=f"of {NAMES}")
+    parser.add_argument(
+        "--networks", nargs="+", choices=(*NAMES, TINY), metavar="NAME", help=f"of {NAMES}"
+    )
     parser.add_argument("--shares", nargs="+", choices=SHARES, help="of active channels")
     others = [name for name in peers.PROVIDERS if name not in ALWAYS]
     parser.add_argument("--peers", nargs="+", choices=others, default=[], help="more peers")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from benchmarks.models import build
 from neq_kernels.measure.problems import problems_of
-from neq_kernels.problem import Problem
+from neq_kernels.problem import ConvGeometry, Problem
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ NETWORKS = (
 )
 LM_HEAD = "lm_head"
 NAMES = (*(network.name for network in NETWORKS), LM_HEAD)
+# For the fit alone: what a call costs shows in layers that compute next to nothing.
+TINY = "tiny"
 QUICK = ("resnet32", "mobilenet_v3_small")
 
 
@@ -61,7 +64,7 @@ def shape_set(names: Sequence[str] = NAMES) -> list[Shape]:
     Raises:
         ValueError: a name that is not in the set.
     """
-    unknown = sorted(set(names) - set(NAMES))
+    unknown = sorted(set(names) - {*NAMES, TINY})
     if unknown:
         raise ValueError(f"networks: expected some of {', '.join(NAMES)}, got {', '.join(unknown)}")
     distinct: dict[Problem, Shape] = {}
@@ -73,6 +76,9 @@ def shape_set(names: Sequence[str] = NAMES) -> list[Shape]:
             for last in layouts:
                 one = problem._replace(channels_last=last)
                 distinct.setdefault(one, Shape(network.name, layer, one))
+    if TINY in names:
+        for layer, one in _tiny_layers():
+            distinct.setdefault(one, Shape(TINY, layer, one))
     if LM_HEAD in names:
         problem = Problem((1024, 512), (32_000, 512), None, False, torch.float32)
         distinct.setdefault(problem, Shape(LM_HEAD, LM_HEAD, problem))
@@ -80,8 +86,22 @@ def shape_set(names: Sequence[str] = NAMES) -> list[Shape]:
 
 
 def problems_by_cell() -> dict[tuple[str, str, str], Problem]:
-    """The whole set by network, layer and layout."""
-    return {(s.network, s.layer, s.layout): s.problem for s in shape_set()}
+    """The whole set, and the layers for the fit, by network, layer and layout."""
+    return {(s.network, s.layer, s.layout): s.problem for s in shape_set((*NAMES, TINY))}
+
+
+def _tiny_layers() -> Iterator[tuple[str, Problem]]:
+    for rows, c, k in ((8, 16, 16), (32, 64, 24)):
+        yield f"linear {c}", Problem((rows, c), (k, c), None, False, torch.float32)
+    for channels, size, last in itertools.product((3, 8, 16), (4, 8), (False, True)):
+        for kernel, groups in ((1, 1), (3, 1), (3, channels)):
+            geometry = ConvGeometry((1, 1), (kernel // 2,) * 2, (1, 1), False, (0, 0), groups)
+            weight_size = (channels, channels // groups, kernel, kernel)
+            kind = "depthwise" if groups > 1 else "conv"
+            yield (
+                f"{kind} {channels}, {kernel}x{kernel}, {size} pixels",
+                Problem((2, channels, size, size), weight_size, geometry, last, torch.float32),
+            )
 
 
 def _layers(network: Network) -> dict[str, Problem]:

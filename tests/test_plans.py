@@ -77,7 +77,9 @@ def test_another_call_gets_a_plan_of_its_own(planned, changed):
     assert len(planned) == 2
     weight = changed.get("weight", torch.ones(6, 4, 3, 3)).detach().clone().requires_grad_()
     geometry = {k: v for k, v in changed.items() if k not in ("x", "weight", "grad_input")}
-    F.conv2d(changed.get("x", torch.ones(2, 4, 5, 5)).to(weight), weight, **geometry).sum().backward()
+    F.conv2d(
+        changed.get("x", torch.ones(2, 4, 5, 5)).to(weight), weight, **geometry
+    ).sum().backward()
     expected = weight.grad.clone()
     expected[channels.frozen] = 0
     assert torch.equal(grad, expected)

@@ -263,8 +263,8 @@ Grads conv_wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& w
   }
   require(!g.transposed, "transposed: expected False for this strategy");
   const ConvProblem p = checked_problem(
-      grad_output, input, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, g.stride,
-      g.padding, g.dilation, order, n, want_bias);
+      grad_output, input, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)},
+      g.stride, g.padding, g.dilation, order, n, want_bias);
   if (g.groups == 1) {
     const bool last = is_channels_last(input);
     const std::vector<int64_t> dims =
@@ -272,35 +272,35 @@ Grads conv_wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& w
     // Channels of a single pixel lie innermost whatever the format.
     const bool single = p.h.input * p.w.input == 1 && p.h.output * p.w.output == 1;
     return direct(p, in_order(grad_output, dims), in_order(input, dims), weight, order,
-                   last || single);
+                  last || single);
   }
   auto [rows, bias] =
-        depthwise_wgrad(grad_output, input, {k, weight.size(1), weight.size(2), weight.size(3)},
-                        g.stride, g.padding, g.dilation, order, n, want_bias);
+      depthwise_wgrad(grad_output, input, {k, weight.size(1), weight.size(2), weight.size(3)},
+                      g.stride, g.padding, g.dilation, order, n, want_bias);
   return {Tensor(), scattered(rows, weight, order, n, neurons),
           want_bias ? scattered(bias, bias_like(weight, k), order, n, neurons) : Tensor()};
 }
 
 }  // namespace
 
-// Of several gradients the input's comes last: it is the one that is read next.
-
 Grads linear_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                       const Tensor& order, const Tensor& numbers, bool want_input, bool want_weight,
                       bool want_bias) {
   const int64_t* given = checked_numbers(numbers, 3);
   const Tensor dy = matrix(grad_output);
+  Tensor grad_input;
+  if (want_input) {
+    grad_input = mm(dy, weight);
+    if (grad_output.dim() != 2) {
+      std::vector<int64_t> size = sizes_of(grad_output);
+      size.back() = weight.size(1);
+      grad_input = torch::stable::reshape(grad_input, size);
+    }
+  }
   Grads grads;
   if (want_weight || want_bias) {
     grads = linear_wgrad(dy, input, weight, order, checked_strategy(given[0]), given[1], given[2],
                          want_weight, want_bias);
-  }
-  if (!want_input) return grads;
-  Tensor grad_input = mm(dy, weight);
-  if (grad_output.dim() != 2) {
-    std::vector<int64_t> size = sizes_of(grad_output);
-    size.back() = weight.size(1);
-    grad_input = torch::stable::reshape(grad_input, size);
   }
   std::get<0>(grads) = grad_input;
   return grads;
@@ -335,15 +335,16 @@ Grads conv_backward(const Tensor& grad_output, const Tensor& input, const Tensor
     }
     return grads;
   }
+  Tensor grad_input;
+  if (want_input) {
+    grad_input = std::get<0>(library(grad_output, input, weight, geometry, {true, false, false}));
+  }
   Grads grads;
   if (wants_rows) {
-    grads = conv_wgrad(grad_output, input, weight, order, geometry, chosen, n, want_weight,
-                       want_bias);
+    grads =
+        conv_wgrad(grad_output, input, weight, order, geometry, chosen, n, want_weight, want_bias);
   }
-  if (want_input) {
-    std::get<0>(grads) =
-        std::get<0>(library(grad_output, input, weight, geometry, {true, false, false}));
-  }
+  std::get<0>(grads) = grad_input;
   return grads;
 }
 

@@ -65,8 +65,9 @@ class Direct {
     // The bits depend on the number of parts, so it follows from the shape; they do not depend on
     // how blocks and tiles are shared out.
     const Split units(o_.units(), o_.parts(), 1);
-    const int64_t threads = std::min<int64_t>(
-        torch::stable::get_num_threads(), static_cast<int64_t>(o_.products() / kProductsPerItem) + 1);
+    const int64_t threads =
+        std::min<int64_t>(torch::stable::get_num_threads(),
+                          static_cast<int64_t>(o_.products() / kProductsPerItem) + 1);
     const Split groups(static_cast<int64_t>(o_.blocks().size()), number_of_groups(threads), 1);
     // Each chunk of tiles packs dy for itself, so tiles are shared out only where the rest would
     // leave threads without work.
@@ -150,7 +151,7 @@ class Direct {
            T* const* targets, bool fresh) const {
     const int64_t at = tile.first;
     if (o_.taps_as_channels()) {
-      const OuterProduct<T> o{1, 1,       o_.pixels_of(unit),       dy, 0,    0, block.size, x.data, 0,
+      const OuterProduct<T> o{1, 1,       o_.pixels_of(unit),    dy, 0,    0, block.size, x.data, 0,
                               0, x.pixel, targets + block.first, at, fresh};
       kernels<T>().outer_product(o, block.size, tile.vectors, tile.skip);
       return;
