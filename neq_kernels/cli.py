@@ -28,7 +28,7 @@ DEFAULT_SIZE = (224, 224)
 SHOWN_FAILURES = 3
 LAYER_HEADER = ("layer", "kind", "MACs", "share", "dgrad MACs", "wgrad MACs")
 BENCH_HEADER = ("layer", "active", *(s.name.lower() for s in Strategy), "chosen", "over dense")
-BENCH_WIDTHS = (34, 11, 9, 9, 9, 9, 8, 0)
+BENCH_WIDTHS = (34, 11, 9, 9, 9, 8, 0)
 CHECK_WIDTHS = (20, 14, 9, 0)
 
 

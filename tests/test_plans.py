@@ -171,7 +171,8 @@ def test_differentiating_twice_through_a_replaced_convolution():
         assert torch.autograd.gradgradcheck(lambda x, w: conv(x, w, None, channels), (x, weight))
         channels.set(MASK)
         out = conv(x, weight, None, channels)
-        (grad,) = torch.autograd.grad(out.sum(), weight, create_graph=True)
+        dy = torch.ones_like(out, requires_grad=True)
+        (grad,) = torch.autograd.grad(out, weight, dy, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             grad.sum().backward()
 
@@ -195,7 +196,7 @@ def test_a_mode_sees_the_operator():
     with oracle.CalledOps() as called:
         out.sum().backward()
     assert weight.grad is not None
-    assert "convolution_backward" in called.names
+    assert "conv_backward" in called.names
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

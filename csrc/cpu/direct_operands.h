@@ -7,6 +7,7 @@
 
 #include "column_gather.h"
 #include "convolution.h"
+#include "direct_tiles.h"
 #include "kernels.h"
 #include "prefetch.h"
 #include "scratch.h"
@@ -24,51 +25,6 @@ constexpr int64_t kPixelsTogether = 16;         // that are gathered block after
 constexpr int64_t kElementsTogether = 1 << 15;  // of panels that are used in turn
 constexpr int64_t kUsesWorthAPanel = 3;
 constexpr int64_t kSlack = 8;  // elements that are read past the end of packed pixels
-
-inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Some vectors of channels. Where the last tile would pass the end it begins earlier, and leaves
-// `skip` lanes out.
-struct Tile {
-  int64_t first, vectors, skip;
-};
-
-inline std::vector<Tile> channel_tiles(int64_t channels, int64_t lanes, int64_t n) {
-  const int64_t widest = n <= 3 ? 4 : (n == 4 ? 3 : 2);
-  std::vector<Tile> tiles;
-  for (int64_t c = 0; c < channels;) {
-    const int64_t left = channels - c;
-    if (left < lanes) {
-      tiles.push_back({channels - lanes, 1, lanes - left});
-      break;
-    }
-    // Two and one are slower than three.
-    const int64_t vectors = left / lanes == 3 ? 3 : std::min(widest, left / lanes);
-    tiles.push_back({c, vectors, 0});
-    c += vectors * lanes;
-  }
-  return tiles;
-}
-
-// Active channels whose sums are in registers at the same time.
-struct Block {
-  int64_t first, size;
-  ColumnGatherPlan plan;
-};
-
-inline std::vector<Block> channel_blocks(const ConvProblem& p, int64_t word_bytes) {
-  std::vector<Block> blocks;
-  int64_t first = 0;
-  for (int64_t left = divided_up(p.n, kRowsTogether); left > 0; --left) {
-    const int64_t size = divided_up(p.n - first, left);
-    const int64_t soon = std::min(size, p.n - first - size);
-    blocks.push_back(
-        {first, size,
-         ColumnGatherPlan(p.active + first, size, p.output_channels, word_bytes, soon)});
-    first += size;
-  }
-  return blocks;
-}
 
 // Output rows [top, bottom) of some images.
 struct Unit {

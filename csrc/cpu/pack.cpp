@@ -1,4 +1,6 @@
 // Gather the active channels of a tensor; write rows back into a whole gradient.
+#include <torch/csrc/stable/ops.h>
+
 #include <cstring>
 
 #include "column_gather.h"
@@ -135,7 +137,7 @@ Tensor scatter_rows(const Tensor& rows, const Tensor& like, const Tensor& order,
   const bool joins = slot_stride == inner;
   const int64_t max_run = joins ? neurons : 1;
 
-  Tensor target = empty_in_order(sizes_of(like), dims, like.scalar_type());
+  Tensor target = torch::stable::empty_like(like);
   dispatch_floating(like.scalar_type(), "like", [&](auto to_zero) {
     using To = decltype(to_zero);
     To* to = static_cast<To*>(target.mutable_data_ptr());

@@ -116,10 +116,10 @@ def conv_call(
                 Strategy.PACK,
                 sys.modules[__name__],
             )
-        grads: _Grads = leaf(
-            grad_output, x, weight, order, numbers, wanted[0], wanted[1], wanted[2]
-        )
-        return grads
+        dx, dw, db = leaf(grad_output, x, weight, order, numbers, wanted[0], wanted[1], wanted[2])
+        if dw is not None and dw.stride() != weight.stride():  # the library's own
+            dw = torch.empty_like(weight).copy_(dw)
+        return dx, dw, db
 
     return call
 
