@@ -22,7 +22,6 @@ from neq_kernels.autograd import (
     convolution,
     convolve,
     linear_forward,
-    no_autocast,
 )
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.problem import ConvGeometry
@@ -228,10 +227,7 @@ def _plan_linear(
     def observed(
         grad_output: Tensor, input: Tensor | None, weight: Tensor, wanted: Sequence[bool]
     ) -> ops.Grads:
-        with no_autocast(grad_output):
-            return ops.linear_backward(
-                grad_output, input, size, weight, channels, wanted[:3], False
-            )
+        return ops.linear_backward(grad_output, input, size, weight, channels, wanted[:3], False)
 
     return plans.Plan(channels, linear_forward, call, observed)
 
@@ -306,10 +302,9 @@ def _plan_conv(
     def observed(
         grad_output: Tensor, input: Tensor | None, weight: Tensor, wanted: Sequence[bool]
     ) -> ops.Grads:
-        with no_autocast(grad_output):
-            return ops.conv_backward(
-                grad_output, input, size, weight, geometry, channels, wanted[:3], False
-            )
+        return ops.conv_backward(
+            grad_output, input, size, weight, geometry, channels, wanted[:3], False
+        )
 
     def twice(
         grad_output: Tensor, input: Tensor | None, weight: Tensor, wanted: Sequence[bool]

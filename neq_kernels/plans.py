@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from neq_kernels.autograd import check_unchanged, once
+from neq_kernels.autograd import check_unchanged, no_autocast, once
 from neq_kernels.backends.cpu import Call
 from neq_kernels.channels import ActiveChannels
 
@@ -111,10 +111,11 @@ def gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     if plan.stopped:
         wanted = (wanted[0], False, False)
     call = plan.call
-    if torch.is_grad_enabled():
-        call = plan.twice
-    elif _is_observed(grad_output):
-        call = plan.observed
+    if torch.is_grad_enabled() or _is_observed(grad_output):
+        call = plan.twice if torch.is_grad_enabled() else plan.observed
+        assert call is not None
+        with no_autocast(grad_output):
+            return *call(grad_output, input, weight, wanted), None
     assert call is not None
     return *call(grad_output, input, weight, wanted), None
 
