@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import allocator
+
 RED, PLAIN = "\x1b[31m", "\x1b[0m"
 WRONG_RESULT, USER_ERROR = 1, 2
 
@@ -45,11 +47,20 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="a few small cases, in seconds")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder (%(default)s)")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+    parser.add_argument(
+        "--freed-memory",
+        choices=allocator.FREED_MEMORY,
+        default="kept",
+        help="whether the process keeps it or the system gets it back (default: kept)",
+    )
 
 
-def set_threads(threads: int | None) -> None:
-    if threads is not None:
-        torch.set_num_threads(threads)
+def prepare(given: argparse.Namespace, threads: int | None = None) -> None:
+    """Make the process what the common arguments ask for; ``threads`` where they do not say."""
+    if given.threads or threads:
+        torch.set_num_threads(given.threads or threads)
+    if given.freed_memory == "kept":
+        allocator.keep_freed_memory()
 
 
 def positive(text: str) -> int:

@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.add_common_arguments(parser)
     parser.add_argument("--rounds", type=console.positive, help=f"{ROUNDS} (quick: {QUICK_ROUNDS})")
     given = parser.parse_args(arguments)
-    console.set_threads(given.threads)
+    console.prepare(given)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks otherwise
     torch.manual_seed(SEED)
     case = CASES[CASE]

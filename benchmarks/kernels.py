@@ -216,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=console.positive, help="independent runs (2; quick: 1)")
     parser.add_argument("--seconds", type=console.seconds, help="for each cell (0.06; quick: 0.03)")
     args = parser.parse_args(arguments)
-    console.set_threads(args.threads)
+    console.prepare(args)
     runs = args.runs or (1 if args.quick else 2)
     options = Options(
         shares=args.shares or (QUICK_SHARES if args.quick else SHARES),

@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=MODELS, help="default: both")
     parser.add_argument("--seconds", type=console.seconds, help="for each time (4, quick: 2)")
     given = parser.parse_args(arguments)
-    console.set_threads(given.threads)
+    console.prepare(given)
     names = given.models or (QUICK_MODELS if given.quick else MODELS)
     fractions = QUICK_FRACTIONS if given.quick else FRACTIONS
     seconds = given.seconds or (2.0 if given.quick else 4.0)

@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if dispatch.backend_for("cpu") != "cpu":
         print("benchmarks.overhead: it measures the C++ extension, which is not in use here")
         return console.USER_ERROR
-    console.set_threads(args.threads or 1)
+    console.prepare(args, threads=1)
     seconds = args.seconds or (0.5 if args.quick else 5.0)
     settings = {name: value for name, value in vars(args).items() if name != "out"}
     table = console.Table(

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from benchmarks.allocator import freed_memory
 from neq_kernels.machine import machine
 
 Row = dict[str, Any]
@@ -32,7 +33,7 @@ class Record:
             "benchmark": name,
             "command": " ".join([f"python -m benchmarks.{name}", *sys.argv[1:]]),
             "settings": dict(settings),
-            "machine": machine().to_dict(),
+            "machine": machine().to_dict() | {"freed_memory": freed_memory()},
         }
         self.rows: list[Row] = []
         self._file = self.path.open("w")

@@ -148,6 +148,7 @@ def _timed(
         "bound_floor": bound(shares, now, frozen, floor=True),
         "wgrad_share": shares.wgrad,
         "read_bandwidth": shares.read_bandwidth,
+        "write_bandwidth": shares.write_bandwidth,
     }
     for name in built:
         row = about | {"provider": name, "rounds": len(times[name].total)}
@@ -244,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--seconds", type=console.seconds, help="for each cell (default: 4, quick: 2)"
     )
     given = parser.parse_args(arguments)
-    console.set_threads(given.threads)
+    console.prepare(given)
     options = Options(
         shares=tuple(given.r or (QUICK_SHARES if given.quick else SHARES_OF_CHANNELS)),
         optimizer=given.optimizer,

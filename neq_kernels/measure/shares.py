@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from neq_kernels.convert import revert
 from neq_kernels.layers import neuron_owners, unwrap
 from neq_kernels.machine import Machine, machine
-from neq_kernels.measure.bandwidth import read_bandwidth
+from neq_kernels.measure.bandwidth import read_bandwidth, write_bandwidth
 from neq_kernels.measure.flops import FlopCount
 from neq_kernels.measure.recorder import PRODUCTS, Call, Recorder
 from neq_kernels.measure.timing import Loss, PhaseClock, Quantiles, Variant, run_step
@@ -34,20 +34,22 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 class LayerShare:
     """Shares of the dense step: ``wgrad``, and ``dgrad``, all the rest of the layer's backward
     that a stop of backprop would save (0 for a layer that has no input gradient anyway); and the
-    bytes of its input and of its output's gradient in one step (None where nobody measured)."""
+    bytes of its input, of its output's gradient and of its weight's gradient in one step (None
+    where nobody measured)."""
 
     name: str
     wgrad: float
     dgrad: float
     input_bytes: int | None = None
     grad_output_bytes: int | None = None
+    grad_weight_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class StepShares:
     """Medians of one dense step, as shares of it. ``seconds`` are its absolute time,
-    ``read_bandwidth`` bytes per second (:func:`~neq_kernels.measure.bandwidth.read_bandwidth`; None
-    where nobody measured)."""
+    ``read_bandwidth`` and ``write_bandwidth`` bytes per second
+    (:mod:`neq_kernels.measure.bandwidth`; None where nobody measured)."""
 
     seconds: Quantiles
     forward: float
@@ -56,6 +58,7 @@ class StepShares:
     layers: tuple[LayerShare, ...]
     machine: Machine = field(default_factory=machine)
     read_bandwidth: float | None = None
+    write_bandwidth: float | None = None
 
     @property
     def wgrad(self) -> float:
@@ -65,21 +68,24 @@ class StepShares:
     def floor(self, layer: LayerShare, active_share: float) -> float:
         """The least that the wgrad of ``active_share`` of a layer's neurons can cost, as a share of
         the dense step: reading its input once, and that share of its output's gradient, at
-        ``read_bandwidth``. 0 with none active, at most the dense wgrad.
+        ``read_bandwidth``, and writing the whole gradient of its weight, zeros included, at
+        ``write_bandwidth``. 0 with none active, at most the dense wgrad.
 
         Channels that share a cache line are read together, so where they lie innermost (linear
         layers, channels_last) more is touched than is counted here; and what still lies in a cache
-        is read faster.
+        is read and written faster.
 
         Raises:
-            ValueError: bandwidth or bytes were not measured.
+            ValueError: bandwidths or bytes were not measured.
         """
-        if self.read_bandwidth is None or layer.input_bytes is None:
-            raise ValueError("shares: expected bytes and a read bandwidth, got ones saved without")
+        reads, writes = self.read_bandwidth, self.write_bandwidth
+        x, dy, dw = layer.input_bytes, layer.grad_output_bytes, layer.grad_weight_bytes
+        if reads is None or writes is None or x is None or dy is None or dw is None:
+            raise ValueError("shares: expected bytes and bandwidths, got ones saved without")
         if active_share == 0:
             return 0.0
-        read = layer.input_bytes + active_share * (layer.grad_output_bytes or 0)
-        return min(layer.wgrad, read / self.read_bandwidth / self.seconds.median)
+        seconds = (x + active_share * dy) / reads + dw / writes
+        return min(layer.wgrad, seconds / self.seconds.median)
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON; :meth:`from_dict` is the way back."""
@@ -93,6 +99,7 @@ class StepShares:
             layers=tuple(LayerShare(**layer) for layer in saved["layers"]),
             machine=Machine(**saved["machine"]),
             read_bandwidth=saved.get("read_bandwidth"),
+            write_bandwidth=saved.get("write_bandwidth"),
             **{name: saved[name] for name in ("forward", "backward", "optimizer")},
         )
 
@@ -193,7 +200,7 @@ def _measure(variant: Variant, batches: Sequence[Any], warmup: int, repeats: int
     steps, layers = PhaseClock(variant.device), PhaseClock(variant.device)
     arrivals: list[dict[str, float]] = []
     has_dgrad: dict[str, bool] = {}
-    bytes_read: dict[str, tuple[int, int]] = {}
+    bytes_moved: dict[str, tuple[int, int, int]] = {}
     for i in range(warmup + repeats):
         if i == warmup:
             steps, layers = PhaseClock(variant.device), PhaseClock(variant.device)
@@ -203,7 +210,7 @@ def _measure(variant: Variant, batches: Sequence[Any], warmup: int, repeats: int
         traced = _TracedStep(variant, batch)
         arrivals.append(traced.backward_by_layer())
         traced.replay_weight_gradients(layers)
-        has_dgrad, bytes_read = traced.has_dgrad, traced.bytes_read
+        has_dgrad, bytes_moved = traced.has_dgrad, traced.bytes_moved
         del traced  # the next step is to find the memory that a step of its own kind leaves
     if not any(arrivals[0].keys() & has_dgrad.keys()):
         raise ValueError("model: no convolution, linear or norm layer got a gradient")
@@ -220,8 +227,8 @@ def _measure(variant: Variant, batches: Sequence[Any], warmup: int, repeats: int
         whole = scale * _median(arrivals, name)
         more = Quantiles.of(layers.samples[name]).median if name in layers.samples else 0.0
         wgrad = min(max(more, 0.0), whole) if propagates else whole
-        read = bytes_read.get(name, (0, 0))
-        shares.append(LayerShare(name, wgrad / total, (whole - wgrad) / total, *read))
+        moved = bytes_moved.get(name, (0, 0, 0))
+        shares.append(LayerShare(name, wgrad / total, (whole - wgrad) / total, *moved))
     return StepShares(
         seconds=step,
         forward=medians["forward"] / total,
@@ -229,6 +236,7 @@ def _measure(variant: Variant, batches: Sequence[Any], warmup: int, repeats: int
         optimizer=medians["optimizer"] / total,
         layers=tuple(shares),
         read_bandwidth=read_bandwidth(variant.device),
+        write_bandwidth=write_bandwidth(variant.device),
     )
 
 
@@ -237,7 +245,7 @@ def _median(rounds: Sequence[dict[str, float]], name: str) -> float:
 
 
 class _TracedStep:
-    """A forward whose layers are known: when their gradients arrive, and what their wgrads read."""
+    """A forward whose layers are known: when their gradients arrive, and what their wgrads move."""
 
     def __init__(self, variant: Variant, batch: Any) -> None:
         self._clock = PhaseClock(variant.device)
@@ -245,7 +253,7 @@ class _TracedStep:
         self._arrived: list[tuple[str, float]] = []
         self._products: list[_Product] = []
         self.has_dgrad: dict[str, bool] = {}
-        self.bytes_read: dict[str, tuple[int, int]] = {}
+        self.bytes_moved: dict[str, tuple[int, int, int]] = {}
         recorder = Recorder(variant.model, on_call=self._watch)
         with recorder.watching():
             self._loss = variant.loss(variant.model, batch)
@@ -299,11 +307,11 @@ class _TracedStep:
 
         output.register_hook(arrived)
         self.has_dgrad[call.name] = self.has_dgrad.get(call.name, False) or call.input_needs_grad
-        learns = call.weight is not None and call.weight.requires_grad
-        if func in PRODUCTS and learns:
-            of_inputs, of_outputs = self.bytes_read.get(call.name, (0, 0))
-            of_inputs += (args[0] if args else kwargs["input"]).nbytes
-            self.bytes_read[call.name] = (of_inputs, of_outputs + output.nbytes)
+        weight = call.weight
+        if func in PRODUCTS and weight is not None and weight.requires_grad:
+            x, dy, dw = self.bytes_moved.get(call.name, (0, 0, 0))
+            x += (args[0] if args else kwargs["input"]).nbytes
+            self.bytes_moved[call.name] = (x, dy + output.nbytes, dw + weight.nbytes)
             propagates = call.input_needs_grad
             product = _Product(call.name, func, args, kwargs, _autocast_dtype(output), propagates)
             self._products.append(product)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import pytest
+
 from neq_kernels.measure import bandwidth
 
 
-def test_bandwidth_is_that_of_the_fastest_trial(monkeypatch):
+@pytest.mark.parametrize("measured", [bandwidth.read_bandwidth, bandwidth.write_bandwidth])
+def test_bandwidth_is_that_of_the_fastest_trial(monkeypatch, measured):
     seconds = iter([0.5, 0.25, 1.0])
 
     class Timer:
@@ -16,4 +19,4 @@ def test_bandwidth_is_that_of_the_fastest_trial(monkeypatch):
 
     monkeypatch.setattr(bandwidth, "Timer", Timer)
     monkeypatch.setattr(bandwidth, "TRIALS", 3)
-    assert bandwidth.read_bandwidth() == bandwidth.BUFFER_BYTES / 0.25
+    assert measured() == bandwidth.BUFFER_BYTES / 0.25

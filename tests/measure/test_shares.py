@@ -143,18 +143,20 @@ def test_hand_worked_bounds(active, stopped, frozen_parameters, expected):
     assert bound(SHARES, counted(active, stopped), frozen_parameters) == pytest.approx(expected)
 
 
-# The step takes 1 s, memory yields 1000 bytes/s: a byte is a thousandth of the step.
+# The step takes 1 s, memory yields 1000 bytes/s and takes 500: a byte read is a thousandth of the
+# step, a byte written two.
 READ = StepShares(
     seconds=Quantiles(0.9, 1.0, 1.1),
     forward=0.3,
     backward=0.6,
     optimizer=0.1,
     layers=(
-        LayerShare("a", 0.1, 0.0, input_bytes=20, grad_output_bytes=40),
-        LayerShare("b", 0.2, 0.1, input_bytes=100, grad_output_bytes=50),
-        LayerShare("c", 0.1, 0.1, input_bytes=300, grad_output_bytes=10),
+        LayerShare("a", 0.1, 0.0, input_bytes=16, grad_output_bytes=40, grad_weight_bytes=2),
+        LayerShare("b", 0.2, 0.1, input_bytes=80, grad_output_bytes=50, grad_weight_bytes=10),
+        LayerShare("c", 0.1, 0.1, input_bytes=300, grad_output_bytes=10, grad_weight_bytes=0),
     ),
     read_bandwidth=1000.0,
+    write_bandwidth=500.0,
 )
 
 
@@ -162,11 +164,11 @@ READ = StepShares(
     ("active", "stopped", "saved"),
     [
         ({"a": 10, "b": 10, "c": 10}, "a", 0.0),
-        # a: 5/10 of 0.1 is more than 0.020 + 0.5 * 0.040
+        # a: 5/10 of 0.1 is more than 0.016 + 0.5 * 0.040 + 0.004
         ({"a": 5, "b": 10, "c": 10}, "a", 0.05),
-        # a: 1/10 of 0.1 is less than 0.020 + 0.1 * 0.040
+        # a: 1/10 of 0.1 is less than 0.016 + 0.1 * 0.040 + 0.004
         ({"a": 1, "b": 10, "c": 10}, "a", 0.1 - 0.024),
-        # b: 0.100 + 0.2 * 0.050; c: its input alone takes longer than its whole wgrad did
+        # b: 0.080 + 0.2 * 0.050 + 0.020; c: its input alone takes longer than its whole wgrad did
         ({"a": 10, "b": 2, "c": 1}, "a", 0.2 - 0.11),
         # Nothing of a layer that is skipped is read
         ({"a": 0, "b": 0, "c": 10}, "abc", 0.1 + 0.2 + 0.1 + 0.1),
@@ -180,9 +182,9 @@ def test_hand_worked_floors(active, stopped, saved):
 
 def test_shares_saved_without_bytes_have_no_floor():
     saved = json.loads(json.dumps(SHARES.to_dict()))
-    del saved["read_bandwidth"]
+    del saved["read_bandwidth"], saved["write_bandwidth"]
     for layer in saved["layers"]:
-        del layer["input_bytes"], layer["grad_output_bytes"]
+        del layer["input_bytes"], layer["grad_output_bytes"], layer["grad_weight_bytes"]
     older = StepShares.from_dict(saved)
     assert older == SHARES
     now = counted({"a": 10, "b": 5, "c": 10})
@@ -197,7 +199,10 @@ def test_bytes_are_those_of_one_step():
     conv, linear = sorted(shares.layers, key=lambda layer: layer.name)
     assert (conv.input_bytes, conv.grad_output_bytes) == (4 * 2 * 3 * 64, 4 * 2 * 4 * 36)
     assert (linear.input_bytes, linear.grad_output_bytes) == (4 * 2 * 4 * 36, 4 * 2 * 5)
+    assert conv.grad_weight_bytes == 4 * 4 * 3 * 9
+    assert linear.grad_weight_bytes == 4 * 5 * 4 * 36
     assert shares.read_bandwidth > 0
+    assert shares.write_bandwidth > 0
 
 
 def test_bytes_of_a_layer_called_twice_add_up():

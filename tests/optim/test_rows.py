@@ -180,6 +180,13 @@ def test_the_extension_serves_only_what_it_can(monkeypatch):
     assert row_steps._kernels([p, p], layout) is serving
     assert row_steps._kernels([last, last], layout) is serving
     assert row_steps._kernels([p, last], layout) is rows
+    # Where a dimension has one element, its stride says nothing about memory.
+    pointwise = torch.zeros(4, 3, 1, 1)
+    assert pointwise.stride() != (3, 1, 3, 3)
+    assert (
+        row_steps._kernels([pointwise, pointwise.as_strided((4, 3, 1, 1), (3, 1, 3, 3))], layout)
+        is serving
+    )
     assert row_steps._kernels([p, p.double()], layout) is rows
     assert row_steps._kernels([p.mT, p.mT], layout) is rows
     assert row_steps._kernels([p.to("meta"), p.to("meta")], layout) is rows

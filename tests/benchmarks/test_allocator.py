@@ -1,0 +1,39 @@
+"""Freed memory stays with the process when it is asked to."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, sys
+import numpy as np
+from benchmarks import allocator
+if sys.argv[1] == "kept":
+    allocator.keep_freed_memory()
+print(allocator.freed_memory())
+for _ in range(2):
+    np.ones(2**22)  # 32 MiB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    np.ones(2**22)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def run(freed_memory):
+    command = [sys.executable, "-c", PROGRAM, freed_memory]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    state, faults = finished.stdout.split()
+    return state, int(faults)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
+def test_kept_memory_is_not_faulted_in_again():
+    state, faults = run("kept")
+    by_default, faults_by_default = run("returned")
+    assert by_default == "returned"
+    if state == "kept":  # else the C library is not glibc
+        assert faults < 100 < faults_by_default
