@@ -9,16 +9,16 @@ import pytest
 
 PROGRAM = """
 import resource, sys
-import numpy as np
 from benchmarks import allocator
 if sys.argv[1] == "kept":
     allocator.keep_freed_memory()
 print(allocator.freed_memory())
+megabyte = b"1" * 2**20
 for _ in range(2):
-    np.ones(2**22)  # 32 MiB
+    megabyte * 40
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4):
-    np.ones(2**22)
+    megabyte * 40
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
