@@ -56,11 +56,10 @@ def linear(
         ValueError: ``channels`` does not fit ``weight``, or an unknown ``grad_input``.
         RuntimeError: in backward, when ``channels`` was changed after the forward.
     """
-    if not learns(weight, bias):
-        return F.linear(input, weight, bias)
-    if torch.compiler.is_compiling() or not plans.serve(input, weight):
+    known = None if torch.compiler.is_compiling() else plans.circumstances(input, weight, bias)
+    if known is None:
         return _linear(input, weight, bias, channels, grad_input)
-    key = (*_circumstances(input, weight, bias), grad_input)
+    key = (known, grad_input)
     if key in channels.plans:
         plan: plans.Plan | None = channels.plans[key]
     else:
@@ -106,14 +105,10 @@ def conv(
         TypeError, ValueError, RuntimeError: as :func:`linear`.
     """
     arguments = (stride, padding, dilation, groups, transposed, output_padding)
-    if (
-        torch.compiler.is_compiling()
-        or not learns(weight, bias)
-        or not plans.serve(input, weight)
-        or list in map(type, arguments)
-    ):
+    known = None if torch.compiler.is_compiling() else plans.circumstances(input, weight, bias)
+    if known is None or list in map(type, arguments):
         return _conv(input, weight, bias, channels, arguments, grad_input)
-    key = (*_circumstances(input, weight, bias), *arguments, grad_input)
+    key = (known, arguments, grad_input)
     if key in channels.plans:
         plan: plans.Plan | None = channels.plans[key]
     else:
@@ -167,24 +162,7 @@ def _transformed() -> bool:
     """An exported program is for any runtime, and functorch has rules of its own."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
-    tracing = torch._C._get_tracing_state() is not None
-    return tracing or torch._C._are_functorch_transforms_active()
-
-
-def _circumstances(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
-    """What a plan depends on, besides the arguments that are no tensors."""
-    return (
-        input.shape,
-        input.stride(),
-        input.dtype,
-        weight.shape,
-        weight.stride(),
-        weight.dtype,
-        None if bias is None else bias.dtype,
-        torch.get_num_threads(),
-        dispatch.backend_for("cpu"),
-        dispatch.revision,
-    )
+    return plans.transformed()
 
 
 def _linear(
@@ -195,6 +173,8 @@ def _linear(
     grad_input: GradInput,
 ) -> Tensor:
     """Without a plan."""
+    if not learns(weight, bias):
+        return F.linear(input, weight, bias)
     _validate(input, weight, bias, channels, weight.shape[0], grad_input)
     if all_active(channels):
         return plans.watched(F.linear(input, weight, bias), channels)

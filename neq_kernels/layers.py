@@ -67,8 +67,13 @@ class NeuronLayer(nn.Module):
         """Under compile: whether this graph is one in which the layer is wholly frozen."""
         return self.specialized and self.channels.stopped and not in_process_group()
 
-    def _in_graph(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Any, Tensor | None]:
-        """The parameters as the graph being compiled is to see them."""
+    def _learned(self) -> tuple[Any, Tensor | None]:
+        """Weight and bias, as the graph being compiled is to see them."""
+        own = self._parameters
+        if "weight" in own and "bias" in own:  # where Module.__getattr__, too, would find them
+            weight, bias = own["weight"], own["bias"]
+        else:
+            weight, bias = self.weight, self.bias
         if torch.compiler.is_compiling() and self._stops():
             return functional.detached(weight), functional.detached(bias)
         return weight, bias
@@ -76,7 +81,10 @@ class NeuronLayer(nn.Module):
     def _anchored(self, output: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return output
-        if self.channels.stopped and torch.is_grad_enabled() and in_process_group():
+        stopped = self.channels.stopped
+        if not stopped and not self.stopped.waiting:
+            return output
+        if stopped and torch.is_grad_enabled() and in_process_group():
             self.stopped.add(p for p, _ in self.neuron_parameters())
         return self.stopped.anchor(output) if self.stopped.waiting else output
 
@@ -94,7 +102,7 @@ class Linear(NeuronLayer, nn.Linear):
         return output.dim() - 1
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self._in_graph(self.weight, self.bias)
+        weight, bias = self._learned()
         out = functional.linear(input, weight, bias, self.channels, grad_input=self.grad_input)
         return self._anchored(out)
 
@@ -113,7 +121,6 @@ class _AnyConv(NeuronLayer):
     def _convolve(
         self, input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, **options: Any
     ) -> Tensor:
-        weight, bias = self._in_graph(weight, bias)
         out = functional.conv(
             input,
             weight,
@@ -133,7 +140,8 @@ class _Conv(_AnyConv):
     padding_mode: Any
     _reversed_padding_repeated_twice: Any
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self._learned()
         if self.padding_mode == "zeros":
             return self._convolve(input, weight, bias, self.padding)
         padded = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -171,8 +179,7 @@ class _ConvTranspose(_AnyConv):
         )
         return self._convolve(
             input,
-            self.weight,
-            self.bias,
+            *self._learned(),
             self.padding,
             transposed=True,
             output_padding=tuple(output_padding),
@@ -200,7 +207,7 @@ class _Norm(NeuronLayer):
     def forward(self, input: Tensor) -> Tensor:
         """The stock layer, run on a scale and shift whose gradients are masked."""
         channels = self.channels
-        weight, bias = self._in_graph(self.weight, self.bias)
+        weight, bias = self._learned()
         if not functional.learns(weight, bias):
             return self._anchored(self._normalize(input, weight, bias))
         if all_active(channels):
@@ -269,7 +276,7 @@ class FollowingParameters:
     while every neuron of their block is frozen.
 
     Two forward hooks of the block put detached aliases in their places for the length of its
-    forward; the parameter objects themselves are never touched.
+    forward; the parameter objects themselves are never touched. Attention inside it has two more.
 
     Args:
         block: the module whose neurons decide.
@@ -288,10 +295,16 @@ class FollowingParameters:
         self._layers, self._places, self._stopped = layers, places, stopped
         self._channels = ActiveChannels(1)
         self._aside: list[Parameter] = []
-        self._hooks = (
+        self._hooks = [
             block.register_forward_pre_hook(self._before_forward),
             block.register_forward_hook(self._after_forward, always_call=True),
-        )
+        ]
+        self._asking = False
+        for attention in {m for m, _ in places if isinstance(m, nn.MultiheadAttention)}:
+            self._hooks += [
+                attention.register_forward_pre_hook(self._before_attention, with_kwargs=True),
+                attention.register_forward_hook(self._after_attention, always_call=True),
+            ]
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -334,6 +347,28 @@ class FollowingParameters:
             for (module, name), parameter in zip(self._places, self._aside, strict=True):
                 module._parameters[name] = parameter
             self._aside = []
+
+    def _before_attention(
+        self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Attention that no gradient reaches runs in no_grad, on aliases that ask for a gradient:
+        where nothing does, PyTorch projects a batch-first input by many small products."""
+        if not self._aside or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+        if not any(t.requires_grad for t in tensors):
+            torch.set_grad_enabled(False)
+            self._aliases_ask(True)
+
+    def _after_attention(self, attention: nn.Module, args: object, output: object) -> None:
+        if self._asking:
+            self._aliases_ask(False)
+            torch.set_grad_enabled(True)
+
+    def _aliases_ask(self, asking: bool) -> None:
+        self._asking = asking
+        for module, name in self._places:
+            cast(Tensor, module._parameters[name]).requires_grad_(asking)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -12,9 +12,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads, is_grad_enabled
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+)
 from torch.nn import Parameter
 
+from neq_kernels import dispatch
 from neq_kernels.autograd import check_unchanged, no_autocast, once
 from neq_kernels.backends.cpu import Call
 from neq_kernels.channels import ActiveChannels
@@ -54,20 +61,42 @@ class Plan:
         if self.call is None:
             return watched(self.forward(input, weight, bias), self.channels)
         if self.stopped and not input.requires_grad:
-            return self.forward(input, weight.detach(), None if bias is None else bias.detach())
+            with torch.no_grad():
+                return self.forward(input, weight, bias)
         output: Tensor = _PlannedFunction.apply(input, weight, bias, self)
         return output
 
 
-def serve(input: Tensor, weight: Tensor) -> bool:
-    """Whether calls with these tensors are planned."""
+def circumstances(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...] | None:
+    """What a plan depends on, besides the arguments that are no tensors; None where calls are not
+    planned. One look at everything: it is on the way of every call."""
+    if (
+        type(input) not in _PLAIN
+        or type(weight) not in _PLAIN
+        or not (input.is_cpu and weight.is_cpu)
+        or not (weight.requires_grad or (bias is not None and bias.requires_grad))
+        or not is_grad_enabled()
+        or _is_any_autocast_enabled()
+        or transformed()
+    ):
+        return None
     return (
-        type(input) in _PLAIN
-        and type(weight) in _PLAIN
-        and input.is_cpu
-        and weight.is_cpu
-        and not torch._C._is_any_autocast_enabled()
+        input.shape,
+        input.stride(),
+        input.dtype,
+        weight.shape,
+        weight.stride(),
+        weight.dtype,
+        None if bias is None else bias.dtype,
+        get_num_threads(),
+        dispatch.backend_for("cpu"),
+        dispatch.revision,
     )
+
+
+def transformed() -> bool:
+    """Whether this eager call is part of a trace or of a function transform."""
+    return _get_tracing_state() is not None or _are_functorch_transforms_active()
 
 
 def keep(channels: ActiveChannels, key: Hashable, plan: Plan | None) -> None:
@@ -98,36 +127,36 @@ class _PlannedFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        function = gradients_once if ctx.plan.twice is None else gradients
-        return function(ctx, grad_output)
+        plan: Plan = ctx.plan
+        check_unchanged(plan.channels, plan.generation)
+        if (
+            is_grad_enabled()
+            or _len_torch_dispatch_stack() > 0
+            or type(grad_output) is not Tensor
+            or _is_any_autocast_enabled()  # it would change what the library is called with
+        ):
+            function = _gradients_once if plan.twice is None else _gradients
+            return function(ctx, grad_output)
+        input, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        if plan.stopped:
+            wanted = (wanted[0], False, False)
+        assert plan.call is not None
+        dx, dw, db = plan.call(grad_output, input, weight, wanted)
+        return dx, dw, db, None
 
 
-def gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    """Of input, weight and bias, and None for the plan."""
+def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """Where somebody differentiates this backward, or a mode or a subclass watches it."""
     plan: Plan = ctx.plan
-    check_unchanged(plan.channels, plan.generation)
     input, weight = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     if plan.stopped:
         wanted = (wanted[0], False, False)
-    call = plan.call
-    if torch.is_grad_enabled() or _is_observed(grad_output):
-        call = plan.twice if torch.is_grad_enabled() else plan.observed
-        assert call is not None
-        with no_autocast(grad_output):
-            return *call(grad_output, input, weight, wanted), None
+    call = plan.twice if is_grad_enabled() else plan.observed
     assert call is not None
-    return *call(grad_output, input, weight, wanted), None
+    with no_autocast(grad_output):
+        return *call(grad_output, input, weight, wanted), None
 
 
-gradients_once = once(gradients)
-
-
-def _is_observed(grad_output: Tensor) -> bool:
-    """By a dispatch mode or a subclass; autocast, too, would change what the library is called
-    with."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or type(grad_output) is not Tensor
-        or torch._C._is_any_autocast_enabled()
-    )
+_gradients_once = once(_gradients)

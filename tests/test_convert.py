@@ -480,6 +480,59 @@ def test_multi_head_attention_is_reported_and_dense():
     assert_model_gradients(ours, plain)
 
 
+class Block(nn.Module):
+    """Attention whose every parameter follows the linear layer beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.linear(self.attention(x, key=x, value=x, need_weights=False)[0])
+
+
+def frozen_blocks():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(8, 8), Block(), nn.Linear(8, 3)).double()
+    ours = neq.convert(copy.deepcopy(plain), others="follow")
+    freeze(ours, but=["2"])
+    plain[1].requires_grad_(False)
+    return plain, ours
+
+
+def test_frozen_attention_that_no_gradient_reaches_runs_in_no_grad():
+    _, ours = frozen_blocks()
+    seen = []
+    ours[1].attention.register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    with oracle.CalledOps() as called:
+        out = ours(torch.randn(2, 5, 8, dtype=torch.float64))
+    assert torch.is_grad_enabled()
+    assert seen == [False]
+    assert "bmm" not in called.names  # PyTorch's way to project a batch-first input
+    out.sum().backward()
+    assert [n for n, p in ours.named_parameters() if p.grad is not None] == ["2.weight", "2.bias"]
+
+
+def test_frozen_attention_hands_a_gradient_down():
+    plain, ours = frozen_blocks()
+    ours[0].channels.reset()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    for model in (plain, ours):
+        model(x).square().sum().backward()
+    assert_model_gradients(ours, plain)
+
+
+def test_frozen_attention_that_raises_leaves_grad_mode_on():
+    _, ours = frozen_blocks()
+    with pytest.raises((RuntimeError, AssertionError)):
+        ours[1](torch.randn(2, 5, 7, dtype=torch.float64))
+    assert torch.is_grad_enabled()
+    ours[1].linear.channels.reset()
+    ours(torch.randn(2, 5, 8, dtype=torch.float64)).sum().backward()
+    assert ours[1].attention.in_proj_weight.grad is not None
+
+
 # --- verify --------------------------------------------------------------------------------------
 
 

@@ -181,12 +181,20 @@ def test_subclasses_and_modes_take_the_general_way():
     class Other(torch.Tensor):
         pass
 
-    weight = torch.ones(6, 4, 3, 3)
-    assert plans.serve(torch.ones(2, 4, 5, 5), nn.Parameter(weight))
-    assert not plans.serve(torch.ones(2, 4, 5, 5).as_subclass(Other), weight)
-    assert not plans.serve(torch.ones(2, 4, 5, 5, device="meta"), weight)
+    plain, weight = torch.ones(2, 4, 5, 5), torch.ones(6, 4, 3, 3, requires_grad=True)
+
+    def planned(x, w=weight):
+        return plans.circumstances(x, w, None) is not None
+
+    assert planned(plain)
+    assert planned(plain, nn.Parameter(weight.detach()))
+    assert not planned(plain, weight.detach())
+    assert not planned(plain.as_subclass(Other))
+    assert not planned(torch.ones(2, 4, 5, 5, device="meta"))
     with torch.autocast("cpu", torch.bfloat16):
-        assert not plans.serve(torch.ones(2, 4, 5, 5), weight)
+        assert not planned(plain)
+    with torch.no_grad():
+        assert not planned(plain)
 
 
 def test_a_mode_sees_the_operator():
