@@ -520,7 +520,10 @@ def test_frozen_attention_hands_a_gradient_down():
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     for model in (plain, ours):
         model(x).square().sum().backward()
-    assert_model_gradients(ours, plain)
+    for expected, parameter in zip(plain.parameters(), ours.parameters(), strict=True):
+        assert (parameter.grad is None) == (expected.grad is None)
+        if expected.grad is not None:
+            oracle.assert_close64(parameter.grad, expected.grad, 1e-9)
 
 
 def test_frozen_attention_that_raises_leaves_grad_mode_on():
