@@ -20,7 +20,7 @@ from benchmarks import console, figures, kernel_targets
 from benchmarks.record import Row, load, write_csv
 from benchmarks.runs import replace_file
 
-PARTS = ("kernels", "step", "memory", "controller", "overhead")
+PARTS = ("kernels", "step", "freed_memory", "memory", "controller", "overhead")
 MORE_ARGUMENTS = {"kernels": ["--tuned"]}
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results" / "suite"
@@ -161,6 +161,25 @@ def _step(rows: Sequence[Row]) -> Iterator[str]:
     )  # fmt: skip
 
 
+def _freed_memory(rows: Sequence[Row]) -> Iterator[str]:
+    yield from _table(
+        ["model", "layout", "r", "freed memory", "page faults", "dense, ms", "neq, ms", "speed-up"],
+        [
+            [
+                row["model"],
+                row["layout"],
+                f"{row['r']:g}",
+                row["freed_memory"],
+                f"{row['page_faults_median']:.0f}",
+                f"{row['dense_seconds_median'] * 1e3:.1f}",
+                f"{row['neq_seconds_median'] * 1e3:.1f}",
+                f"{row['speedup_median']:.3f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
 def _memory(rows: Sequence[Row]) -> Iterator[str]:
     yield from _table(
         ["model", "frozen layers", "provider", "saved, MiB", "peak, MiB", "time / no_grad"],
@@ -214,6 +233,7 @@ def _overhead(rows: Sequence[Row]) -> Iterator[str]:
 TABLES: dict[str, Callable[[Sequence[Row]], Iterator[str]]] = {
     "kernels": _kernels,
     "step": _step,
+    "freed_memory": _freed_memory,
     "memory": _memory,
     "controller": _controller,
     "overhead": _overhead,

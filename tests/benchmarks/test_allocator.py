@@ -6,6 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from benchmarks import freed_memory
 
 PROGRAM = """
 import resource, sys
@@ -37,3 +40,11 @@ def test_kept_memory_is_not_faulted_in_again():
     assert by_default == "returned"
     if state == "kept":  # else the C library is not glibc
         assert faults < 100 < faults_by_default
+
+
+def test_a_sample_is_two_steps_and_their_page_faults():
+    threads = torch.get_num_threads()
+    ((dense, ours, faults),) = freed_memory.steps("mlp", "any", "returned", threads, 1)
+    assert dense > 0
+    assert ours > 0
+    assert faults >= 0
