@@ -4,6 +4,10 @@ Every layer, norm layers too, has the share ``r`` of its channels active, chosen
 ``r = 0`` the output layer is active, everything else frozen, and backprop stops at the output.
 Dropout and stochastic depth are off. Nothing is timed before the results are compared.
 
+The bound's phases, and what all weight gradients take together, are measured in turns with the
+rest: ``no wgrad`` is the dense model whose convolutions and linear layers learn nothing, though
+backprop passes them. How the weight gradients divide among the layers is measured once.
+
 The bound takes the forward as measured. With ``r = 0`` the forward saves nothing and may itself be
 faster, so a ratio above 1 is no error there.
 """
@@ -26,6 +30,7 @@ from benchmarks import console, peer_layers
 from benchmarks.cases import CASES, Batch, Case, Layout, loss, random_masks, set_masks
 from benchmarks.gradients import differences
 from benchmarks.record import Record, Row
+from neq_kernels.layers import named_neuron_layers
 from neq_kernels.measure import StepShares, Variant, backward_shares, bound, flops, step_time
 from neq_kernels.measure import frozen_parameter_fraction as frozen_parameters
 from neq_kernels.measure.timing import PHASES, Quantiles
@@ -83,6 +88,38 @@ def _neq(model: nn.Module, make: Callable[..., Optimizer]) -> tuple[nn.Module, O
     return model, optimizer
 
 
+class _Alive(torch.autograd.Function):
+    """Its first argument, needing a gradient for the sake of the second, which gets none."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, token: Tensor) -> Tensor:
+        ctx.mark_dirty(output)  # not a view: in-place activations must follow
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def without_wgrads(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    """``model``, changed: the named layers learn nothing, but backprop comes down to each of
+    them."""
+    token = torch.zeros(1, requires_grad=True)
+
+    def keep_alive(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        if output.requires_grad or not torch.is_grad_enabled():
+            return output
+        alive: Tensor = _Alive.apply(output, token)
+        return alive
+
+    for name in names:
+        layer = model.get_submodule(name)
+        layer.requires_grad_(False)
+        layer.register_forward_hook(keep_alive)
+    return model
+
+
+NO_WGRAD = "no wgrad"
 DENSE = Provider("dense", _dense, lambda model, masks, r: None)
 OURS = Provider("neq", _neq, lambda model, masks, r: set_masks(model, masks))
 PROVIDERS = (
@@ -113,6 +150,12 @@ def rows(case: Case, layout: Layout, options: Options) -> Iterator[Row]:
     shares = backward_shares(plain, batches, loss, make, warmup=1, repeats=options.rounds_of_shares)
     built = {dense.name: (plain, optimizer)}
     built |= {provider.name: provider.build(case.model(layout), make) for provider in others}
+    products = [
+        name for name, layer in named_neuron_layers(built[OURS.name][0]) if not layer.is_norm
+    ]
+    passed = without_wgrads(case.model(layout), products)
+    learned = [p for p in passed.parameters() if p.requires_grad]
+    no_wgrad = Variant(NO_WGRAD, passed, loss, make(learned) if learned else None)
     for r in options.shares:
         about = {"model": case.name, "layout": layout, "r": r, "images": case.images}
         masks = random_masks(built[OURS.name][0], r)
@@ -123,23 +166,30 @@ def rows(case: Case, layout: Layout, options: Options) -> Iterator[Row]:
         if wrong:
             yield from (about | {"provider": name, "error": text} for name, text in wrong.items())
             continue
-        yield from _timed(about, built, batches, shares, options)
+        yield from _timed(about, built, no_wgrad, batches, shares, options)
 
 
 def _timed(
     about: Row,
     built: dict[str, tuple[nn.Module, Optimizer]],
+    no_wgrad: Variant,
     batches: Sequence[Batch],
     shares: StepShares,
     options: Options,
 ) -> Iterator[Row]:
-    rounds = round(options.seconds / (shares.seconds.median * len(built)))
+    variants = [Variant(name, model, loss, optimizer) for name, (model, optimizer) in built.items()]
+    rounds = round(options.seconds / (shares.seconds.median * (len(variants) + 1)))
     times = step_time(
-        [Variant(name, model, loss, optimizer) for name, (model, optimizer) in built.items()],
+        [*variants, no_wgrad],
         batches,
         warmup=WARMUP,
         repeats=min(max(rounds, LEAST_ROUNDS), MOST_ROUNDS),
     )
+    dense = times[DENSE.name]
+    pairs = zip(dense.backward, times[NO_WGRAD].backward, strict=True)
+    wgrads = Quantiles.of([whole - passed for whole, passed in pairs])
+    phases = {phase: dense.quantiles(phase).median for phase in PHASES}
+    shares = shares.rescaled(dense.quantiles(), phases, wgrads.median)
     ours = built[OURS.name][0]
     now = flops.count(ours, batches[0][0][:1])
     frozen = frozen_parameters(ours)
@@ -150,13 +200,14 @@ def _timed(
         "read_bandwidth": shares.read_bandwidth,
         "write_bandwidth": shares.write_bandwidth,
     }
-    for name in built:
+    for name in (*built, NO_WGRAD):
         row = about | {"provider": name, "rounds": len(times[name].total)}
         for phase in (*PHASES, "total"):
             row |= _flat(f"{phase}_seconds", times[name].quantiles(phase))
         if name != DENSE.name:
             row |= _flat("speedup", times.speedup(name, over=DENSE.name))
             row |= _flat("backward_speedup", times.speedup(name, over=DENSE.name, phase="backward"))
+        if name not in (DENSE.name, NO_WGRAD):
             row |= bounds | _judged(about["r"], row["speedup_median"], bounds)
         yield row
 
@@ -193,6 +244,11 @@ def show(table: console.Table, row: Row) -> None:
         f"{row['speedup_median']:.3f}",
         f"{row['speedup_p20']:.2f}-{row['speedup_p80']:.2f}",
         f"{row['backward_speedup_median']:.3f}",
+    ]
+    if "bound" not in row:
+        table.line([*cells, *[""] * (len(COLUMNS) - len(cells))])
+        return
+    cells += [
         f"{row['bound']:.3f}",
         f"{row['bound_floor']:.3f}",
         f"{row['ratio']:.3f}",
@@ -250,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shares=tuple(given.r or (QUICK_SHARES if given.quick else SHARES_OF_CHANNELS)),
         optimizer=given.optimizer,
         seconds=given.seconds or (2.0 if given.quick else 4.0),
-        rounds_of_shares=5 if given.quick else 10,
+        rounds_of_shares=5 if given.quick else 7,
     )
     cases = chosen_cases(given.models, given.layouts, given.quick)
     settings: dict[str, Any] = asdict(options) | {

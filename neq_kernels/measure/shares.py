@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from neq_kernels.machine import Machine, machine
 from neq_kernels.measure.bandwidth import read_bandwidth, write_bandwidth
 from neq_kernels.measure.flops import FlopCount
 from neq_kernels.measure.recorder import PRODUCTS, Call, Recorder
-from neq_kernels.measure.timing import Loss, PhaseClock, Quantiles, Variant, run_step
+from neq_kernels.measure.timing import PHASES, Loss, PhaseClock, Quantiles, Variant, run_step
 
 OPERANDS = ("input", "weight", "bias")
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -86,6 +86,31 @@ class StepShares:
             return 0.0
         seconds = (x + active_share * dy) / reads + dw / writes
         return min(layer.wgrad, seconds / self.seconds.median)
+
+    def rescaled(self, seconds: Quantiles, phases: Mapping[str, float], wgrad: float) -> StepShares:
+        """The same layers with the totals of another measurement of the same step: the machine's
+        speed drifts, and with it what the phases are of each other.
+
+        Args:
+            seconds: of the whole step.
+            phases: seconds of ``forward``, ``backward`` and ``optimizer``.
+            wgrad: seconds of all weight gradients together.
+        """
+        total = sum(phases[name] for name in PHASES)
+        wgrads = _ratio(wgrad, total * self.wgrad)
+        rest = _ratio(phases["backward"] - wgrad, total * (self.backward - self.wgrad))
+        layers = tuple(
+            replace(layer, wgrad=layer.wgrad * wgrads, dgrad=layer.dgrad * rest)
+            for layer in self.layers
+        )
+        return replace(
+            self,
+            seconds=seconds,
+            forward=phases["forward"] / total,
+            backward=phases["backward"] / total,
+            optimizer=phases["optimizer"] / total,
+            layers=layers,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON; :meth:`from_dict` is the way back."""
@@ -238,6 +263,10 @@ def _measure(variant: Variant, batches: Sequence[Any], warmup: int, repeats: int
         read_bandwidth=read_bandwidth(variant.device),
         write_bandwidth=write_bandwidth(variant.device),
     )
+
+
+def _ratio(a: float, b: float) -> float:
+    return max(0.0, a) / b if b > 0 else 0.0
 
 
 def _median(rounds: Sequence[dict[str, float]], name: str) -> float:

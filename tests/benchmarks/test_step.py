@@ -36,7 +36,7 @@ def test_one_row_per_cell_and_provider(tmp_path, capsys):
         (layout, r, provider)
         for layout in ("nchw", "nhwc")
         for r in (1.0, 0.5, 0.0)
-        for provider in ("dense", "peer1", "neq")
+        for provider in ("dense", "peer1", "neq", step.NO_WGRAD)
     ]
     assert header["settings"]["cases"] == [["tiny", "nchw"], ["tiny", "nhwc"]]
     for row in rows:
@@ -74,7 +74,7 @@ def test_quick_has_the_quick_cases(tmp_path):
 def test_other_optimizers(tmp_path, optimizer):
     code, _, rows = run(tmp_path, "--layouts", "nchw", "--r", "0.5", "--optimizer", optimizer)
     assert code == 0
-    assert len(rows) == 3
+    assert len(rows) == 4
 
 
 def wrong_mask(model, masks, r):
@@ -166,3 +166,18 @@ def test_the_real_cases_are_the_same_at_every_call(name):
     assert x.shape == (case.images, *case.shape)
     assert int(y.max()) < case.classes
     assert (layout == "nhwc") == (x.dim() == 4 and not x.is_contiguous())
+
+
+def test_backprop_passes_layers_without_a_weight_gradient():
+    layers = [torch.nn.Linear(4, 4), torch.nn.ReLU(inplace=True), torch.nn.Linear(4, 2)]
+    model = step.without_wgrads(torch.nn.Sequential(*layers), ["0"])
+    arrived = []
+
+    def watch(module, args, output):
+        output.register_hook(arrived.append)
+
+    model[0].register_forward_hook(watch)
+    model(torch.randn(3, 4)).sum().backward()
+    assert len(arrived) == 1
+    assert model[0].weight.grad is None
+    assert model[2].weight.grad is not None

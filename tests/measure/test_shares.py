@@ -180,6 +180,18 @@ def test_hand_worked_floors(active, stopped, saved):
     assert bound(READ, now, floor=True) <= bound(READ, now) + 1e-12
 
 
+def test_rescaled_to_another_measurement():
+    phases = {"forward": 2.0, "backward": 6.0, "optimizer": 2.0}
+    got = READ.rescaled(Quantiles(9.0, 10.0, 11.0), phases, wgrad=3.0)
+    assert got.wgrad == pytest.approx(0.3)
+    assert (got.forward, got.backward, got.optimizer) == (0.2, 0.6, 0.2)
+    # Each layer keeps its part of the weight gradients, and of the rest of backward.
+    assert got.layers[1].wgrad == pytest.approx(0.3 * 0.2 / 0.4)
+    assert got.layers[1].dgrad == pytest.approx(0.3 * 0.1 / 0.2)
+    assert got.seconds.median == 10.0
+    assert got.layers[1].input_bytes == READ.layers[1].input_bytes
+
+
 def test_shares_saved_without_bytes_have_no_floor():
     saved = json.loads(json.dumps(SHARES.to_dict()))
     del saved["read_bandwidth"], saved["write_bandwidth"]
