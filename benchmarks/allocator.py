@@ -1,8 +1,8 @@
 """Whether memory that tensors free stays with the process.
 
 By default the C library returns large blocks to the system, which clears every page of them before
-it hands them out again. In a training step on the CPU that takes up to a third of the time,
-as much of it with frozen neurons as without, and it falls on whoever asks for memory next.
+it hands them out again. In a training step on the CPU that costs time, about as much with frozen
+neurons as without, and it falls on whoever asks for memory next: ``benchmarks.freed_memory``.
 """
 
 from __future__ import annotations
