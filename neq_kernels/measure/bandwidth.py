@@ -4,7 +4,6 @@ operands and to write its result once."""
 from __future__ import annotations
 
 import torch
-from torch.utils.benchmark import Timer
 
 BUFFER_BYTES = 2**28
 TRIALS = 15
@@ -22,6 +21,9 @@ def write_bandwidth(device: torch.device | str = "cpu") -> float:
 
 
 def _bandwidth(statement: str, device: torch.device | str) -> float:
+    # Here, as it warns of a missing GPU where there is a CUDA compiler.
+    from torch.utils.benchmark import Timer
+
     # Ones: pages of zeros may all be the same page.
     buffer = torch.ones(BUFFER_BYTES // 4, dtype=torch.float32, device=device)
     timer = Timer(statement, globals={"buffer": buffer}, num_threads=torch.get_num_threads())
