@@ -137,26 +137,25 @@ class _PlannedFunction(torch.autograd.Function):
         ):
             function = _gradients_once if plan.twice is None else _gradients
             return function(ctx, grad_output)
-        input, weight = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        if plan.stopped:
-            wanted = (wanted[0], False, False)
         assert plan.call is not None
-        dx, dw, db = plan.call(grad_output, input, weight, wanted)
-        return dx, dw, db, None
+        return _called(plan.call, ctx, grad_output)
+
+
+def _called(call: Call, ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of input, weight and bias, and None for the plan."""
+    input, weight = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    if ctx.plan.stopped:
+        wanted = (wanted[0], False, False)
+    dx, dw, db = call(grad_output, input, weight, wanted)
+    return dx, dw, db, None
 
 
 def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """Where somebody differentiates this backward, or a mode or a subclass watches it."""
-    plan: Plan = ctx.plan
-    input, weight = ctx.saved_tensors
-    wanted = ctx.needs_input_grad
-    if plan.stopped:
-        wanted = (wanted[0], False, False)
-    call = plan.twice if is_grad_enabled() else plan.observed
-    assert call is not None
+    call = ctx.plan.twice if is_grad_enabled() else ctx.plan.observed
     with no_autocast(grad_output):
-        return *call(grad_output, input, weight, wanted), None
+        return _called(call, ctx, grad_output)
 
 
 _gradients_once = once(_gradients)
