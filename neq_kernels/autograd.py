@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from neq_kernels import dispatch, ops
+from neq_kernels import ops
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.problem import ConvGeometry
 
@@ -118,29 +118,6 @@ class ConvFunction(torch.autograd.Function):
         return *_cast(grads, ctx.dtypes), *(None,) * 11
 
 
-class AffineFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        order: Tensor | None,
-        host_count: Tensor | None,
-        channels: ActiveChannels | None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        ctx.channels = channels
-        if channels is None:
-            ctx.save_for_backward(order, host_count)
-        else:
-            ctx.generation = channels.generation
-        return weight, bias
-
-    @staticmethod
-    @once
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        return *(_mask_entries(ctx, grad) for grad in grads), None, None, None
-
-
 def _save(
     ctx: Any,
     x: Tensor,
@@ -186,21 +163,6 @@ def check_unchanged(channels: ActiveChannels, generation: int, grad: Tensor | No
             f"expected generation {generation}, got {channels.generation}; call set(), reset() "
             "and controller.step() only after backward"
         )
-
-
-def _mask_entries(ctx: Any, grad: Tensor | None) -> Tensor | None:
-    if ctx.channels is None:
-        order, host_count = ctx.saved_tensors
-        if grad is None:
-            return None
-        entry = torch.empty_like(order).scatter(
-            0, order, torch.arange(len(order), device=order.device)
-        )
-        return grad.masked_fill(entry >= host_count[0].to(order.device), 0)
-    channels = _unchanged(ctx)
-    if grad is None or channels.n_active == len(channels):
-        return grad
-    return dispatch.keep_entries(grad, channels)
 
 
 def _cast(

@@ -91,6 +91,7 @@ class ActiveChannels:
     kernels read is derived from it and refreshed in place by :meth:`set`, so addresses and sizes
     never change:
 
+    - ``mask_on``: bool[K], the mask itself;
     - ``order``: int64[K], the active channels ascending, then the frozen ones ascending;
     - ``count``: int32[1] on the same device, the number of active channels;
     - ``host_count``: int32[2] on the CPU, ``(n_active, start)``; ``start`` is the first active
@@ -115,7 +116,7 @@ class ActiveChannels:
         self.plans: dict[Hashable, Any] = {}
         cpu = torch.device("cpu")
         with torch.inference_mode(False):  # else set() could not refresh them outside it
-            self._mask = torch.ones(n_channels, dtype=torch.bool, device=cpu)
+            self._mask = {cpu: torch.ones(n_channels, dtype=torch.bool, device=cpu)}
             self._host_count = torch.tensor([n_channels, 0], dtype=torch.int32, device=cpu)
             self._order = {cpu: torch.arange(n_channels, dtype=torch.int64, device=cpu)}
             self._count = {cpu: torch.tensor([n_channels], dtype=torch.int32, device=cpu)}
@@ -132,7 +133,7 @@ class ActiveChannels:
     @property
     def mask(self) -> Tensor:
         """A copy of the mask: bool[K] on the CPU, True where active."""
-        return self._mask.clone()
+        return self._mask[torch.device("cpu")].clone()
 
     @property
     def n_active(self) -> int:
@@ -168,6 +169,10 @@ class ActiveChannels:
     def host_count(self) -> Tensor:
         return self._host_count
 
+    def mask_on(self, device: torch.device | str = "cpu") -> Tensor:
+        """The mask on ``device`` (cached; copied there on first use); not to be changed."""
+        return self._on(device, self._mask)
+
     def order(self, device: torch.device | str = "cpu") -> Tensor:
         """``order`` on ``device`` (cached; copied there on first use)."""
         return self._on(device, self._order)
@@ -193,6 +198,7 @@ class ActiveChannels:
             return
         cpu = torch.device("cpu")
         with torch.inference_mode(False):
+            self._mask[device] = self._mask[cpu].to(device)
             self._order[device] = self._order[cpu].to(device)
             self._count[device] = self._count[cpu].to(device)
 
@@ -208,12 +214,11 @@ class ActiveChannels:
             ValueError: wrong length or rank, an index out of range, negative or twice.
         """
         mask = self._as_mask(mask_or_indices)
-        if torch.equal(mask, self._mask):
+        if torch.equal(mask, self._mask[torch.device("cpu")]):
             return
         active, frozen = mask.nonzero().flatten(), (~mask).nonzero().flatten()
         n = len(active)
         is_run = n > 0 and int(active[-1]) - int(active[0]) == n - 1
-        self._mask = mask
         self._n_active = n
         self._start = int(active[0]) if is_run else -1
         self._stopped = n == 0
@@ -221,6 +226,8 @@ class ActiveChannels:
         self.plans.clear()
         self._host_count.copy_(torch.tensor([n, self._start], device="cpu"))
         order = torch.cat([active, frozen])
+        for tensor in self._mask.values():
+            tensor.copy_(mask)
         for tensor in self._order.values():
             tensor.copy_(order)
         for tensor in self._count.values():

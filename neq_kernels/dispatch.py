@@ -265,13 +265,6 @@ def conv_call(
     return cpu.conv_call(input.shape, weight, geometry, channels.order(), n, strategy)
 
 
-def keep_entries(vector: Tensor, channels: ActiveChannels) -> Tensor:
-    """``vector`` with exact zeros in the frozen entries."""
-    own = vector.is_cpu and type(vector) is Tensor and backend_for("cpu") == "cpu"
-    keep = cpu.keep_entries if own else aten.keep_entries
-    return keep(vector, channels.order(vector.device), channels.n_active)
-
-
 def channel_similarity(a: Tensor, b: Tensor, dim: int) -> Tensor:
     result: Tensor = _BACKENDS[backend_for(a.device.type)].channel_similarity(a, b, dim)
     return result

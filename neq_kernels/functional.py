@@ -14,7 +14,6 @@ from torch import Tensor
 
 from neq_kernels import dispatch, ops, plans
 from neq_kernels.autograd import (
-    AffineFunction,
     ConvFunction,
     LinearFunction,
     all_active,
@@ -133,6 +132,8 @@ def affine(
 
     Raises:
         ValueError: ``channels`` does not fit the parameters.
+        RuntimeError (in backward): ``channels`` was changed after the forward; autograd sees that
+            the mask it saved was written over.
     """
     if not learns(weight, bias):
         return weight, bias
@@ -143,11 +144,15 @@ def affine(
         return weight, bias
     if not torch.compiler.is_compiling() and channels.n_active == 0:
         return detached(weight), detached(bias)
-    order, _, host_count, live = _selection(channels, parameters[0])
-    out: tuple[Tensor | None, Tensor | None] = AffineFunction.apply(
-        weight, bias, order, host_count, live
-    )
-    return out
+    mask = channels.mask_on(parameters[0].device)
+    return _constant_where_frozen(weight, mask), _constant_where_frozen(bias, mask)
+
+
+def _constant_where_frozen(parameter: Tensor | None, mask: Tensor) -> Tensor | None:
+    if parameter is None or not parameter.requires_grad:
+        return parameter
+    # Unlike a Function of ours, this keeps Python out of backward.
+    return torch.where(mask, parameter, parameter.detach())
 
 
 def learns(weight: Tensor | None, bias: Tensor | None) -> bool:

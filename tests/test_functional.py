@@ -383,10 +383,10 @@ class TestGeneration:
         generation = channels.generation
         out = forward(channels)
         channels.set([0, 2])
-        with pytest.raises(
-            RuntimeError,
-            match=rf"changed between its forward and its backward.*{generation}.*{generation + 1}",
-        ):
+        message = rf"changed between its forward and its backward.*{generation}.*{generation + 1}"
+        if forward is scaled and not all(before):  # autograd notices it
+            message = "modified by an inplace operation.*Bool"
+        with pytest.raises(RuntimeError, match=message):
             out.sum().backward()
 
     def test_there_and_back_is_a_change_too(self, forward):
@@ -436,13 +436,20 @@ def test_double_backward_with_everything_active_is_torchs(forward):
 
 @TWICE
 @pytest.mark.parametrize("mask", [[True, False, False, False], [True, False, True, False]])
-def test_double_backward_raises_while_channels_are_frozen(forward, mask):
+def test_double_backward_while_channels_are_frozen(request, forward, mask):
+    """Raises for products; norm layers have it: frozen entries are constants."""
     x = torch.randn(2, 4, requires_grad=True)
     weight = torch.randn(4, 4, 1, requires_grad=True)
     out = forward(x, weight, oracle.channels_with(mask))
     (gradient,) = torch.autograd.grad(out.square().sum(), weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    if "affine" not in request.node.callspec.id:
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
+        return
+    (second,) = torch.autograd.grad(gradient.sum(), weight)
+    expected = torch.zeros_like(weight)
+    expected[mask, 0, 0] = 2 * x.detach().square().sum(0)[mask]
+    torch.testing.assert_close(second, expected)
 
 
 def test_a_saved_input_that_was_written_over_is_noticed():
@@ -625,10 +632,11 @@ def test_affine_masks_both_gradients():
     assert bias.grad.tolist() == [1, 0, 1, 0]
 
 
-def test_affine_saves_nothing_and_stops():
+def test_affine_saves_the_mask_alone_and_stops():
     weight, bias = parameter(4), parameter(4)
-    saved, _ = saved_by(lambda: affine(weight, bias, oracle.channels_with(oracle.half(4))))
-    assert saved == []
+    channels = oracle.channels_with(oracle.half(4))
+    saved, _ = saved_by(lambda: affine(weight, bias, channels))
+    assert {t.data_ptr() for t in saved} == {channels.mask_on().data_ptr()}
     scale, shift = affine(weight, bias, oracle.channels_with([False] * 4))
     assert not scale.requires_grad
     assert not shift.requires_grad

@@ -220,11 +220,7 @@ def test_norm_gradients_of_frozen_entries_are_zero_whatever_comes(dtype):
         assert bool(parameter.grad[norm.channels.active].isfinite().all())
 
 
-def test_keep_entries_checks_its_arguments():
-    with pytest.raises(ValueError, match="vector: expected one dimension"):
-        cpu.keep_entries(torch.ones(2, 2), torch.arange(2), 1)
-    with pytest.raises(ValueError, match="order: expected 0 <= index < 2"):
-        cpu.keep_entries(torch.ones(2), torch.tensor([5, 0]), 1)
+def test_a_call_checks_its_numbers():
     with pytest.raises(ValueError, match="numbers: expected 3 of dtype Long"):
         torch.ops.neq_kernels_cpu.linear_backward(
             torch.ones(2, 2),

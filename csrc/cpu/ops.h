@@ -17,9 +17,6 @@ Tensor pack(const Tensor& tensor, const Tensor& order, int64_t n, int64_t dim);
 Tensor scatter_rows(const Tensor& rows, const Tensor& like, const Tensor& order, int64_t n,
                     int64_t groups, int64_t outer, int64_t per_group, int64_t inner);
 
-// A vector like `vector` with its entries order[:n], and zeros.
-Tensor keep_entries(const Tensor& vector, const Tensor& order, int64_t n);
-
 Tensor channel_similarity(const Tensor& a, const Tensor& b, int64_t dim);
 
 std::tuple<Tensor, Tensor> depthwise_wgrad(const Tensor& grad_output, const Tensor& input,

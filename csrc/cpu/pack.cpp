@@ -88,22 +88,6 @@ Tensor pack(const Tensor& tensor, const Tensor& order, int64_t n, int64_t dim) {
   return target;
 }
 
-Tensor keep_entries(const Tensor& vector, const Tensor& order, int64_t n) {
-  require_cpu(vector, "vector");
-  require(vector.dim() == 1, "vector: expected one dimension, got shape ", shape(vector));
-  const int64_t* chosen = checked_order(order, n, vector.size(0));
-  const Tensor source = in_order(vector, {0});
-  Tensor target = empty_in_order({vector.size(0)}, {0}, vector.scalar_type());
-  dispatch_floating(vector.scalar_type(), "vector", [&](auto zero) {
-    using T = decltype(zero);
-    const T* from = static_cast<const T*>(source.const_data_ptr());
-    T* to = static_cast<T*>(target.mutable_data_ptr());
-    std::memset(static_cast<void*>(to), 0, static_cast<size_t>(vector.size(0)) * sizeof(T));
-    for (int64_t i = 0; i < n; ++i) to[chosen[i]] = from[chosen[i]];
-  });
-  return target;
-}
-
 Tensor scatter_rows(const Tensor& rows, const Tensor& like, const Tensor& order, int64_t n,
                     int64_t groups, int64_t outer, int64_t per_group, int64_t inner) {
   const Blocks blocks = checked_blocks(like, "like", groups, outer, per_group, inner);

@@ -59,11 +59,6 @@ def scatter_rows(rows: Tensor, like: Tensor, order: Tensor, n: int, layout: Neur
     return out
 
 
-def keep_entries(vector: Tensor, order: Tensor, n: int) -> Tensor:
-    """``vector`` with zeros everywhere but at ``order[:n]``."""
-    return vector.index_fill(0, order[n:], 0)
-
-
 def channel_similarity(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """float64 ``[3, K]``: sums of ``a*b``, ``a*a``, ``b*b`` over every dimension but ``dim``."""
     dims = [d for d in range(a.dim()) if d != dim % a.dim()]

@@ -226,16 +226,6 @@ def scatter_rows(rows: Tensor, like: Tensor, order: Tensor, n: int, layout: Neur
     return scattered
 
 
-def keep_entries(vector: Tensor, order: Tensor, n: int) -> Tensor:
-    """``vector`` with zeros everywhere but at ``order[:n]``.
-
-    Raises:
-        ValueError: no vector, no floating point, or an index out of range.
-    """
-    kept: Tensor = _leaf.keep_entries.default(vector, order, n)
-    return kept
-
-
 def channel_similarity(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """float64 ``[3, K]``: sums of ``a*b``, ``a*a``, ``b*b`` over every dimension but ``dim``.
 
