@@ -67,7 +67,7 @@ class Operands {
         step_w_(takes_steps(p.w) ? p.w.stride : 1),
         channels_(p.input_channels * (taps_as_channels_ ? p.taps() : 1)),
         padded_(std::max(channels_, kLanes)),
-        tiles_(channel_tiles(padded_, kLanes, p.n)),
+        tiles_(channel_tiles(padded_, kLanes, p.n, reads_in_place())),
         parts_(number_of_parts()),
         band_rows_(rows_of_band()),
         bands_(divided_up(p.h.output, band_rows_)),
@@ -105,6 +105,9 @@ class Operands {
   // Of x, in pixels of a panel, from one output row or column to the next.
   int64_t stride_h() const { return step_h_ == 1 ? p_.h.stride : 1; }
   int64_t stride_w() const { return step_w_ == 1 ? p_.w.stride : 1; }
+
+  // Whether channels of x are read where they lie.
+  bool reads_in_place() const { return !panels_ && !taps_as_channels_; }
 
   // How many tiles, up to `last`, have channels of x that fit into the cache together; or one.
   int64_t tiles_together(const Unit& unit, int64_t first, int64_t last) const {

@@ -18,8 +18,10 @@ struct Tile {
   int64_t first, vectors, skip;
 };
 
-inline std::vector<Tile> channel_tiles(int64_t channels, int64_t lanes, int64_t n) {
-  const int64_t widest = n <= 3 ? 4 : (n == 4 ? 3 : 2);
+// `wide`: the sums are in the first cache, for tiles that x is read by where it lies; else they are
+// in registers.
+inline std::vector<Tile> channel_tiles(int64_t channels, int64_t lanes, int64_t n, bool wide) {
+  const int64_t widest = wide ? kMostVectors : n <= 3 ? 4 : n == 4 ? 3 : 2;
   std::vector<Tile> tiles;
   for (int64_t c = 0; c < channels;) {
     const int64_t left = channels - c;

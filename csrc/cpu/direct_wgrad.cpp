@@ -10,6 +10,7 @@
 #include "runs.h"
 #include "scratch.h"
 #include "split.h"
+#include "zeros.h"
 
 namespace neq {
 namespace {
@@ -82,10 +83,7 @@ class Direct {
     for (int64_t i = 0; i < units.parts * n; ++i) {
       sums_of[i] = in_place ? gradient_ + p_.active[i] * size : sums + i * size;
     }
-    if (in_place) {
-      for_each_row(n, p_.output_channels, size,
-                   [&](int64_t i) { std::fill_n(gradient_ + p_.active[i] * size, size, T(0)); });
-    }
+    if (in_place) clear_frozen(size);
     std::vector<double> bias(p_.want_bias ? units.parts * n : 0);
     torch::stable::parallel_for(0, others * chunks.parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
@@ -137,7 +135,7 @@ class Direct {
             add(unit, dy, block, copies.tiles[i], o_.tiles()[t + i], targets, u == units.begin);
             if (u + 1 < units.end) {
               next_grad.fetch_some();
-              next_input.fetch_some();
+              if (!o_.reads_in_place()) next_input.fetch_some();
             }
           }
           dy += o_.pixels_of(unit) * block.size;
@@ -215,10 +213,11 @@ class Direct {
   // Adds up the parts and puts the rows where they belong.
   void write_gradient(T* sums, int64_t parts, int64_t size) const {
     const int64_t n = p_.n, taps = p_.taps(), row = taps * p_.input_channels;
+    constexpr auto bytes = static_cast<int64_t>(sizeof(T));
     for_each_row(0, p_.output_channels, row * (1 + parts), [&](int64_t i) {
       T* to = gradient_ + p_.active[i] * row;
       if (i >= n) {
-        std::fill_n(to, row, T(0));
+        write_zeros(to, row * bytes, p_.output_channels * row * bytes);
         return;
       }
       T* total = sums + i * size;
@@ -238,6 +237,14 @@ class Direct {
         T* target = to + (taps_inside_ ? tap : tap * channels);
         for (int64_t c = 0; c < channels; ++c) target[taps_inside_ ? c * taps : c] = from[c];
       }
+    });
+  }
+
+  // Rows of `size` elements.
+  void clear_frozen(int64_t size) const {
+    constexpr auto bytes = static_cast<int64_t>(sizeof(T));
+    for_each_row(p_.n, p_.output_channels, size, [&](int64_t i) {
+      write_zeros(gradient_ + p_.active[i] * size, size * bytes, p_.output_channels * size * bytes);
     });
   }
 

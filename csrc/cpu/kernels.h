@@ -78,8 +78,8 @@ template <class C>
 using CorrelatePixels = void (*)(const PixelSteps& steps, const C* dy, const C* x, int64_t rows,
                                  int64_t columns, C* lanes);
 
-// How many output channels the outer product keeps in registers.
-constexpr int kRowsTogether = 6;
+// How many output channels the outer product takes at most, and how many vectors of input channels.
+constexpr int kRowsTogether = 6, kMostVectors = 16;
 
 // Pixels of dy and of x, in three nested loops, and where the sums of each output channel go.
 template <class C>

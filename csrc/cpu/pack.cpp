@@ -7,6 +7,7 @@
 #include "ops.h"
 #include "runs.h"
 #include "strides.h"
+#include "zeros.h"
 
 namespace neq {
 namespace {
@@ -125,6 +126,7 @@ Tensor scatter_rows(const Tensor& rows, const Tensor& like, const Tensor& order,
   dispatch_floating(like.scalar_type(), "like", [&](auto to_zero) {
     using To = decltype(to_zero);
     To* to = static_cast<To*>(target.mutable_data_ptr());
+    constexpr auto bytes = static_cast<int64_t>(sizeof(To));
     dispatch_floating(source.scalar_type(), "rows", [&](auto from_zero) {
       using From = decltype(from_zero);
       const From* from = static_cast<const From*>(source.const_data_ptr());
@@ -140,8 +142,7 @@ Tensor scatter_rows(const Tensor& rows, const Tensor& like, const Tensor& order,
     });
     for_each_piece(blocks, find_runs(all, n, neurons, per_group, nullptr, neurons),
                    [&](const Run&, int64_t, int64_t, int64_t at, int64_t count) {
-                     std::memset(static_cast<void*>(to + at), 0,
-                                 static_cast<size_t>(count) * sizeof(To));
+                     write_zeros(to + at, count * bytes, target.numel() * bytes);
                    });
   });
   return target;

@@ -2,7 +2,8 @@
 
 namespace neq::NEQ_ISA {
 
-constexpr int kMostSums = 12;  // vectors; with the operands they fill 16 registers
+// Vectors of sums in registers: with the operands they fill all 16.
+constexpr int kMostSums = 12, kMostInRegisters = 4;
 
 template <class C, int kRows, int kVectors>
 NEQ_TARGET void outer_product_tile(const OuterProduct<C>& o, int64_t first, int64_t skip) {
@@ -62,6 +63,67 @@ NEQ_TARGET void outer_product_tile(const OuterProduct<C>& o, int64_t first, int6
   }
 }
 
+// sums[k] += dy[k] * x over kPixels pixels: dy is in registers and the sums are in the first cache,
+// so x is read in long stretches, which the CPU foresees.
+template <class C, int kRows, int kPixels>
+NEQ_TARGET inline void add_pixels(const C* dy, int64_t dy_column, const C* x, int64_t x_column,
+                                  int64_t vectors, C (*sums)[kMostVectors * Lanes<C>::count]) {
+  using Vector = typename Lanes<C>::Vector;
+  constexpr int64_t kLanes = Lanes<C>::count;
+  Vector d[kPixels][kRows];
+#pragma GCC unroll 8
+  for (int i = 0; i < kPixels; ++i) {
+#pragma GCC unroll 8
+    for (int k = 0; k < kRows; ++k) d[i][k] = dy[i * dy_column + k] - Vector{};
+  }
+  for (int64_t v = 0; v < vectors; ++v) {
+    Vector pixel[kPixels];
+#pragma GCC unroll 8
+    for (int i = 0; i < kPixels; ++i) pixel[i] = load(x + i * x_column + v * kLanes);
+#pragma GCC unroll 8
+    for (int k = 0; k < kRows; ++k) {
+      Vector total = load(sums[k] + v * kLanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < kPixels; ++i) total += d[i][k] * pixel[i];
+      std::memcpy(sums[k] + v * kLanes, &total, sizeof(total));
+    }
+  }
+}
+
+template <class C, int kRows>
+NEQ_TARGET void outer_product_wide(const OuterProduct<C>& o, int64_t vectors) {
+  using Vector = typename Lanes<C>::Vector;
+  constexpr int64_t kLanes = Lanes<C>::count;
+  constexpr int kPixels = kRows <= 2 ? 4 : kRows <= 4 ? 3 : 2;
+  alignas(64) C sums[kRows][kMostVectors * kLanes];
+  for (int k = 0; k < kRows; ++k) std::memset(sums[k], 0, vectors * sizeof(Vector));
+  for (int64_t image = 0; image < o.images; ++image) {
+    for (int64_t row = 0; row < o.rows; ++row) {
+      const C* dy = o.dy + image * o.dy_image + row * o.dy_row;
+      const C* x = o.x + image * o.x_image + row * o.x_row;
+      int64_t column = 0;
+      for (; column + kPixels <= o.columns; column += kPixels) {
+        add_pixels<C, kRows, kPixels>(dy, o.dy_column, x, o.x_column, vectors, sums);
+        dy += kPixels * o.dy_column;
+        x += kPixels * o.x_column;
+      }
+      for (; column < o.columns; ++column) {
+        add_pixels<C, kRows, 1>(dy, o.dy_column, x, o.x_column, vectors, sums);
+        dy += o.dy_column;
+        x += o.x_column;
+      }
+    }
+  }
+  for (int k = 0; k < kRows; ++k) {
+    C* to = o.sums[k] + o.at;
+    for (int64_t v = 0; v < vectors; ++v) {
+      Vector sum = load(sums[k] + v * kLanes);
+      if (!o.fresh) sum += load(to + v * kLanes);
+      std::memcpy(to + v * kLanes, &sum, sizeof(sum));
+    }
+  }
+}
+
 template <class C, int kVectors, int kRows>
 NEQ_TARGET void outer_product_rows(const OuterProduct<C>& o, int64_t first, int64_t n,
                                    int64_t skip) {
@@ -88,6 +150,18 @@ NEQ_TARGET void outer_product(const OuterProduct<C>& o, int64_t n, int64_t vecto
   };
   static constexpr int64_t most_of_width[5] = {0, kRowsTogether, kRowsTogether, kMostSums / 3,
                                                kMostSums / 4};
+  if (vectors > kMostInRegisters) {
+    static constexpr void (*wide[kRowsTogether + 1])(const OuterProduct<C>&, int64_t) = {
+        nullptr,
+        outer_product_wide<C, 1>,
+        outer_product_wide<C, 2>,
+        outer_product_wide<C, 3>,
+        outer_product_wide<C, 4>,
+        outer_product_wide<C, 5>,
+        outer_product_wide<C, 6>,
+    };
+    return wide[n](o, vectors);
+  }
   const int64_t most = most_of_width[vectors];
   if (n <= most) return of_width[vectors](o, 0, n, skip);
   int64_t first = 0;
