@@ -148,3 +148,24 @@ def test_what_it_cannot_serve_is_refused():
         gradients(x, weight, dy, WINDOWS["3x3"], channels)
     with pytest.raises(ValueError, match="grad_output: expected size 5"):
         gradients(x, weight, dy[:, :, 1:], WINDOWS["3x3"], channels)
+
+
+@pytest.mark.parametrize("strategy", [Strategy.FUSED, Strategy.PACK])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("c", [511, 1])
+def test_rows_of_any_alignment_in_a_large_gradient_are_cleared(c, dtype, strategy):
+    """Large enough for zeros that pass the caches by; the memory they are written to is not new."""
+    k = 2**20 // (c * 4) + 5
+    active = [0, 3, 4, k // 2, k - 2]
+    x, dy = (oracle.small_integers((4, size), dtype) for size in (c, k))
+    weight = x.new_zeros(k, c)
+    channels = ActiveChannels(k)
+    channels.set(active)
+    for _ in range(3):  # small blocks of memory are used again, large ones from the second time on
+        torch.full_like(weight, torch.nan)
+        _, grad, _ = cpu.linear_backward(
+            dy, x, x.shape, weight, channels.order(), len(active), -1, (False, True, False), strategy
+        )
+    expected = torch.zeros_like(weight)
+    expected[active] = (dy.t() @ x)[active]
+    assert torch.equal(grad, expected)
