@@ -19,6 +19,7 @@ from pathlib import Path
 from benchmarks import console, figures, kernel_targets
 from benchmarks.record import Row, load, write_csv
 from benchmarks.runs import replace_file
+from benchmarks.step import NO_WGRAD
 
 PARTS = ("kernels", "step", "freed_memory", "memory", "controller", "overhead")
 MORE_ARGUMENTS = {"kernels": ["--tuned"]}
@@ -125,18 +126,18 @@ def _worst(rows: Sequence[Row], count: int = 12) -> Iterator[str]:
 
 
 def _step(rows: Sequence[Row]) -> Iterator[str]:
-    peers = {
-        (r["model"], r["layout"], r["r"]): r["speedup_median"]
+    speedups = {
+        (r["provider"], r["model"], r["layout"], r["r"]): f"{r['speedup_median']:.3f}"
         for r in rows
-        if r["provider"] == "peer1" and "error" not in r
+        if "speedup_median" in r
     }
     cells = []
     for row in rows:
         if "error" in row:
             cells.append([row["model"], row["layout"], f"{row['r']:g}", f"wrong: {row['error']}"])
-            cells[-1] += [""] * 7
+            cells[-1] += [""] * 8
         elif row["provider"] == "neq":
-            peer = peers.get((row["model"], row["layout"], row["r"]))
+            cell = (row["model"], row["layout"], row["r"])
             cells.append(
                 [
                     row["model"],
@@ -145,7 +146,8 @@ def _step(rows: Sequence[Row]) -> Iterator[str]:
                     f"{row['total_seconds_median'] * 1e3:.1f}",
                     f"{row['speedup_median']:.3f}",
                     f"{row['speedup_p20']:.2f}–{row['speedup_p80']:.2f}",
-                    "" if peer is None else f"{peer:.3f}",
+                    speedups.get(("peer1", *cell), ""),
+                    speedups.get((NO_WGRAD, *cell), ""),
                     f"{row['backward_speedup_median']:.3f}",
                     f"{row['bound']:.3f}",
                     f"{row['bound_floor']:.3f}",
@@ -154,7 +156,7 @@ def _step(rows: Sequence[Row]) -> Iterator[str]:
             )
     yield from _table(
         [
-            "model", "layout", "r", "ms", "speed-up", "p20–p80", "peer 1", "backward alone",
+            "model", "layout", "r", "ms", "speed-up", "p20–p80", "peer 1", "no wgrad", "backward alone",
             "bound", "with floor", "of the bound with floor",
         ],
         cells,
