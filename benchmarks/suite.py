@@ -156,8 +156,8 @@ def _step(rows: Sequence[Row]) -> Iterator[str]:
             )
     yield from _table(
         [
-            "model", "layout", "r", "ms", "speed-up", "p20–p80", "peer 1", "no wgrad", "backward alone",
-            "bound", "with floor", "of the bound with floor",
+            "model", "layout", "r", "ms", "speed-up", "p20–p80", "peer 1", "no wgrad",
+            "backward alone", "bound", "with floor", "of the bound with floor",
         ],
         cells,
     )  # fmt: skip

@@ -164,7 +164,15 @@ def test_rows_of_any_alignment_in_a_large_gradient_are_cleared(c, dtype, strateg
     for _ in range(3):  # small blocks of memory are used again, large ones from the second time on
         torch.full_like(weight, torch.nan)
         _, grad, _ = cpu.linear_backward(
-            dy, x, x.shape, weight, channels.order(), len(active), -1, (False, True, False), strategy
+            dy,
+            x,
+            x.shape,
+            weight,
+            channels.order(),
+            len(active),
+            -1,
+            (False, True, False),
+            strategy,
         )
     expected = torch.zeros_like(weight)
     expected[active] = (dy.t() @ x)[active]
