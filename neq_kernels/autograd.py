@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from neq_kernels import ops
+from neq_kernels import dispatch, ops
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.problem import ConvGeometry
 
@@ -34,9 +34,20 @@ def once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, .
     return chosen
 
 
-def all_active(channels: ActiveChannels) -> bool:
-    """Whether PyTorch's own graph serves: in eager, with every channel active."""
-    return not torch.compiler.is_compiling() and channels.n_active == len(channels)
+def recorded(parameter: Tensor) -> bool:
+    """Whether what runs now is recorded, by ``torch.compile`` or into a CUDA graph, to run again
+    with other channels active."""
+    return torch.compiler.is_compiling() or dispatch.captured(parameter)
+
+
+def all_active(channels: ActiveChannels, parameter: Tensor) -> bool:
+    """Whether PyTorch's own graph serves: every channel is active, and will be."""
+    return channels.n_active == len(channels) and not recorded(parameter)
+
+
+def stopped(channels: ActiveChannels, parameter: Tensor) -> bool:
+    """Whether nothing is to be computed: no channel is active, or will be."""
+    return channels.n_active == 0 and not recorded(parameter)
 
 
 class LinearFunction(torch.autograd.Function):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from neq_kernels import contest, heuristics, tuning
-from neq_kernels.backends import aten, cpu, reference
-from neq_kernels.channels import ActiveChannels
+from neq_kernels.backends import aten, cpu, reference, triton
+from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.machine import machine
 from neq_kernels.problem import ConvGeometry, Problem, Strategy
 from neq_kernels.version import __version__
@@ -22,7 +22,13 @@ from neq_kernels.version import __version__
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "NEQ_KERNELS_BACKEND"
-_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "aten": aten, "reference": reference}
+_BACKENDS: dict[str, ModuleType] = {
+    "triton": triton,
+    "cpu": cpu,
+    "aten": aten,
+    "reference": reference,
+}
+# triton has to be asked for until it has run on a GPU.
 _AUTOMATIC = {"cpu": ("cpu", "aten")}
 
 _forced: Strategy | None = None
@@ -86,6 +92,8 @@ def strategy_for(problem: Problem, n: int, backend: str, threads: int) -> Strate
         return _forced if _forced in usable else usable[0]
     if len(usable) == 1 or n == 0:
         return usable[0]
+    if backend == "triton":
+        return heuristics.strategy_on_gpu(problem, n, usable)
     table = table_for(threads)
     winner = table.get(problem, n)
     if winner in usable:
@@ -154,6 +162,7 @@ def linear_backward(
     input_size: Sequence[int],
     weight: Tensor,
     order: Tensor,
+    count: Tensor,
     n: int,
     start: int,
     output_mask: Sequence[bool],
@@ -163,10 +172,14 @@ def linear_backward(
 
     Args:
         order: int64[K], the active features first.
-        n: how many are active.
+        count: int32[1] on the same device, how many are active.
+        n: the same number; not looked at while a CUDA graph is captured.
         start: the first of them when they are neighbours, else -1.
         active_dgrad: only active features propagate to the input gradient.
         The others are those of ``torch.ops.neq_kernels.linear_backward``.
+
+    Raises:
+        RuntimeError: ``active_dgrad`` while a CUDA graph is captured.
     """
     k = weight.shape[0]
     backend = backend_for(weight.device.type)
@@ -174,21 +187,26 @@ def linear_backward(
         return reference.linear_backward(
             grad_output, input, input_size, weight, order, n, output_mask, active_dgrad
         )
-    strategy = Strategy.DENSE
-    if 0 < n < k and (output_mask[1] or output_mask[2]):
-        _refuse_capture(weight, "linear_backward")
-        rows = grad_output.numel() // k
-        problem = Problem.linear(rows, weight)
-        strategy = strategy_for(problem, n, backend, torch.get_num_threads())
+    strategy, replayed = Strategy.DENSE, captured(weight)
+    if replayed or (0 < n < k and (output_mask[1] or output_mask[2])):
+        problem = Problem.linear(grad_output.numel() // max(1, k), weight)
+        if replayed:
+            strategy = _replayed_strategy(problem, backend, output_mask, active_dgrad)
+            n, start = k, -1
+        else:
+            strategy = strategy_for(problem, n, backend, torch.get_num_threads())
     module = _BACKENDS[backend]
+    counted = {"count": count} if backend == "triton" else {}
     wanted = output_mask
     grad_input = None
     if active_dgrad and output_mask[0] and n < k:
         grad_input = aten.linear_active_dgrad(grad_output, weight, input_size, order, n, module)
         wanted = (False, *output_mask[1:])
     grads: Grads = module.linear_backward(
-        grad_output, input, input_size, weight, order, n, start, wanted, strategy
+        grad_output, input, input_size, weight, order, n, start, wanted, strategy, **counted
     )
+    if replayed and strategy == Strategy.DENSE:
+        _clear_frozen(grads, NeuronLayout(), order, count)
     return grads if grad_input is None else (grad_input, *grads[1:])
 
 
@@ -199,6 +217,7 @@ def conv_backward(
     weight: Tensor,
     geometry: ConvGeometry,
     order: Tensor,
+    count: Tensor,
     n: int,
     output_mask: Sequence[bool],
     active_dgrad: bool,
@@ -207,9 +226,13 @@ def conv_backward(
 
     Args:
         order: int64[K], the active channels first.
-        n: how many are active.
+        count: int32[1] on the same device, how many are active.
+        n: the same number; not looked at while a CUDA graph is captured.
         active_dgrad: only active channels propagate to the input gradient.
         The others are those of ``torch.ops.neq_kernels.conv_backward``.
+
+    Raises:
+        RuntimeError: ``active_dgrad`` while a CUDA graph is captured.
     """
     k = grad_output.shape[1]
     backend = backend_for(weight.device.type)
@@ -219,22 +242,28 @@ def conv_backward(
         )
     # Where only the input's shape matters (dgrad alone), nothing is allocated for it.
     x = grad_output.new_empty(1).expand(input_size) if input is None else input
-    strategy = Strategy.DENSE
-    # The ragged selection of a group's channels is made on the host.
-    if n > 0 and output_mask[1] and (geometry.groups == 1 or weight.is_cpu):
-        if n < k:
-            _refuse_capture(weight, "conv_backward")
+    strategy, replayed = Strategy.DENSE, captured(weight)
+    # The ragged selection of a group's channels is made on the host, but for own kernels.
+    ragged = geometry.groups > 1 and not weight.is_cpu and backend != "triton"
+    if replayed or (n > 0 and output_mask[1] and not ragged):
         problem = Problem.conv(x, weight, geometry)
-        strategy = strategy_for(problem, n, backend, torch.get_num_threads())
+        if replayed:
+            strategy = _replayed_strategy(problem, backend, output_mask, active_dgrad)
+            n = k
+        else:
+            strategy = strategy_for(problem, n, backend, torch.get_num_threads())
     module = _BACKENDS[backend]
+    counted = {"count": count} if backend == "triton" else {}
     wanted = output_mask
     grad_input = None
     if active_dgrad and output_mask[0] and n < k:
         grad_input = aten.conv_active_dgrad(grad_output, x, weight, geometry, order, n)
         wanted = (False, *output_mask[1:])
     grads: Grads = module.conv_backward(
-        grad_output, x, weight, geometry, order, n, wanted, strategy
+        grad_output, x, weight, geometry, order, n, wanted, strategy, **counted
     )
+    if replayed and strategy == Strategy.DENSE:
+        _clear_frozen(grads, geometry.layout, order, count)
     return grads if grad_input is None else (grad_input, *grads[1:])
 
 
@@ -270,9 +299,32 @@ def channel_similarity(a: Tensor, b: Tensor, dim: int) -> Tensor:
     return result
 
 
-def _refuse_capture(weight: Tensor, op: str) -> None:
-    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+def captured(tensor: Tensor) -> bool:
+    """Whether what runs now is captured into a CUDA graph. When that is replayed other channels may
+    be active: their number is then read on the device, or everything is computed."""
+    if not tensor.is_cuda or not torch.cuda.is_initialized():
+        return False
+    return torch.cuda.is_current_stream_capturing()
+
+
+def _replayed_strategy(
+    problem: Problem, backend: str, output_mask: Sequence[bool], active_dgrad: bool
+) -> Strategy:
+    if active_dgrad and output_mask[0]:
         raise RuntimeError(
-            f"{op}: this backend cannot be captured in a CUDA graph while channels are frozen: "
-            "the number of active channels would be baked into the graph"
+            'grad_input: expected "exact" while a CUDA graph is captured, got "active", which '
+            "would go on propagating from the channels that are active now"
         )
+    fused = output_mask[1] and Strategy.FUSED in candidates(problem, backend)
+    return Strategy.FUSED if fused else Strategy.DENSE
+
+
+def _clear_frozen(grads: Grads, layout: NeuronLayout, order: Tensor, count: Tensor) -> None:
+    """Zeros for the neurons ``order[count:]``, in place, with the count read on the device."""
+    places = torch.arange(len(order), device=order.device)
+    frozen = torch.empty_like(order).scatter_(0, order, places) >= count
+    for grad, where in ((grads[1], layout), (grads[2], NeuronLayout())):
+        if grad is not None:
+            rows = where.rows(grad)
+            leading = rows.shape[: 2 if where.groups > 1 else 1]
+            rows.masked_fill_(frozen.view(*leading, *[1] * (rows.dim() - len(leading))), 0)

@@ -21,6 +21,8 @@ from neq_kernels.autograd import (
     convolution,
     convolve,
     linear_forward,
+    recorded,
+    stopped,
 )
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.problem import ConvGeometry
@@ -140,9 +142,9 @@ def affine(
     parameters = [p for p in (weight, bias) if p is not None]
     if len(channels) != len(parameters[0]):
         raise ValueError(f"channels: expected {len(parameters[0])} channels, got {len(channels)}")
-    if all_active(channels):
+    if all_active(channels, parameters[0]):
         return weight, bias
-    if not torch.compiler.is_compiling() and channels.n_active == 0:
+    if stopped(channels, parameters[0]):
         return detached(weight), detached(bias)
     mask = channels.mask_on(parameters[0].device)
     return _constant_where_frozen(weight, mask), _constant_where_frozen(bias, mask)
@@ -181,9 +183,9 @@ def _linear(
     if not learns(weight, bias):
         return F.linear(input, weight, bias)
     _validate(input, weight, bias, channels, weight.shape[0], grad_input)
-    if all_active(channels):
+    if all_active(channels, weight):
         return plans.watched(F.linear(input, weight, bias), channels)
-    if not torch.compiler.is_compiling() and channels.n_active == 0 and not input.requires_grad:
+    if stopped(channels, weight) and not input.requires_grad:
         return F.linear(input, weight.detach(), detached(bias))
     out: Tensor = LinearFunction.apply(
         input, weight, bias, *_selection(channels, weight), grad_input == "active"
@@ -200,7 +202,7 @@ def _plan_linear(
 ) -> plans.Plan | None:
     """None where the extension does not serve."""
     _validate(input, weight, bias, channels, weight.shape[0], grad_input)
-    if all_active(channels):
+    if all_active(channels, weight):
         return plans.Plan(channels, F.linear)
     if grad_input == "active":
         return None
@@ -232,9 +234,9 @@ def _conv(
         return convolve(input, weight, bias, *arguments)
     k = weight.shape[1] * groups if transposed else weight.shape[0]
     _validate(input, weight, bias, channels, k, grad_input)
-    if all_active(channels):
+    if all_active(channels, weight):
         return plans.watched(convolve(input, weight, bias, *arguments), channels)
-    if not torch.compiler.is_compiling() and channels.n_active == 0 and not input.requires_grad:
+    if stopped(channels, weight) and not input.requires_grad:
         return convolve(input, weight.detach(), detached(bias), *arguments)
     batched = input.dim() == weight.dim()
     x = input if batched else input.unsqueeze(0)
@@ -274,7 +276,7 @@ def _plan_conv(
         return function(input, weight, bias, *numbers)
 
     geometry = ConvGeometry(stride, padding, dilation, transposed, output_padding, groups)
-    everything = all_active(channels)
+    everything = all_active(channels, weight)
     if everything and not dispatch.replaces_library(input, weight, geometry):
         return plans.Plan(channels, forward)
     if grad_input == "active" and not everything:
@@ -324,9 +326,9 @@ def detached(tensor: Tensor | None) -> Tensor | None:
 
 
 def _selection(channels: ActiveChannels, weight: Tensor) -> tuple[Any, ...]:
-    """(order, count, host_count, channels): the tensors under compile, where the op decides at run
-    time; the object in eager, where backward can tell whether it was changed."""
-    if torch.compiler.is_compiling():
+    """(order, count, host_count, channels): the tensors where calls are recorded, so that what they
+    hold counts when it runs; else the object, and backward can tell whether it was changed."""
+    if recorded(weight):
         device = weight.device
         return channels.order(device), channels.count(device), channels.host_count, None
     return None, None, None, channels

@@ -19,6 +19,8 @@ COSTS = Path(__file__).parent / "costs.json"
 
 # Without a model: above this share of active channels gathering costs more than it saves.
 _DENSE_SHARE = 0.85
+# Rows of the smallest product of matrices that a tensor core makes.
+_ROWS_OF_A_TILE = 16
 # How much faster than PyTorch's own kernel another strategy has to promise to be; with every
 # channel active it has to take the place of a call that the user knows.
 _PROMISE, _PROMISE_ALL = 0.97, 0.8
@@ -32,8 +34,7 @@ _BLOCK = 8
 def strategy(problem: Problem, n: int, usable: Collection[Strategy]) -> Strategy:
     """The one of the ``usable`` strategies that is expected to be fastest for ``n`` channels."""
     if Strategy.FUSED not in usable:
-        few = n <= _DENSE_SHARE * problem.neurons
-        return Strategy.PACK if few and Strategy.PACK in usable else Strategy.DENSE
+        return _without_costs(problem, n, usable)
     k = problem.neurons
     expected: dict[Strategy, float] = {}
     for each in usable:
@@ -43,6 +44,20 @@ def strategy(problem: Problem, n: int, usable: Collection[Strategy]) -> Strategy
     if Strategy.DENSE in expected:
         expected[Strategy.DENSE] *= _PROMISE_ALL if n == k else _PROMISE
     return min(expected, key=lambda s: expected[s], default=Strategy.DENSE)
+
+
+def strategy_on_gpu(problem: Problem, n: int, usable: Collection[Strategy]) -> Strategy:
+    """The same for a GPU, where nothing was measured yet: own kernels for what fills one tile of
+    rows, and for groups, which the library would have to be given padded; it has the rest."""
+    is_grouped = problem.geometry is not None and problem.geometry.groups > 1
+    if Strategy.FUSED in usable and (is_grouped or n <= _ROWS_OF_A_TILE):
+        return Strategy.FUSED
+    return _without_costs(problem, n, usable)
+
+
+def _without_costs(problem: Problem, n: int, usable: Collection[Strategy]) -> Strategy:
+    few = n <= _DENSE_SHARE * problem.neurons
+    return Strategy.PACK if few and Strategy.PACK in usable else Strategy.DENSE
 
 
 def seconds(problem: Problem, n: int, strategy: Strategy) -> float | None:

@@ -210,7 +210,7 @@ class _Norm(NeuronLayer):
         weight, bias = self._learned()
         if not functional.learns(weight, bias):
             return self._anchored(self._normalize(input, weight, bias))
-        if all_active(channels):
+        if all_active(channels, input):
             return self._anchored(watched(self._normalize(input, weight, bias), channels))
         return self._anchored(self._normalize(input, *functional.affine(weight, bias, channels)))
 

@@ -57,7 +57,7 @@ def _linear_backward(
 ) -> _Triple:
     n, start = host_count.tolist()
     grads = dispatch.linear_backward(
-        grad_output, input, input_size, weight, order, n, start, output_mask, active_dgrad
+        grad_output, input, input_size, weight, order, count, n, start, output_mask, active_dgrad
     )
     return _complete(grads, weight)
 
@@ -88,6 +88,7 @@ def _conv_backward(
         weight,
         geometry,
         order,
+        count,
         n,
         output_mask,
         active_dgrad,
@@ -226,14 +227,23 @@ def linear_backward(
     Returns None for what ``output_mask`` does not ask for.
     """
     if isinstance(active, ActiveChannels):
-        order = active.order(weight.device)
+        order, count = active.order(weight.device), active.count(weight.device)
         if _needs_no_operator(weight, grad_output):
             n, start = active.n_active, active.start
             grads = dispatch.linear_backward(
-                grad_output, input, input_size, weight, order, n, start, output_mask, active_dgrad
+                grad_output,
+                input,
+                input_size,
+                weight,
+                order,
+                count,
+                n,
+                start,
+                output_mask,
+                active_dgrad,
             )
             return _in_layout_of(weight, grads)
-        active = order, active.count(weight.device), active.host_count
+        active = order, count, active.host_count
     grads = torch.ops.neq_kernels.linear_backward(
         grad_output, input, input_size, weight, *active, output_mask, active_dgrad
     )
@@ -255,7 +265,7 @@ def conv_backward(
     Returns None for what ``output_mask`` does not ask for.
     """
     if isinstance(active, ActiveChannels):
-        order = active.order(weight.device)
+        order, count = active.order(weight.device), active.count(weight.device)
         if _needs_no_operator(weight, grad_output):
             grads = dispatch.conv_backward(
                 grad_output,
@@ -264,12 +274,13 @@ def conv_backward(
                 weight,
                 geometry,
                 order,
+                count,
                 active.n_active,
                 output_mask,
                 active_dgrad,
             )
             return _in_layout_of(weight, grads)
-        active = order, active.count(weight.device), active.host_count
+        active = order, count, active.host_count
     g = geometry
     grads = torch.ops.neq_kernels.conv_backward(
         grad_output,

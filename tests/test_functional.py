@@ -361,7 +361,7 @@ def test_functorch_transforms_take_the_dense_path():
 def scaled(channels):
     weight = torch.ones(4, requires_grad=True)
     out = affine(weight, None, channels)[0] * torch.arange(4.0)
-    return watched(out, channels) if all_active(channels) else out
+    return watched(out, channels) if all_active(channels, weight) else out
 
 
 @pytest.mark.parametrize(

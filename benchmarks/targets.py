@@ -1,0 +1,228 @@
+"""Every Triton kernel, compiled for GPUs that are not there: what the compiler made of it.
+
+Nothing is timed. A kernel fails that spills registers, or that multiplies matrices without a
+tensor core; the main loop's share of tensor-core instructions stands beside that of a plain dense
+product of the same tile.
+
+>>> python -m benchmarks.targets
+>>> python -m benchmarks.targets --targets sm_90 --publish    # the table of benchmarks/results
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from benchmarks import console
+from benchmarks.ahead_of_time import TARGETS, Compiled, Launch, compile_for, recorded
+from benchmarks.dense_product import product
+from benchmarks.record import Record, Row
+from neq_kernels.backends.triton.conv_wgrad import conv_wgrad
+from neq_kernels.backends.triton.depthwise_wgrad import depthwise_wgrad
+from neq_kernels.backends.triton.gather import gather, scatter
+from neq_kernels.backends.triton.linear_wgrad import linear_wgrad
+from neq_kernels.backends.triton.similarity import channel_similarity
+from neq_kernels.backends.triton.tiles import Tiles
+from neq_kernels.problem import ConvGeometry
+
+RESULTS = Path(__file__).parent / "results" / "targets.csv"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Active channels: one tile of rows each way that tiles are chosen.
+ACTIVE = (8, 32, 64, 512)
+LEAST_SHARE = 0.9  # of the dense product's
+COLUMNS = (
+    ("kernel", -34),
+    ("case", -26),
+    ("dtype", -8),
+    ("target", -8),
+    ("registers", 9),
+    ("spills", 6),
+    ("shared", 6),
+    ("loop", 5),
+    ("tensor", 6),
+    ("dense", 6),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call whose launches are compiled; ``tiles``, ``dtype`` and ``gathers`` (in its main loop)
+    say what to compare a product of matrices with."""
+
+    name: str
+    dtype: torch.dtype
+    call: Callable[[], object]
+    tiles: Tiles | None = None
+    gathers: bool = False
+
+
+def cases() -> Iterator[Case]:
+    """All kernels, with every tile and dtype they are launched with."""
+    for dtype in DTYPES:
+        for n in ACTIVE:
+            tiles = Tiles.of(n, 1024)
+            for splits in (1, 8):
+                yield Case(
+                    f"linear n={n} splits={splits}",
+                    dtype,
+                    lambda n=n, dtype=dtype, splits=splits: _linear(n, dtype, splits),
+                    tiles,
+                    gathers=True,
+                )
+            for layout in (torch.contiguous_format, torch.channels_last):
+                name = "nhwc" if layout == torch.channels_last else "nchw"
+                yield Case(
+                    f"conv {name} n={n}",
+                    dtype,
+                    lambda n=n, dtype=dtype, layout=layout: _conv(n, dtype, layout),
+                    tiles,
+                    gathers=True,
+                )
+        for layout in (torch.contiguous_format, torch.channels_last):
+            name = "nhwc" if layout == torch.channels_last else "nchw"
+            yield Case(f"depthwise {name}", dtype, lambda d=dtype, m=layout: _depthwise(d, m))
+            yield Case(f"similarity {name}", dtype, lambda d=dtype, m=layout: _similarity(d, m))
+        for transposed in (False, True):
+            name = "gather transposed" if transposed else "gather"
+            yield Case(name, dtype, lambda d=dtype, t=transposed: _gather(d, t))
+        yield Case("scatter", dtype, lambda dtype=dtype: _scatter(dtype))
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _selection(k: int) -> tuple[Tensor, Tensor]:
+    return _meta(k, dtype=torch.int64), _meta(1, dtype=torch.int32)
+
+
+def _linear(n: int, dtype: torch.dtype, splits: int) -> None:
+    dy, x, weight = (_meta(*s, dtype=dtype) for s in ((4096, 1024), (4096, 1024), (1024, 1024)))
+    linear_wgrad(dy, x, weight, *_selection(1024), n, True, splits=splits)
+
+
+def _images(dtype: torch.dtype, layout: torch.memory_format, *shape: int) -> Tensor:
+    return _meta(*shape, dtype=dtype).contiguous(memory_format=layout)
+
+
+def _conv(n: int, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    dy, x = (_images(dtype, layout, 16, 512, 28, 28) for _ in range(2))
+    weight = _images(dtype, layout, 512, 512, 3, 3)
+    geometry = ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    conv_wgrad(dy, x, weight, geometry, *_selection(512), n, True)
+
+
+def _depthwise(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    dy, x = (_images(dtype, layout, 16, 256, 28, 28) for _ in range(2))
+    weight = _images(dtype, layout, 256, 1, 3, 3)
+    geometry = ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), 256)
+    depthwise_wgrad(dy, x, weight, geometry, *_selection(256), 64, True)
+
+
+def _similarity(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    channel_similarity(*(_images(dtype, layout, 64, 256, 28, 28) for _ in range(2)), 1)
+
+
+def _gather(dtype: torch.dtype, transposed: bool) -> None:
+    gather(_meta(4096, 1024, dtype=dtype), _selection(1024)[0], 256, transposed=transposed)
+
+
+def _scatter(dtype: torch.dtype) -> None:
+    rows, out = _meta(256, 1024, dtype=dtype), _meta(1024, 1024, dtype=dtype)
+    scatter(rows, out, _selection(1024)[0], 256)
+
+
+def rows(targets: Sequence[str]) -> Iterator[Row]:
+    """One row per kernel, case and target; the same compilation appears once."""
+    seen: set[tuple[str, ...]] = set()
+    for case in cases():
+        with recorded() as launches:
+            case.call()
+        for launch in launches:
+            for target in targets:
+                key = (target, str(launch))
+                if key not in seen:
+                    seen.add(key)
+                    yield _row(case, launch, target)
+
+
+def _row(case: Case, launch: Launch, target: str) -> Row:
+    about: Row = {
+        "kernel": f"{launch.kernel.__module__.rpartition('.')[2]}.{launch.name}",
+        "case": case.name,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "target": target,
+    }
+    try:
+        compiled = compile_for(launch, TARGETS[target])
+    except Exception as error:  # whatever the compiler has to say belongs into the table
+        return about | {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+    row = about | asdict(compiled)
+    multiplies = case.tiles is not None and launch.name == "wgrad_kernel"
+    fails = []
+    if compiled.spills:
+        fails.append("spills")
+    if multiplies:
+        assert case.tiles is not None
+        plain = _dense(case.tiles, case.dtype, target)
+        row["share"] = compiled.tensor_core / max(1, compiled.loop)
+        row["dense_share"] = plain.tensor_core / max(1, plain.loop)
+        if plain.tensor_core and not compiled.tensor_core:
+            fails.append("no tensor core")
+        if not case.gathers and row["share"] < LEAST_SHARE * row["dense_share"]:
+            fails.append("main loop")
+    return row | {"fails": ", ".join(fails)}
+
+
+@functools.cache
+def _dense(tiles: Tiles, dtype: torch.dtype, target: str) -> Compiled:
+    with recorded() as launches:
+        product(*(_meta(4096, 1024, dtype=dtype) for _ in range(2)), tiles, "ieee")
+    return compile_for(launches[0], TARGETS[target])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.targets",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder (%(default)s)")
+    parser.add_argument("--publish", action="store_true", help=f"copy the table to {RESULTS.name}")
+    args = parser.parse_args(arguments)
+    table = console.Table(COLUMNS)
+    settings = {"triton": triton.__version__, "targets": args.targets}
+    with Record(args.out, "targets", settings) as record:
+        for row in rows(args.targets):
+            record.add(row)
+            _print(table, row)
+    if args.publish:
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(record.path.with_suffix(".csv"), RESULTS)
+    failed = [row for row in record.rows if row.get("error") or row["fails"]]
+    print(f"{len(record.rows)} compilations, {len(failed)} fail")
+    return console.WRONG_RESULT if failed else 0
+
+
+def _print(table: console.Table, row: Row) -> None:
+    names = ("kernel", "case", "dtype", "target")
+    if "error" in row:
+        table.line([*(row[name] for name in names), *[""] * 6], console.red(row["error"]))
+        return
+    shares = [f"{row[s]:.2f}" if s in row else "" for s in ("share", "dense_share")]
+    figures = [str(row[name]) for name in ("registers", "spills", "shared", "loop")]
+    table.line([*(row[name] for name in names), *figures, *shares], console.red(row["fails"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

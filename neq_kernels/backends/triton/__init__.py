@@ -1,0 +1,178 @@
+"""Triton kernels for GPUs: own products where few rows are active, gathers for the library's.
+
+Compiled and executed without a GPU by the tests; not yet run on one, so they have to be asked for. With ``TRITON_INTERPRET=1``
+they serve CPU tensors, by Triton's own interpreter, very slowly.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from neq_kernels.backends import aten
+from neq_kernels.channels import NeuronLayout
+from neq_kernels.problem import ConvGeometry, Problem, Strategy
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_LEAST_CAPABILITY = (8, 0)  # asynchronous copies and bfloat16
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """None where the kernels can run, else why they cannot."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "PyTorch finds no GPU"
+    capability = torch.cuda.get_device_capability()
+    if torch.version.hip is None and capability < _LEAST_CAPABILITY:
+        needed, got = (".".join(map(str, c)) for c in (_LEAST_CAPABILITY, capability))
+        return f"expected a GPU of compute capability {needed} or newer, got {got}"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton was told to interpret the kernels, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def strategies(problem: Problem) -> tuple[Strategy, ...]:
+    """The strategies that can serve."""
+    usable = aten.strategies(problem)
+    g = problem.geometry
+    is_conv2d = g is not None and len(problem.weight_size) == 4 and not g.transposed
+    if problem.dtype in _DTYPES and (g is None or is_conv2d):
+        return *usable, Strategy.FUSED
+    return usable
+
+
+def linear_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    input_size: Sequence[int],
+    weight: Tensor,
+    order: Tensor,
+    n: int,
+    start: int,
+    wanted: Sequence[bool],
+    strategy: Strategy,
+    *,
+    count: Tensor | None = None,
+) -> aten.Grads:
+    """``aten.linear_backward``; by the own kernel where the strategy is ``FUSED``.
+
+    Args:
+        count: int32[1] on the device, for the own kernel to read n from; None makes one.
+    """
+    fused = strategy == Strategy.FUSED and wanted[1] and n > 0 and grad_output.numel() > 0
+    grads = aten.linear_backward(
+        grad_output,
+        input,
+        input_size,
+        weight,
+        order,
+        n,
+        start,
+        (wanted[0], False, False) if fused else wanted,
+        Strategy.DENSE if strategy == Strategy.DENSE else Strategy.PACK,
+        sys.modules[__name__],
+    )
+    if not fused:
+        return grads
+    assert input is not None
+    from neq_kernels.backends.triton.linear_wgrad import linear_wgrad
+
+    dy = grad_output.reshape(-1, len(order))
+    x = input.reshape(len(dy), -1)
+    count = _count(n, weight.device) if count is None else count
+    return grads[0], *linear_wgrad(dy, x, weight, order, count, n, wanted[2])
+
+
+def conv_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    order: Tensor,
+    n: int,
+    wanted: Sequence[bool],
+    strategy: Strategy,
+    *,
+    count: Tensor | None = None,
+) -> aten.Grads:
+    """``aten.conv_backward``; by the own kernels where the strategy is ``FUSED``.
+
+    Args:
+        count: as for :func:`linear_backward`.
+    """
+    fused = strategy == Strategy.FUSED and wanted[1] and n > 0 and grad_output.numel() > 0
+    grads = aten.conv_backward(
+        grad_output,
+        input,
+        weight,
+        geometry,
+        order,
+        n,
+        (wanted[0], False, False) if fused else wanted,
+        Strategy.DENSE if strategy == Strategy.DENSE else Strategy.PACK,
+        sys.modules[__name__],
+    )
+    if not fused:
+        return grads
+    problem = Problem.conv(input, weight, geometry)
+    if problem.is_depthwise:
+        from neq_kernels.backends.triton.depthwise_wgrad import depthwise_wgrad as wgrad
+    else:
+        from neq_kernels.backends.triton.conv_wgrad import conv_wgrad as wgrad
+    count = _count(n, weight.device) if count is None else count
+    like = weight if geometry.layout.blocks(weight) is not None else weight.contiguous()
+    return grads[0], *wgrad(grad_output, input, like, geometry, order, count, n, wanted[2])
+
+
+@functools.lru_cache(maxsize=8192)
+def _count(n: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor([n], dtype=torch.int32, device=device)
+
+
+def pack(t: Tensor, order: Tensor, n: int, dim: int) -> Tensor:
+    """Channels ``order[:n]`` of ``t`` along ``dim``, in ``t``'s own memory format. Of a matrix, the
+    result's rows lie innermost, as a product that sums over them reads it."""
+    inside = t if dim == t.dim() - 1 else t.movedim(dim, -1)
+    if n == 0 or t.numel() == 0 or not inside.is_contiguous() or t.dtype not in _DTYPES:
+        return aten.pack(t, order, n, dim)
+    from neq_kernels.backends.triton.gather import gather
+
+    matrix = inside.reshape(-1, t.shape[dim])
+    if t.dim() == 2:
+        return gather(matrix, order, n, transposed=True)
+    return gather(matrix, order, n, transposed=False).view(*inside.shape[:-1], n).movedim(-1, dim)
+
+
+def scatter_rows(rows: Tensor, like: Tensor, order: Tensor, n: int, layout: NeuronLayout) -> Tensor:
+    """A tensor like ``like``: neurons ``order[:n]`` hold ``rows``, the others are 0."""
+    simple = layout == NeuronLayout() and layout.blocks(like) is not None and like.numel() > 0
+    if not simple or rows.stride()[1:] != like.stride()[1:] or rows.dtype not in _DTYPES:
+        return aten.scatter_rows(rows, like, order, n, layout)
+    from neq_kernels.backends.triton.gather import scatter
+
+    out = torch.empty_like(like)
+    scatter(rows, out, order, n)
+    return out
+
+
+def channel_similarity(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    """float64 ``[3, K]``: sums of ``a*b``, ``a*a``, ``b*b`` over every dimension but ``dim``."""
+    if a.dtype not in _DTYPES or b.dtype not in _DTYPES or a.numel() == 0:
+        return aten.channel_similarity(a, b, dim)
+    from neq_kernels.backends.triton.similarity import channel_similarity as similarity
+
+    return similarity(a, b, dim)

@@ -1,0 +1,81 @@
+"""The split-K product of a linear layer's weight gradient, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from neq_kernels.backends.triton import linear_wgrad as module
+from neq_kernels.backends.triton.tiles import Tiles
+from tests.backends.triton.cases import DTYPES, MASKS, assert_gradient, channels
+
+SMALL = Tiles(16, 32, 16, 4, 2)
+
+
+def operands(t, k, c, dtype, device):
+    generator = torch.Generator().manual_seed(t + k + c)
+    dy = torch.randn(t, k, generator=generator).to(dtype)
+    x = torch.randn(t, c, generator=generator).to(dtype)
+    weight = torch.zeros(k, c, dtype=dtype)
+    return dy, x, weight, (dy.to(device), x.to(device), weight.to(device))
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_and_mask(dtype, mask, splits, device):
+    t, k, c = 70, 37, 45
+    dy, x, _, on_device = operands(t, k, c, dtype, device)
+    chosen = channels(k, mask)
+    order, count = chosen.order(device), chosen.count(device)
+    grad, bias = module.linear_wgrad(
+        *on_device, order, count, chosen.n_active, True, splits=splits, tiles=SMALL
+    )
+    assert_gradient(grad, dy.double().t() @ x.double(), chosen, t)
+    assert_gradient(bias, dy.double().sum(0), chosen, t)
+
+
+@pytest.mark.parametrize(("t", "k", "c"), [(1, 1, 1), (16, 16, 32), (33, 17, 100), (257, 5, 16)])
+def test_ragged_shapes(t, k, c, device):
+    dy, x, _, on_device = operands(t, k, c, torch.float32, device)
+    chosen = channels(k, "random")
+    grad, bias = module.linear_wgrad(
+        *on_device, chosen.order(device), chosen.count(device), chosen.n_active, True
+    )
+    assert_gradient(grad, dy.double().t() @ x.double(), chosen, t)
+    assert_gradient(bias, dy.double().sum(0), chosen, t)
+
+
+def test_a_count_that_changes_is_read_on_the_device(device):
+    t, k, c = 40, 20, 30
+    dy, x, _, on_device = operands(t, k, c, torch.float32, device)
+    chosen = channels(k, "all")
+    order, count = chosen.order(device), chosen.count(device)
+    for mask in ("random", "one", "none", "all"):
+        chosen.set(MASKS[mask](k))
+        grad, bias = module.linear_wgrad(*on_device, order, count, k, True, splits=2, tiles=SMALL)
+        assert_gradient(grad, dy.double().t() @ x.double(), chosen, t)
+        assert_gradient(bias, dy.double().sum(0), chosen, t)
+
+
+def test_nan_of_a_frozen_feature_reaches_nothing(device):
+    t, k, c = 40, 20, 30
+    dy, x, _, (dy_d, x_d, weight_d) = operands(t, k, c, torch.float32, device)
+    chosen = channels(k, "random")
+    dy_d[:, chosen.frozen.to(dy_d.device)] = float("nan")
+    grad, bias = module.linear_wgrad(
+        dy_d, x_d, weight_d, chosen.order(device), chosen.count(device), chosen.n_active, True
+    )
+    assert_gradient(grad, dy.double().t() @ x.double(), chosen, t)
+    assert_gradient(bias, dy.double().sum(0), chosen, t)
+
+
+def test_bits_do_not_change_from_run_to_run(device):
+    t, k, c = 200, 30, 40
+    *_, on_device = operands(t, k, c, torch.float32, device)
+    chosen = channels(k, "random")
+    arguments = (*on_device, chosen.order(device), chosen.count(device), chosen.n_active, True)
+    runs = [module.linear_wgrad(*arguments, splits=4, tiles=SMALL) for _ in range(3)]
+    for grad, bias in runs[1:]:
+        assert torch.equal(grad, runs[0][0])
+        assert torch.equal(bias, runs[0][1])

@@ -1,0 +1,128 @@
+"""A small ResNet trained while its masks change, every weight gradient by the kernels."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import neq_kernels as neq
+from neq_kernels import dispatch
+from neq_kernels.layers import named_neuron_layers
+from neq_kernels.problem import Strategy
+from tests import oracle
+from tests.backends.triton.cases import DTYPES
+
+STEPS = 3
+
+
+class Block(nn.Module):
+    def __init__(self, c: int, k: int, stride: int, groups: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(c, k, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(k, k, 3, 1, 1, groups=groups)
+        self.norm1, self.norm2 = nn.BatchNorm2d(k), nn.BatchNorm2d(k)
+        self.shortcut = nn.Conv2d(c, k, 1, stride, bias=False)
+
+    def forward(self, x):
+        out = self.norm1(self.conv1(x)).relu()
+        return (self.norm2(self.conv2(out)) + self.shortcut(x)).relu()
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        Block(4, 6, 2, 1),
+        Block(6, 8, 1, 8),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    )
+
+
+def batch(step: int):
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(2, 3, 6, 6, generator=generator)
+    return images, torch.randint(5, (2,), generator=generator)
+
+
+def masks(model: nn.Module, step: int) -> dict[str, list[int]]:
+    generator = torch.Generator().manual_seed(100 + step)
+    chosen = {}
+    for i, (name, layer) in enumerate(named_neuron_layers(model)):
+        k = len(layer.channels)
+        n = (1, k // 2, k - 1, 0)[(i + step) % 4] if name != "5" else k - 1
+        chosen[name] = torch.randperm(k, generator=generator)[:n].tolist()
+    return chosen
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("strategy", [Strategy.FUSED, Strategy.PACK], ids=lambda s: s.name)
+def test_training_equals_the_dense_one_with_its_frozen_rows_put_back(strategy, layout, device):
+    assert dispatch.backend_for("cuda") == "triton"
+    plain = network().double()
+    model = neq.convert(copy.deepcopy(plain).float().to(device, memory_format=layout))
+    steps = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (plain, model)]
+    neq.attach(steps[1], model)
+    for step in range(STEPS):
+        active = masks(model, step)
+        for name, layer in named_neuron_layers(model):
+            layer.channels.set(torch.tensor(active[name], dtype=torch.int64))
+        images, labels = batch(step)
+        F.cross_entropy(plain(images.double()), labels).backward()
+        with dispatch.forced_strategy(strategy):
+            on_device = images.to(device, memory_format=layout)
+            F.cross_entropy(model(on_device), labels.to(device)).backward()
+        for name, layer in named_neuron_layers(model):
+            theirs = plain.get_submodule(name)
+            for parameter, reference in zip(layer.parameters(), theirs.parameters(), strict=True):
+                frozen = [i for i in range(len(parameter)) if i not in active[name]]
+                if parameter.grad is not None:
+                    assert not parameter.grad[frozen].any()
+                reference.grad[frozen] = 0
+                if active[name]:
+                    difference = parameter.grad.double().cpu() - reference.grad
+                    assert oracle.largest(difference) < 1e-4 * max(
+                        1, oracle.largest(reference.grad)
+                    )
+        for optimizer in steps:
+            optimizer.step()
+            optimizer.zero_grad()
+    for parameter, reference in zip(model.parameters(), plain.parameters(), strict=True):
+        assert oracle.largest(parameter.double().cpu() - reference) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_public_functions_reach_the_kernels(dtype, device, monkeypatch):
+    served = []
+    from neq_kernels.backends.triton import conv_wgrad, depthwise_wgrad, linear_wgrad
+
+    for module, name in (
+        (conv_wgrad, "conv_wgrad"),
+        (depthwise_wgrad, "depthwise_wgrad"),
+        (linear_wgrad, "linear_wgrad"),
+    ):
+        function = getattr(module, name)
+
+        def counted(*args, function=function, name=name, **kwargs):
+            served.append(name)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+    channels = neq.ActiveChannels(6)
+    channels.set([1, 4])
+    x, w = torch.randn(2, 6, 4, 4), torch.randn(6, 6, 3, 3)
+    for weight, groups in ((w, 1), (w[:, :1], 6), (w[:, :3], 2)):
+        leaf = weight.clone().to(device, dtype).requires_grad_()
+        neq.functional.conv(
+            x.to(device, dtype), leaf, None, channels, padding=1, groups=groups
+        ).sum().backward()
+        assert not leaf.grad[channels.frozen].any()
+        assert leaf.grad[channels.active].any()
+    leaf = w[:, :, 0, 0].clone().to(device, dtype).requires_grad_()
+    neq.functional.linear(x[..., 0].mT.to(device, dtype), leaf, None, channels).sum().backward()
+    assert served == ["conv_wgrad", "depthwise_wgrad", "conv_wgrad", "linear_wgrad"]
