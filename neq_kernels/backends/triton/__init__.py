@@ -1,7 +1,7 @@
 """Triton kernels for GPUs: own products where few rows are active, gathers for the library's.
 
-Compiled and executed without a GPU by the tests; not yet run on one, so they have to be asked for. With ``TRITON_INTERPRET=1``
-they serve CPU tensors, by Triton's own interpreter, very slowly.
+Compiled and executed without a GPU by the tests; not yet run on one, so they have to be asked for.
+With ``TRITON_INTERPRET=1`` they serve CPU tensors, by Triton's own interpreter, very slowly.
 """
 
 from __future__ import annotations
