@@ -42,12 +42,12 @@ def recorded(parameter: Tensor) -> bool:
 
 def all_active(channels: ActiveChannels, parameter: Tensor) -> bool:
     """Whether PyTorch's own graph serves: every channel is active, and will be."""
-    return channels.n_active == len(channels) and not recorded(parameter)
+    return not recorded(parameter) and channels.n_active == len(channels)
 
 
 def stopped(channels: ActiveChannels, parameter: Tensor) -> bool:
     """Whether nothing is to be computed: no channel is active, or will be."""
-    return channels.n_active == 0 and not recorded(parameter)
+    return not recorded(parameter) and channels.n_active == 0
 
 
 class LinearFunction(torch.autograd.Function):
