@@ -14,9 +14,12 @@ from neq_kernels import dispatch
 from neq_kernels.layers import named_neuron_layers
 from neq_kernels.problem import Strategy
 from tests import oracle
-from tests.backends.triton.cases import DTYPES
+from tests.backends.triton.cases import DTYPES, EXECUTOR
 
 STEPS = 3
+# Under the sanitizer the process aborts inside PyTorch's own convolution_backward, to which packing
+# hands its operands; test_gather.py executes the kernels of that strategy there.
+STRATEGIES = (Strategy.FUSED,) + (() if EXECUTOR == "sanitizer" else (Strategy.PACK,))
 
 
 class Block(nn.Module):
@@ -61,7 +64,7 @@ def masks(model: nn.Module, step: int) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("strategy", [Strategy.FUSED, Strategy.PACK], ids=lambda s: s.name)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: s.name)
 def test_training_equals_the_dense_one_with_its_frozen_rows_put_back(strategy, layout, device):
     assert dispatch.backend_for("cuda") == "triton"
     plain = network().double()
