@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -48,3 +50,35 @@ def test_a_forced_backend_that_cannot_serve_raises(monkeypatch):
         dispatch.backend_for("meta")
     with oracle.forced_backend("cudnn"), pytest.raises(ValueError, match="got 'cudnn'"):
         dispatch.backend_for("cpu")
+
+
+OVERRUN = """
+import sys
+import torch
+import neq_kernels as neq
+from neq_kernels import dispatch
+from neq_kernels.problem import Strategy
+
+torch.set_num_threads(1)
+last = {"memory_format": torch.channels_last}
+transposed = sys.argv[1] == "transposed"
+channels = neq.ActiveChannels(8)
+channels.set([1, 2])
+weight = torch.randn(8, 8 if transposed else 4, 1, 1).contiguous(**last).requires_grad_()
+arguments = {"transposed": True, "output_padding": 1} if transposed else {"groups": 2}
+with dispatch.forced_strategy(Strategy.PACK):
+    for _ in range(300):
+        x = torch.randn(3, 8, 10, 10).contiguous(**last)
+        neq.functional.conv(x, weight, None, channels, stride=2, **arguments).sum().backward()
+"""
+
+
+@pytest.mark.parametrize("kind", ["grouped", "transposed"])
+@pytest.mark.parametrize("backend", ["aten", "cpu"])
+def test_packing_makes_no_convolution_that_corrupts_the_heap(backend, kind):
+    """As a plain convolution the only live group, 4 input channels, aborts in oneDNN; a transposed
+    one does with 4 packed output channels."""
+    environment = os.environ | {dispatch.ENVIRONMENT_VARIABLE: backend}
+    command = [sys.executable, "-c", OVERRUN, kind]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -6,6 +6,7 @@ Works on every device and needs no compiler. The primitives at the top have fast
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Protocol, cast
@@ -22,6 +23,7 @@ _ROWS = NeuronLayout()
 # product after the other, with up to 30 times the error of the rest (float32, 100,000 products).
 _ROWS_AT_A_TIME = 4
 
+_INPUTS_OF_A_BLOCK = 8
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -36,7 +38,19 @@ def strategies(problem: Problem) -> tuple[Strategy, ...]:
     g = problem.geometry
     # The rows of a grouped transposed weight are no plain block.
     packs = g is None or g.groups == 1 or not g.transposed
+    packs = packs and not _overruns(problem)
     return (Strategy.DENSE, Strategy.PACK) if packs else (Strategy.DENSE,)
+
+
+def _overruns(problem: Problem) -> bool:
+    """Whether packing could make a convolution for which oneDNN's ``jit_1x1:avx2`` writes past its
+    buffer and corrupts the heap (seen in PyTorch 2.14): strided, pointwise, not grouped, channels
+    last, fewer input channels than a block of its, one thread. Packing leaves out groups; where the
+    convolution is transposed dY takes the place of the input."""
+    g = problem.geometry
+    if g is None or math.prod(problem.weight_size[2:]) > 1 or max(g.stride) == 1:
+        return False
+    return g.transposed or problem.weight_size[1] < _INPUTS_OF_A_BLOCK
 
 
 # --- primitives --------------------------------------------------------------------------------

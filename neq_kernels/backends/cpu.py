@@ -50,12 +50,11 @@ def capability() -> str:
 
 def strategies(problem: Problem) -> tuple[Strategy, ...]:
     """The strategies that can serve."""
-    if problem.is_depthwise:
-        return Strategy.DENSE, Strategy.PACK, Strategy.FUSED
-    usable = list(aten.strategies(problem))
-    if (problem.geometry is None or problem.is_plain_conv2d) and problem.dtype in _FUSED_DTYPES:
-        usable.append(Strategy.FUSED)
-    return tuple(usable)
+    usable = aten.strategies(problem)
+    is_plain = problem.geometry is None or problem.is_plain_conv2d
+    if problem.is_depthwise or (is_plain and problem.dtype in _FUSED_DTYPES):
+        return *usable, Strategy.FUSED
+    return usable
 
 
 def linear_call(
