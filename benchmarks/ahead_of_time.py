@@ -112,6 +112,8 @@ def _source(launch: Launch) -> ASTSource:
         if isinstance(value, Tensor):
             signature[name] = _POINTERS[value.dtype]
             attributes[(i,)] = [["tt.divisibility", _ALIGNED]]
+        elif isinstance(value, float) and not parameter.is_constexpr:
+            signature[name] = "fp32"
         elif parameter.is_constexpr or (special and value == 1):
             signature[name] = "constexpr"
             constants[name] = value

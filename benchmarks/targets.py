@@ -1,8 +1,9 @@
 """Every Triton kernel, compiled for GPUs that are not there: what the compiler made of it.
 
-Nothing is timed. A kernel fails that spills registers, or that multiplies matrices without a
-tensor core; the main loop's share of tensor-core instructions stands beside that of a plain dense
-product of the same tile.
+Nothing is timed. A kernel fails that spills registers, needs more shared memory than there is, or
+multiplies matrices without a tensor core; the main loop's share of tensor-core instructions stands
+beside that of a plain dense product of the same tile. (A product whose operand is gathered has more
+to do in its main loop.)
 
 >>> python -m benchmarks.targets
 >>> python -m benchmarks.targets --targets sm_90 --publish    # the table of benchmarks/results
@@ -15,8 +16,10 @@ import functools
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 import triton
@@ -26,10 +29,9 @@ from benchmarks import console
 from benchmarks.ahead_of_time import TARGETS, Compiled, Launch, compile_for, recorded
 from benchmarks.dense_product import product
 from benchmarks.record import Record, Row
-from neq_kernels.backends.triton.conv_wgrad import conv_wgrad
+from neq_kernels.backends.triton import conv_wgrad, linear_wgrad
 from neq_kernels.backends.triton.depthwise_wgrad import depthwise_wgrad
 from neq_kernels.backends.triton.gather import gather, scatter
-from neq_kernels.backends.triton.linear_wgrad import linear_wgrad
 from neq_kernels.backends.triton.similarity import channel_similarity
 from neq_kernels.backends.triton.tiles import Tiles
 from neq_kernels.problem import ConvGeometry
@@ -38,7 +40,14 @@ RESULTS = Path(__file__).parent / "results" / "targets.csv"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Active channels: one tile of rows each way that tiles are chosen.
 ACTIVE = (8, 32, 64, 512)
-LEAST_SHARE = 0.9  # of the dense product's
+# Bytes of shared memory that one program may have.
+MOST_SHARED = {
+    "sm_80": 163 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "gfx942": 64 << 10,
+    "gfx1100": 64 << 10,
+}
 COLUMNS = (
     ("kernel", -34),
     ("case", -26),
@@ -55,28 +64,24 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Case:
-    """A call whose launches are compiled; ``tiles``, ``dtype`` and ``gathers`` (in its main loop)
-    say what to compare a product of matrices with."""
+    """A call whose launches are compiled."""
 
     name: str
     dtype: torch.dtype
     call: Callable[[], object]
-    tiles: Tiles | None = None
-    gathers: bool = False
+    multiplies: bool = False
 
 
 def cases() -> Iterator[Case]:
     """All kernels, with every tile and dtype they are launched with."""
     for dtype in DTYPES:
         for n in ACTIVE:
-            tiles = Tiles.of(n, 1024)
             for splits in (1, 8):
                 yield Case(
                     f"linear n={n} splits={splits}",
                     dtype,
                     lambda n=n, dtype=dtype, splits=splits: _linear(n, dtype, splits),
-                    tiles,
-                    gathers=True,
+                    multiplies=True,
                 )
             for layout in (torch.contiguous_format, torch.channels_last):
                 name = "nhwc" if layout == torch.channels_last else "nchw"
@@ -84,8 +89,7 @@ def cases() -> Iterator[Case]:
                     f"conv {name} n={n}",
                     dtype,
                     lambda n=n, dtype=dtype, layout=layout: _conv(n, dtype, layout),
-                    tiles,
-                    gathers=True,
+                    multiplies=True,
                 )
         for layout in (torch.contiguous_format, torch.channels_last):
             name = "nhwc" if layout == torch.channels_last else "nchw"
@@ -107,7 +111,7 @@ def _selection(k: int) -> tuple[Tensor, Tensor]:
 
 def _linear(n: int, dtype: torch.dtype, splits: int) -> None:
     dy, x, weight = (_meta(*s, dtype=dtype) for s in ((4096, 1024), (4096, 1024), (1024, 1024)))
-    linear_wgrad(dy, x, weight, *_selection(1024), n, True, splits=splits)
+    linear_wgrad.linear_wgrad(dy, x, weight, *_selection(1024), n, True, splits=splits)
 
 
 def _images(dtype: torch.dtype, layout: torch.memory_format, *shape: int) -> Tensor:
@@ -118,7 +122,7 @@ def _conv(n: int, dtype: torch.dtype, layout: torch.memory_format) -> None:
     dy, x = (_images(dtype, layout, 16, 512, 28, 28) for _ in range(2))
     weight = _images(dtype, layout, 512, 512, 3, 3)
     geometry = ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
-    conv_wgrad(dy, x, weight, geometry, *_selection(512), n, True)
+    conv_wgrad.conv_wgrad(dy, x, weight, geometry, *_selection(512), n, True)
 
 
 def _depthwise(dtype: torch.dtype, layout: torch.memory_format) -> None:
@@ -141,14 +145,23 @@ def _scatter(dtype: torch.dtype) -> None:
     scatter(rows, out, _selection(1024)[0], 256)
 
 
+@contextmanager
+def _chosen_for(target: str) -> Iterator[None]:
+    """Tiles and precision are those for this target."""
+    with ExitStack() as stack:
+        for module in (linear_wgrad, conv_wgrad):
+            stack.enter_context(mock.patch.object(module, "architecture", lambda _: target))
+        yield
+
+
 def rows(targets: Sequence[str]) -> Iterator[Row]:
     """One row per kernel, case and target; the same compilation appears once."""
     seen: set[tuple[str, ...]] = set()
     for case in cases():
-        with recorded() as launches:
-            case.call()
-        for launch in launches:
-            for target in targets:
+        for target in targets:
+            with _chosen_for(target), recorded() as launches:
+                case.call()
+            for launch in launches:
                 key = (target, str(launch))
                 if key not in seen:
                     seen.add(key)
@@ -167,26 +180,33 @@ def _row(case: Case, launch: Launch, target: str) -> Row:
     except Exception as error:  # whatever the compiler has to say belongs into the table
         return about | {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
     row = about | asdict(compiled)
-    multiplies = case.tiles is not None and launch.name == "wgrad_kernel"
     fails = []
     if compiled.spills:
         fails.append("spills")
-    if multiplies:
-        assert case.tiles is not None
-        plain = _dense(case.tiles, case.dtype, target)
+    if compiled.shared > MOST_SHARED[target]:
+        fails.append("shared memory")
+    if case.multiplies and launch.name == "wgrad_kernel":
+        plain = _dense(_tiles_of(launch), case.dtype, launch.arguments["PRECISION"], target)
         row["share"] = compiled.tensor_core / max(1, compiled.loop)
         row["dense_share"] = plain.tensor_core / max(1, plain.loop)
         if plain.tensor_core and not compiled.tensor_core:
             fails.append("no tensor core")
-        if not case.gathers and row["share"] < LEAST_SHARE * row["dense_share"]:
-            fails.append("main loop")
     return row | {"fails": ", ".join(fails)}
 
 
+def _tiles_of(launch: Launch) -> Tiles:
+    sizes = {name: v for name, v in launch.arguments.items() if name.startswith("BLOCK_")}
+    block_t = sizes["BLOCK_T"] if "BLOCK_T" in sizes else sizes["BLOCK_P"] * sizes["BLOCK_Q"]
+    options = launch.options
+    return Tiles(
+        sizes["BLOCK_N"], sizes["BLOCK_C"], block_t, options["num_warps"], options["num_stages"]
+    )
+
+
 @functools.cache
-def _dense(tiles: Tiles, dtype: torch.dtype, target: str) -> Compiled:
+def _dense(tiles: Tiles, dtype: torch.dtype, how: str, target: str) -> Compiled:
     with recorded() as launches:
-        product(*(_meta(4096, 1024, dtype=dtype) for _ in range(2)), tiles, "ieee")
+        product(*(_meta(4096, 1024, dtype=dtype) for _ in range(2)), tiles, how)
     return compile_for(launches[0], TARGETS[target])
 
 

@@ -41,3 +41,27 @@ def test_every_case_launches_kernels():
         "scatter_kernel",
         "similarity_kernel",
     }
+
+
+GATED = {"linear n=32 splits=8", "conv nhwc n=8", "depthwise nchw", "gather transposed"}
+
+
+@pytest.mark.parametrize("target", ahead_of_time.TARGETS)
+def test_kernels_multiply_in_tensor_cores_without_spills(target, monkeypatch):
+    chosen = [c for c in targets.cases() if c.dtype == torch.bfloat16 and c.name in GATED]
+    monkeypatch.setattr(targets, "cases", lambda: chosen)
+    rows = list(targets.rows([target]))
+    assert len(rows) >= len(GATED)
+    assert [row for row in rows if row.get("error") or row["fails"]] == []
+    shares = [row["share"] for row in rows if "share" in row]
+    assert len(shares) == 2
+    assert min(shares) > 0
+
+
+def test_a_kernel_that_spills_fails(monkeypatch):
+    large = Tiles(256, 256, 16, 1, 1)
+    monkeypatch.setattr(targets.linear_wgrad.Tiles, "of", lambda *_, **__: large)
+    chosen = [c for c in targets.cases() if c.name == "linear n=512 splits=1"][:1]
+    monkeypatch.setattr(targets, "cases", lambda: chosen)
+    (row,) = targets.rows(["sm_80"])
+    assert "spills" in row["fails"]

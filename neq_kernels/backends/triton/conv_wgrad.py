@@ -14,8 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from neq_kernels.backends.triton.linear_wgrad import add_parts
-from neq_kernels.backends.triton.tiles import Tiles, is_wide, precision, splits_for
+from neq_kernels.backends.triton.linear_wgrad import add_parts, linear_wgrad
+from neq_kernels.backends.triton.tiles import (
+    Tiles,
+    architecture,
+    is_wide,
+    precision,
+    splits_for,
+)
 from neq_kernels.problem import ConvGeometry
 
 
@@ -41,7 +47,7 @@ def wgrad_kernel(
     count,
     out,
     bias_out,
-    t,
+    images,
     k,
     per_group,
     c,
@@ -59,7 +65,7 @@ def wgrad_kernel(
     x_w,
     out_c,
     out_tap,
-    t_per_split,
+    tiles_per_split,
     KERNEL_W: tl.constexpr,
     TAPS: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -76,9 +82,12 @@ def wgrad_kernel(
     WIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
 ):
-    """``c``: input channels of a group. ``DIRECT``: there is one part and ``out`` is the gradient,
+    """A step of the reduction is a rectangle of output pixels, so that only scalars are divided.
+
+    ``c``: input channels of a group. ``DIRECT``: there is one part and ``out`` is the gradient,
     zeros included; else ``out`` is ``[splits, k, ...]`` in float32, active rows first."""
     tiles_n, tiles_c = tl.cdiv(per_group, BLOCK_N), tl.cdiv(c, BLOCK_C)
     tile = tl.program_id(0)
@@ -86,7 +95,7 @@ def wgrad_kernel(
     tap = tile // tiles_c % TAPS
     pn = tile // (tiles_c * TAPS) % tiles_n
     group = tile // (tiles_c * TAPS * tiles_n)
-    split = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(1)
     n = tl.load(count)
     # The active neurons of a group are neighbours in order, and so are its frozen ones.
     start, active = n * 0, n
@@ -95,82 +104,73 @@ def wgrad_kernel(
         active = first_at_least(order, n, (group + 1) * per_group) - start
     rn = pn * BLOCK_N + tl.arange(0, BLOCK_N)
     rc = pc * BLOCK_C + tl.arange(0, BLOCK_C)
-    rt = tl.arange(0, BLOCK_T)
+    pixel = tl.arange(0, BLOCK_P * BLOCK_Q)
+    rp, rq = pixel // BLOCK_Q, pixel % BLOCK_Q
     is_neuron, is_active, is_channel = rn < per_group, rn < active, rc < c
     slot = tl.where(is_active, start + rn, n + group * per_group - start + rn - active)
     neurons = tl.load(order + slot, mask=is_neuron, other=0)
-    # Masked lanes too get an address that exists: an asynchronous copy may touch it.
     features = tl.where(is_active, neurons, 0)
-    channels = group * c + tl.where(is_channel, rc, 0)
+    channels = group * c + rc
     if WIDE:
-        features, channels = features * dy_k, channels.to(tl.int64) * x_c
+        channels, rp_at, rq_at = channels.to(tl.int64), rp.to(tl.int64), rq.to(tl.int64)
     else:
-        features, channels = features.to(tl.int32) * dy_k, channels * x_c
+        features, rp_at, rq_at = features.to(tl.int32), rp, rq
+    features, channels = features * dy_k, channels * x_c
     tap_h, tap_w = tap // KERNEL_W * DILATION_H - PADDING_H, tap % KERNEL_W * DILATION_W - PADDING_W
+    at_dy = rp_at * dy_p + rq_at * dy_q
+    at_x = rp_at * STRIDE_H * x_h + rq_at * STRIDE_W * x_w
+    if CHANNELS_INSIDE:
+        at_dy = at_dy[:, None] + features[None, :]
+        at_x = at_x[:, None] + channels[None, :]
+        sums = tl.zeros((BLOCK_P * BLOCK_Q, BLOCK_N), tl.float32)
+    else:
+        at_dy = features[:, None] + at_dy[None, :]
+        at_x = channels[:, None] + at_x[None, :]
+        sums = tl.zeros((BLOCK_N, BLOCK_P * BLOCK_Q), tl.float32)
 
-    first = split * t_per_split
-    last = tl.minimum(first + t_per_split, t)
+    tiles_p, tiles_q = tl.cdiv(out_height, BLOCK_P), tl.cdiv(out_width, BLOCK_Q)
+    first = split * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, images * tiles_p * tiles_q)
     if pn * BLOCK_N >= active:
         last = first
     acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    sums = tl.zeros((BLOCK_N,), tl.float32)
-    pixels = out_height * out_width
-    for at in range(first, last, BLOCK_T):
-        is_position = at + rt < last
-        position = tl.where(is_position, at + rt, first)
-        image = position // pixels
-        pixel = (position % pixels).to(tl.int32)
-        p, q = pixel // out_width, pixel % out_width
+    for at in range(first, last):
+        image = (at // (tiles_p * tiles_q)).to(tl.int64)
+        p, q = at // tiles_q % tiles_p * BLOCK_P, at % tiles_q * BLOCK_Q
         h, w = p * STRIDE_H + tap_h, q * STRIDE_W + tap_w
-        is_inside = is_position & (h >= 0) & (h < height) & (w >= 0) & (w < width)
-        h, w = tl.where(is_inside, h, 0), tl.where(is_inside, w, 0)
-        if WIDE:
-            at_dy = image * dy_n + p.to(tl.int64) * dy_p + q * dy_q
-            at_x = image * x_n + h.to(tl.int64) * x_h + w * x_w
-        else:
-            at_dy = image.to(tl.int32) * dy_n + p * dy_p + q * dy_q
-            at_x = image.to(tl.int32) * x_n + h * x_h + w * x_w
+        from_dy = dy + (image * dy_n + p.to(tl.int64) * dy_p + q * dy_q)
+        from_x = x + (image * x_n + h.to(tl.int64) * x_h + w * x_w)
+        h, w = h + rp * STRIDE_H, w + rq * STRIDE_W
+        is_pixel = (p + rp < out_height) & (q + rq < out_width)
+        is_inside = is_pixel & (h >= 0) & (h < height) & (w >= 0) & (w < width)
         if CHANNELS_INSIDE:
-            a = tl.trans(
-                tl.load(
-                    dy + at_dy[:, None] + features[None, :],
-                    mask=is_position[:, None] & is_active[None, :],
-                    other=0.0,
-                )
-            )
-            b = tl.load(
-                x + at_x[:, None] + channels[None, :],
-                mask=is_inside[:, None] & is_channel[None, :],
-                other=0.0,
-            )
+            is_dy = is_pixel[:, None] & is_active[None, :]
+            grad = tl.load(from_dy + at_dy, mask=is_dy, other=0.0)
+            is_x = is_inside[:, None] & is_channel[None, :]
+            inputs = tl.load(from_x + at_x, mask=is_x, other=0.0)
+            acc = tl.dot(tl.trans(grad), inputs, acc, input_precision=PRECISION)
         else:
-            a = tl.load(
-                dy + features[:, None] + at_dy[None, :],
-                mask=is_active[:, None] & is_position[None, :],
-                other=0.0,
-            )
-            b = tl.trans(
-                tl.load(
-                    x + channels[:, None] + at_x[None, :],
-                    mask=is_channel[:, None] & is_inside[None, :],
-                    other=0.0,
-                )
-            )
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            is_dy = is_active[:, None] & is_pixel[None, :]
+            grad = tl.load(from_dy + at_dy, mask=is_dy, other=0.0)
+            is_x = is_channel[:, None] & is_inside[None, :]
+            inputs = tl.load(from_x + at_x, mask=is_x, other=0.0)
+            acc = tl.dot(grad, tl.trans(inputs), acc, input_precision=PRECISION)
         if WITH_BIAS:
-            sums += tl.sum(a.to(tl.float32), axis=1)
+            sums += grad.to(tl.float32)
+    bias = tl.sum(sums, axis=0 if CHANNELS_INSIDE else 1)
     row_size = c * TAPS
     columns = rc * out_c + tap * out_tap
     if DIRECT:
         to = out + neurons[:, None] * row_size + columns[None, :]
         tl.store(to, acc.to(out.dtype.element_ty), mask=is_neuron[:, None] & is_channel[None, :])
         if WITH_BIAS and pc == 0 and tap == 0:
-            tl.store(bias_out + neurons, sums.to(bias_out.dtype.element_ty), mask=is_neuron)
+            tl.store(bias_out + neurons, bias.to(bias_out.dtype.element_ty), mask=is_neuron)
     else:
-        to = out + (split * k + slot)[:, None] * row_size + columns[None, :]
+        slot += split.to(tl.int64) * k
+        to = out + slot[:, None] * row_size + columns[None, :]
         tl.store(to, acc, mask=is_active[:, None] & is_channel[None, :])
         if WITH_BIAS and pc == 0 and tap == 0:
-            tl.store(bias_out + split * k + slot, sums, mask=is_active)
+            tl.store(bias_out + slot, bias, mask=is_active)
 
 
 def conv_wgrad(
@@ -197,13 +197,37 @@ def conv_wgrad(
         order, count, n, want_bias, splits, tiles: as for ``linear_wgrad``.
     """
     k, c, kernel_h, kernel_w = weight.shape
+    taps, groups = kernel_h * kernel_w, geometry.groups
+    if taps == 1 and max(geometry.stride) == 1 and max(geometry.padding) == 0:
+        dy, x = (_rows_of_pixels(t) for t in (grad_output, input))
+        if groups == 1 and dy is not None and x is not None:
+            grad, grad_bias = linear_wgrad(
+                dy,
+                x,
+                weight.flatten(1),
+                order,
+                count,
+                n,
+                want_bias,
+                splits=splits,
+                tiles=tiles,
+                operation="conv",
+            )
+            return grad.as_strided(weight.shape, weight.stride()), grad_bias
+        # As one row of pixels no step of the reduction is cut short at the end of a row.
+        grad_output, input = (t.flatten(2).unsqueeze(2) for t in (grad_output, input))
     images, _, out_height, out_width = grad_output.shape
-    taps, t = kernel_h * kernel_w, images * out_height * out_width
-    groups = geometry.groups
     per_group = k // groups
-    tiles = tiles or Tiles.of(min(n, per_group), c)
-    splits = splits or splits_for(tiles, n, c * taps, t, input.device)
-    t_per_split = max(1, -(-t // (splits * tiles.block_t))) * tiles.block_t
+    arch = architecture(input.device)
+    how = precision("conv", input.dtype, arch)
+    scattered = input.stride(1) != 1
+    tiles = tiles or Tiles.of(min(n, per_group), c, input.dtype, how, arch, scattered=scattered)
+    block_q = min(tiles.block_t, triton.next_power_of_2(out_width))
+    block_p = tiles.block_t // block_q
+    total = images * -(-out_height // block_p) * -(-out_width // block_q)
+    splits = splits or splits_for(tiles, n, c * taps, total * tiles.block_t, input.device)
+    tiles_per_split = -(-total // splits)
+    splits = -(-total // tiles_per_split)
     direct = splits == 1
     last = not weight.is_contiguous()
     grad_weight = torch.empty_like(weight)
@@ -220,7 +244,7 @@ def conv_wgrad(
         count,
         out,
         out if bias_out is None else bias_out,
-        t,
+        images,
         k,
         per_group,
         c,
@@ -230,7 +254,7 @@ def conv_wgrad(
         *grad_output.stride(),
         *input.stride(),
         *((1, c) if last else (taps, 1)),
-        t_per_split,
+        tiles_per_split,
         KERNEL_W=kernel_w,
         TAPS=taps,
         STRIDE_H=geometry.stride[0],
@@ -240,17 +264,24 @@ def conv_wgrad(
         DILATION_H=geometry.dilation[0],
         DILATION_W=geometry.dilation[1],
         GROUPED=groups > 1,
-        CHANNELS_INSIDE=input.stride(1) == 1,
+        CHANNELS_INSIDE=not scattered,
         DIRECT=direct,
         WITH_BIAS=want_bias,
-        PRECISION=precision("conv"),
+        PRECISION=how,
         WIDE=is_wide(grad_output, input),
         BLOCK_N=tiles.block_n,
         BLOCK_C=tiles.block_c,
-        BLOCK_T=tiles.block_t,
+        BLOCK_P=block_p,
+        BLOCK_Q=block_q,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
     if not direct:
         add_parts(out, bias_out, order, count, grad_weight, grad_bias)
     return grad_weight, grad_bias
+
+
+def _rows_of_pixels(images: Tensor) -> Tensor | None:
+    """``[N * H * W, C]``, a view; None where the pixels do not lie one after the other."""
+    pixels = images.movedim(1, -1)
+    return pixels.flatten(0, -2) if pixels.is_contiguous() else None

@@ -1,7 +1,8 @@
 """Weight and bias gradients of a depthwise convolution's active channels.
 
 Every output channel reads one input channel, so there is no product of matrices: each program sums
-all taps of a few channels over a part of the positions.
+one row of taps of a few channels over a part of the pixels, in a tile of its own registers that is
+added up at the end.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from neq_kernels.backends.triton.linear_wgrad import add_parts
 from neq_kernels.backends.triton.tiles import is_wide, processors
 from neq_kernels.problem import ConvGeometry
 
-BLOCK_N, BLOCK_T = 16, 128
+BLOCK_N, _TILE = 16, 2048
 _PROGRAMS_EACH = 4
 
 
@@ -27,7 +28,7 @@ def wgrad_kernel(
     count,
     out,
     bias_out,
-    t,
+    images,
     k,
     per_input,
     height,
@@ -42,10 +43,9 @@ def wgrad_kernel(
     x_c,
     x_h,
     x_w,
-    t_per_split,
+    tiles_per_split,
     KERNEL_W: tl.constexpr,
-    TAPS: tl.constexpr,
-    TAPS_POWER: tl.constexpr,
+    KERNEL_H: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr,
@@ -55,65 +55,70 @@ def wgrad_kernel(
     CHANNELS_INSIDE: tl.constexpr,
     WITH_BIAS: tl.constexpr,
     WIDE: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
 ):
-    """``out``: float32 ``[splits, k, TAPS]``, of which the first ``count`` rows are written."""
-    pn, split = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """``out``: float32 ``[splits, k, taps]``, of which the first ``count`` rows are written."""
+    pn, tap_row = tl.program_id(0) // KERNEL_H, tl.program_id(0) % KERNEL_H
+    split = tl.program_id(1)
     n = tl.load(count)
     if pn * BLOCK_N >= n:
         return
     rn = pn * BLOCK_N + tl.arange(0, BLOCK_N)
-    rt = tl.arange(0, BLOCK_T)
-    taps = tl.arange(0, TAPS_POWER)
+    pixel = tl.arange(0, BLOCK_P * BLOCK_Q)
+    rp, rq = pixel // BLOCK_Q, pixel % BLOCK_Q
     is_active = rn < n
     neurons = tl.load(order + rn, mask=is_active, other=0)
-    if not WIDE:
+    rp_at, rq_at = rp, rq
+    if WIDE:
+        rp_at, rq_at = rp.to(tl.int64), rq.to(tl.int64)
+    else:
         neurons = neurons.to(tl.int32)
     features, channels = neurons * dy_k, neurons // per_input * x_c
+    # What lies innermost in memory is the last dimension of a tile.
     along: tl.constexpr = 0 if CHANNELS_INSIDE else 1
     across: tl.constexpr = 1 - along
-    features, channels = tl.expand_dims(features, along), tl.expand_dims(channels, along)
+    at_dy = rp_at * dy_p + rq_at * dy_q
+    at_x = rp_at * STRIDE_H * x_h + rq_at * STRIDE_W * x_w
+    at_dy = tl.expand_dims(features, along) + tl.expand_dims(at_dy, across)
+    at_x = tl.expand_dims(channels, along) + tl.expand_dims(at_x, across)
+    rw = tl.arange(0, BLOCK_W)
+    at_x = at_x[None, :, :] + (rw * DILATION_W * x_w)[:, None, None]
     active = tl.expand_dims(is_active, along)
+    tap_h = tap_row * DILATION_H - PADDING_H
 
-    first = split * t_per_split
-    last = tl.minimum(first + t_per_split, t)
-    acc = tl.zeros((BLOCK_N, TAPS_POWER), tl.float32)
-    sums = tl.zeros((BLOCK_N,), tl.float32)
-    pixels = out_height * out_width
-    for at in range(first, last, BLOCK_T):
-        is_position = at + rt < last
-        position = tl.where(is_position, at + rt, first)
-        image = position // pixels
-        pixel = (position % pixels).to(tl.int32)
-        p, q = pixel // out_width, pixel % out_width
-        if WIDE:
-            at_image, row = image, p.to(tl.int64)
-        else:
-            at_image, row = image.to(tl.int32), p
-        at_dy = tl.expand_dims(at_image * dy_n + row * dy_p + q * dy_q, across)
-        grad = tl.load(
-            dy + features + at_dy, mask=active & tl.expand_dims(is_position, across), other=0.0
-        ).to(tl.float32)
+    tiles_p, tiles_q = tl.cdiv(out_height, BLOCK_P), tl.cdiv(out_width, BLOCK_Q)
+    first = split * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, images * tiles_p * tiles_q)
+    acc = tl.zeros(at_x.shape, tl.float32)
+    sums = tl.zeros(at_dy.shape, tl.float32)
+    for at in range(first, last):
+        image = (at // (tiles_p * tiles_q)).to(tl.int64)
+        p, q = at // tiles_q % tiles_p * BLOCK_P, at % tiles_q * BLOCK_Q
+        h, w = p * STRIDE_H + tap_h, q * STRIDE_W - PADDING_W
+        from_dy = dy + (image * dy_n + p.to(tl.int64) * dy_p + q * dy_q)
+        from_x = x + (image * x_n + h.to(tl.int64) * x_h + w * x_w)
+        is_pixel = (p + rp < out_height) & (q + rq < out_width)
+        is_dy = active & tl.expand_dims(is_pixel, across)
+        grad = tl.load(from_dy + at_dy, mask=is_dy, other=0.0).to(tl.float32)
+        h = h + rp * STRIDE_H
+        w = (w + rq * STRIDE_W)[None, :] + (rw * DILATION_W)[:, None]
+        is_inside = (is_pixel & (h >= 0) & (h < height))[None, :] & (w >= 0) & (w < width)
+        is_inside = is_inside & (rw < KERNEL_W)[:, None]
+        is_x = tl.expand_dims(is_inside, across + 1) & active[None, :, :]
+        inputs = tl.load(from_x + at_x, mask=is_x, other=0.0).to(tl.float32)
+        # A NaN of a position outside the input must not reach the sum.
+        acc += tl.where(is_x, grad[None, :, :] * inputs, 0.0)
         if WITH_BIAS:
-            sums += tl.sum(grad, axis=along)
-        for tap in tl.static_range(TAPS):
-            h = p * STRIDE_H + (tap // KERNEL_W * DILATION_H - PADDING_H)
-            w = q * STRIDE_W + (tap % KERNEL_W * DILATION_W - PADDING_W)
-            is_inside = is_position & (h >= 0) & (h < height) & (w >= 0) & (w < width)
-            h, w = tl.where(is_inside, h, 0), tl.where(is_inside, w, 0)
-            row = h.to(tl.int64) if WIDE else h
-            at_x = tl.expand_dims(at_image * x_n + row * x_h + w * x_w, across)
-            inputs = tl.load(
-                x + channels + at_x, mask=active & tl.expand_dims(is_inside, across), other=0.0
-            ).to(tl.float32)
-            # A NaN of a position outside the input must not reach the sum.
-            products = tl.where(tl.expand_dims(is_inside, across), grad * inputs, 0.0)
-            acc += tl.where((taps == tap)[None, :], tl.sum(products, axis=along)[:, None], 0.0)
-    to = out + (split * k + rn)[:, None] * TAPS + taps[None, :]
-    tl.store(to, acc, mask=is_active[:, None] & (taps < TAPS)[None, :])
-    if WITH_BIAS:
-        tl.store(bias_out + split * k + rn, sums, mask=is_active)
+            sums += grad
+    rows = split.to(tl.int64) * k + rn
+    to = out + rows[None, :] * (KERNEL_H * KERNEL_W) + (tap_row * KERNEL_W + rw)[:, None]
+    mask = is_active[None, :] & (rw < KERNEL_W)[:, None]
+    tl.store(to, tl.sum(acc, axis=along + 1), mask=mask)
+    if WITH_BIAS and tap_row == 0:
+        tl.store(bias_out + rows, tl.sum(sums, axis=along), mask=is_active)
 
 
 def depthwise_wgrad(
@@ -139,24 +144,30 @@ def depthwise_wgrad(
     """
     k, _, kernel_h, kernel_w = weight.shape
     images, _, out_height, out_width = grad_output.shape
-    taps, t = kernel_h * kernel_w, images * out_height * out_width
+    taps = kernel_h * kernel_w
+    block_w = triton.next_power_of_2(kernel_w)
+    block_t = max(1, _TILE // (BLOCK_N * block_w))
+    block_q = min(block_t, triton.next_power_of_2(out_width))
+    block_p = block_t // block_q
+    total = images * -(-out_height // block_p) * -(-out_width // block_q)
     tiles_n = -(-k // BLOCK_N)
     if splits is None:
         programs = _PROGRAMS_EACH * processors(input.device)
-        splits = max(1, min(programs // -(-max(1, n) // BLOCK_N), -(-t // (4 * BLOCK_T))))
-    t_per_split = max(1, -(-t // (splits * BLOCK_T))) * BLOCK_T
+        splits = max(1, min(programs // (-(-max(1, n) // BLOCK_N) * kernel_h), -(-total // 4)))
+    tiles_per_split = -(-total // splits)
+    splits = -(-total // tiles_per_split)
     out = torch.empty((splits, k, taps), dtype=torch.float32, device=weight.device)
     bias_out = out.new_empty((splits, k)) if want_bias else None
     grad_weight = torch.empty_like(weight)
     grad_bias = weight.new_empty(k) if want_bias else None
-    wgrad_kernel[(tiles_n, splits)](
+    wgrad_kernel[(tiles_n * kernel_h, splits)](
         grad_output,
         input,
         order,
         count,
         out,
         out if bias_out is None else bias_out,
-        t,
+        images,
         k,
         k // input.shape[1],
         *input.shape[2:],
@@ -164,10 +175,9 @@ def depthwise_wgrad(
         out_width,
         *grad_output.stride(),
         *input.stride(),
-        t_per_split,
+        tiles_per_split,
         KERNEL_W=kernel_w,
-        TAPS=taps,
-        TAPS_POWER=triton.next_power_of_2(taps),
+        KERNEL_H=kernel_h,
         STRIDE_H=geometry.stride[0],
         STRIDE_W=geometry.stride[1],
         PADDING_H=geometry.padding[0],
@@ -177,8 +187,10 @@ def depthwise_wgrad(
         CHANNELS_INSIDE=input.stride(1) == 1,
         WITH_BIAS=want_bias,
         WIDE=is_wide(grad_output, input),
+        BLOCK_W=block_w,
         BLOCK_N=BLOCK_N,
-        BLOCK_T=BLOCK_T,
+        BLOCK_P=block_p,
+        BLOCK_Q=block_q,
     )
     add_parts(out, bias_out, order, count, grad_weight, grad_bias)
     return grad_weight, grad_bias

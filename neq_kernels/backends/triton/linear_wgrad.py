@@ -12,7 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from neq_kernels.backends.triton.tiles import Tiles, is_wide, precision, splits_for
+from neq_kernels.backends.triton.tiles import (
+    Operation,
+    Tiles,
+    architecture,
+    is_wide,
+    precision,
+    splits_for,
+)
 
 
 @triton.jit
@@ -53,44 +60,40 @@ def wgrad_kernel(
     is_active = rn < n
     is_column = rc < c
     neurons = tl.load(order + rn, mask=rn < k, other=0)
-    # Masked lanes too get an address that exists: an asynchronous copy may touch it.
     features = tl.where(is_active, neurons, 0)
     features = (features if WIDE else features.to(tl.int32)) * stride_dy_n
-    columns = tl.where(is_column, rc, 0)
 
     first = split * t_per_split
     last = tl.minimum(first + t_per_split, t)
     if pn * BLOCK_N >= n:
         last = first
+    dy += first * stride_dy_t
+    x += first * stride_x_t
+    at_dy = (rt * stride_dy_t)[:, None] + features[None, :]
+    at_x = (rt * stride_x_t)[:, None] + rc[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    sums = tl.zeros((BLOCK_N,), tl.float32)
+    sums = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for at in range(first, last, BLOCK_T):
-        is_row = at + rt < last
-        rows = tl.where(is_row, rt, 0)
-        a = tl.load(
-            dy + at * stride_dy_t + features[:, None] + (rows * stride_dy_t)[None, :],
-            mask=is_active[:, None] & is_row[None, :],
-            other=0.0,
-        )
-        b = tl.load(
-            x + at * stride_x_t + (rows * stride_x_t)[:, None] + columns[None, :],
-            mask=is_row[:, None] & is_column[None, :],
-            other=0.0,
-        )
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        is_row = (at + rt < last)[:, None]
+        a = tl.load(dy + at_dy, mask=is_row & is_active[None, :], other=0.0)
+        b = tl.load(x + at_x, mask=is_row & is_column[None, :], other=0.0)
+        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
         if WITH_BIAS:
-            sums += tl.sum(a.to(tl.float32), axis=1)
+            sums += a.to(tl.float32)
+        dy += BLOCK_T * stride_dy_t
+        x += BLOCK_T * stride_x_t
+    bias = tl.sum(sums, axis=0)
     if DIRECT:
         is_written = (rn < k)[:, None] & is_column[None, :]
-        to = out + neurons[:, None] * c + columns[None, :]
+        to = out + neurons[:, None] * c + rc[None, :]
         tl.store(to, acc.to(out.dtype.element_ty), mask=is_written)
         if WITH_BIAS and pc == 0:
-            tl.store(bias_out + neurons, sums.to(bias_out.dtype.element_ty), mask=rn < k)
+            tl.store(bias_out + neurons, bias.to(bias_out.dtype.element_ty), mask=rn < k)
     else:
-        to = out + split * k * c + (rn.to(tl.int64) * c)[:, None] + columns[None, :]
+        to = out + split * k * c + (rn.to(tl.int64) * c)[:, None] + rc[None, :]
         tl.store(to, acc, mask=is_active[:, None] & is_column[None, :])
         if WITH_BIAS and pc == 0:
-            tl.store(bias_out + split * k + rn, sums, mask=is_active)
+            tl.store(bias_out + split * k + rn, bias, mask=is_active)
 
 
 @triton.jit
@@ -144,6 +147,7 @@ def linear_wgrad(
     *,
     splits: int | None = None,
     tiles: Tiles | None = None,
+    operation: Operation = "matmul",
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients like ``weight`` and its bias, exact zeros in the rows of frozen features.
 
@@ -158,6 +162,7 @@ def linear_wgrad(
         want_bias: whether the second gradient is computed.
         splits: parts of the reduction; None: as many as fill the device.
         tiles: None: by shape.
+        operation: whose precision of float32 products applies.
 
     Returns:
         ``[K, C]`` and ``[K]``, of ``weight``'s dtype. The bits follow from the arguments alone.
@@ -166,7 +171,9 @@ def linear_wgrad(
     k = len(order)
     if input.stride(1) != 1:
         input = input.contiguous()
-    tiles = tiles or Tiles.of(n, c)
+    arch = architecture(input.device)
+    how = precision(operation, input.dtype, arch)
+    tiles = tiles or Tiles.of(n, c, input.dtype, how, arch)
     splits = splits or splits_for(tiles, n, c, t, input.device)
     t_per_split = -(-t // splits)
     t_per_split = max(1, -(-t_per_split // tiles.block_t)) * tiles.block_t
@@ -194,7 +201,7 @@ def linear_wgrad(
         t_per_split,
         DIRECT=direct,
         WITH_BIAS=want_bias,
-        PRECISION=precision("matmul"),
+        PRECISION=how,
         WIDE=is_wide(grad_output),
         BLOCK_N=tiles.block_n,
         BLOCK_C=tiles.block_c,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+Operation = Literal["matmul", "conv"]
+
 # Where nobody can be asked (no GPU): an H100's.
-_PROCESSORS = 132
+_ARCHITECTURE, _PROCESSORS = "sm_90", 132
 # Programs that each processor is to get, so that the last ones finish together.
 _WAVES = 2
 # No part of a reduction is to be shorter than this many tiles: each part is written and read again.
@@ -28,14 +30,31 @@ class Tiles:
     stages: int
 
     @classmethod
-    def of(cls, n: int, c: int) -> Tiles:
-        """For n active neurons with c weights each."""
+    def of(
+        cls, n: int, c: int, dtype: torch.dtype, how: str, arch: str, *, scattered: bool = False
+    ) -> Tiles:
+        """For n active neurons with c weights each: as large as registers allow.
+
+        Args:
+            dtype: of the operands.
+            how: they are multiplied, see ``precision``.
+            arch: of the GPU, see ``architecture``.
+            scattered: neighbours of neither operand lie side by side in memory: every element has
+                an address of its own, in a register.
+        """
+        is_amd, is_rdna = arch.startswith("gfx"), arch.startswith("gfx1")
+        most = 128 >> ((dtype == torch.float32) + scattered + is_rdna)
         block_n = 16
-        while block_n < min(n, 128):
+        while block_n < min(n, most):
             block_n *= 2
+        if dtype == torch.float32 and how == "ieee":  # no tensor core: threads hold operands
+            return cls(block_n, 64, 16, 8 if block_n == 64 else 4, 1 if is_amd else 3)
+        if scattered:
+            return cls(block_n, 64, 32, 4, 2)
         block_c = 64 if c <= 64 else 128
-        large = block_n * block_c >= 64 * 128
-        return cls(block_n, block_c, 32 if large else 64, 8 if large else 4, 3)
+        block_t = 64 if block_n == 16 else 32
+        warps = 8 if block_n * block_c >= 64 * 128 else 4
+        return cls(block_n, block_c, block_t, warps, 2 if is_amd else 3)
 
 
 def splits_for(tiles: Tiles, n: int, c: int, t: int, device: torch.device) -> int:
@@ -54,6 +73,17 @@ def processors(device: torch.device) -> int:
     return _PROCESSORS
 
 
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """Of the GPU, as compilers call it: ``"sm_90"``, ``"gfx942"``."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return _ARCHITECTURE
+    if torch.version.hip is not None:
+        name: str = torch.cuda.get_device_properties(device).gcnArchName
+        return name.partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
 def is_wide(*tensors: Tensor) -> bool:
     """Whether elements of a tensor lie further apart than 32 bits can say: offsets of 64 bits take
     twice the registers."""
@@ -64,8 +94,11 @@ def is_wide(*tensors: Tensor) -> bool:
     )
 
 
-def precision(operation: str) -> str:
-    """Of products of float32 in a ``"matmul"`` or a ``"conv"``: what PyTorch is allowed there."""
+def precision(operation: Operation, dtype: torch.dtype, arch: str) -> str:
+    """Of products: ``"tf32"`` where they are of float32, PyTorch allows it in this operation and
+    the GPU has it, else ``"ieee"``."""
     backends: Any = torch.backends
     setting = backends.cuda.matmul if operation == "matmul" else backends.cudnn.conv
-    return "tf32" if setting.fp32_precision == "tf32" else "ieee"
+    has_it = not arch.startswith("gfx") or arch.startswith("gfx9")
+    allowed = dtype == torch.float32 and setting.fp32_precision == "tf32"
+    return "tf32" if allowed and has_it else "ieee"
