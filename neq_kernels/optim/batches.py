@@ -1,4 +1,4 @@
-"""The row steps of many parameters as few calls: one C++ call for all that it can serve."""
+"""The row steps of many parameters as few calls: one of a backend for all that it can serve."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from neq_kernels.backends import cpu
 from neq_kernels.channels import NeuronLayout
 from neq_kernels.optim import rows
 
@@ -23,7 +22,7 @@ class RowStep(NamedTuple):
         order: the active neurons first.
         n: how many are active.
         layout: where a neuron lies in ``parameter``.
-        module: whose row function serves, ``backends.cpu`` or ``optim.rows``.
+        module: whose row function serves: ``optim.rows`` or a backend (many parameters in a call).
     """
 
     parameter: Tensor
@@ -35,9 +34,10 @@ class RowStep(NamedTuple):
 
 
 class _Batch:
-    """Steps of parameters of one dtype, as the lists that ``backends.cpu`` takes."""
+    """Steps of parameters of one dtype on one device, as the lists that backends take."""
 
     def __init__(self, steps: list[RowStep]) -> None:
+        self._module = steps[0].module
         self._parameters = [step.parameter for step in steps]
         # State that is missing for one is missing for all.
         self._state = [
@@ -50,7 +50,7 @@ class _Batch:
 
     def run(self, function: str, flags: dict[str, Any]) -> None:
         grads = [p.grad for p in self._parameters]
-        step = getattr(cpu, function)
+        step = getattr(self._module, function)
         step(self._parameters, grads, *self._state, self._orders, self._n, self._blocks, **flags)
 
 
@@ -67,11 +67,11 @@ class Batches:
         self._single: list[RowStep] = []
         alike: dict[object, list[RowStep]] = {}
         for step in steps:
-            if step.module is cpu:
-                missing = tuple(tensor is None for tensor in step.state)
-                alike.setdefault((step.parameter.dtype, missing), []).append(step)
-            else:
+            if step.module is rows:
                 self._single.append(step)
+            else:
+                p, missing = step.parameter, tuple(tensor is None for tensor in step.state)
+                alike.setdefault((step.module, p.dtype, p.device, missing), []).append(step)
         self._batches = [_Batch(some) for some in alike.values()]
 
     def run(self, flags: dict[str, Any]) -> None:
@@ -101,5 +101,5 @@ class ScalarSteps:
 
 def _blocks(layout: NeuronLayout, parameter: Tensor) -> tuple[int, int, int, int]:
     blocks = layout.blocks(parameter)
-    assert blocks is not None, "backends.cpu was chosen for a memory format it cannot serve"
+    assert blocks is not None, "a backend was chosen for a memory format it cannot serve"
     return blocks

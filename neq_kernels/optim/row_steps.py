@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from neq_kernels import dispatch
-from neq_kernels.backends import cpu
+from neq_kernels.backends import cpu, triton
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.optim import rows
 from neq_kernels.optim.batches import Batches, RowStep, ScalarSteps
@@ -312,20 +312,18 @@ def parameter_refusal(p: Parameter) -> str | None:
 
 
 def _kernels(tensors: list[Tensor], layout: NeuronLayout) -> ModuleType:
-    """The C++ row steps where they can serve, else the ones in plain torch."""
+    """The row steps of the device's backend where they can serve, else the ones in plain torch."""
     first = tensors[0]
-    if (
-        first.device.type == "cpu"
-        and first.dtype in _CPU_DTYPES
-        and dispatch.backend_for("cpu") == "cpu"
-        and all(
-            t.device == first.device and t.dtype == first.dtype and _lie_alike(t, first)
-            for t in tensors
-        )
-        and (first.is_contiguous() or layout.blocks(first) is not None)
+    if not all(
+        t.device == first.device and t.dtype == first.dtype and _lie_alike(t, first)
+        for t in tensors
     ):
-        return cpu
-    return rows
+        return rows
+    kind = first.device.type
+    backend = dispatch.backend_for(kind)
+    if backend == "cpu" and kind == "cpu" and first.dtype in _CPU_DTYPES:
+        return cpu if layout.blocks(first) is not None else rows
+    return triton if backend == "triton" and triton.steps_rows(first, layout) else rows
 
 
 def _lie_alike(a: Tensor, b: Tensor) -> bool:

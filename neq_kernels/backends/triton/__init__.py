@@ -1,4 +1,5 @@
-"""Triton kernels for GPUs: own products where few rows are active, gathers for the library's.
+"""Triton kernels for GPUs: own products where few rows are active, gathers for the library's, steps
+of optimizers.
 
 Compiled and executed without a GPU by the tests; not yet run on one, so they have to be asked for.
 With ``TRITON_INTERPRET=1`` they serve CPU tensors, by Triton's own interpreter, very slowly.
@@ -11,6 +12,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from neq_kernels.problem import ConvGeometry, Problem, Strategy
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LEAST_CAPABILITY = (8, 0)  # asynchronous copies and bfloat16
+_MOST_WEIGHTS_OF_A_NEURON = 2**27  # what a program has is numbered in 32 bits
 
 
 @functools.cache
@@ -176,3 +179,28 @@ def channel_similarity(a: Tensor, b: Tensor, dim: int) -> Tensor:
     from neq_kernels.backends.triton.similarity import channel_similarity as similarity
 
     return similarity(a, b, dim)
+
+
+def steps_rows(parameter: Tensor, layout: NeuronLayout) -> bool:
+    """Whether the row steps serve this parameter; gradient and state have to lie as it does."""
+    blocks = layout.blocks(parameter)
+    return (
+        parameter.device.type == ("cpu" if interpreted() else "cuda")
+        and parameter.dtype in _DTYPES
+        and blocks is not None
+        and blocks[1] * blocks[3] < _MOST_WEIGHTS_OF_A_NEURON
+    )
+
+
+def sgd_rows_(*tensors: Sequence[Any], **settings: Any) -> None:
+    """``cpu.sgd_rows_``, of parameters on one device; arguments are not checked."""
+    from neq_kernels.backends.triton import row_steps
+
+    row_steps.sgd_rows_(*tensors, **settings)
+
+
+def adam_rows_(*tensors: Sequence[Any], **settings: Any) -> None:
+    """``cpu.adam_rows_``, of parameters on one device; arguments are not checked."""
+    from neq_kernels.backends.triton import row_steps
+
+    row_steps.adam_rows_(*tensors, **settings)

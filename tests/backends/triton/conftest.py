@@ -1,4 +1,5 @@
-"""The kernels need a GPU, or one of the executors that ``tests/backends/test_triton.py`` starts."""
+"""What executes the kernels, an emulator or a GPU, has to be named, as
+``tests/backends/test_triton.py`` and ``benchmarks/gpu_checks.py`` do."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import torch
 
 from tests.backends.triton.cases import EXECUTOR
 
-collect_ignore_glob = [] if EXECUTOR or torch.cuda.is_available() else ["test_*.py"]
+collect_ignore_glob = [] if EXECUTOR else ["test_*.py"]
 
 
 @pytest.fixture
@@ -20,8 +21,22 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def _full_precision() -> Iterator[None]:
-    """By default PyTorch allows TF32 in convolutions."""
-    setting = torch.backends.cudnn.conv
-    before, setting.fp32_precision = setting.fp32_precision, "ieee"
+    """By default PyTorch allows TF32 in convolutions; an environment may allow it in products."""
+    settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
     yield
-    setting.fp32_precision = before
+    for setting, value in zip(settings, before, strict=True):
+        setting.fp32_precision = value
+
+
+@pytest.fixture(autouse=True)
+def _prepared_sanitizer() -> Iterator[None]:
+    if EXECUTOR == "sanitizer":
+        from tests.backends.triton.sanitizer import prepared_sanitizer
+
+        with prepared_sanitizer():
+            yield
+    else:
+        yield

@@ -1,0 +1,353 @@
+"""SGD and Adam steps of active neurons, against the row steps in plain torch in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from neq_kernels.backends import triton
+from neq_kernels.backends.triton import row_steps
+from neq_kernels.channels import WHOLE_PARAMETER, ActiveChannels, NeuronLayout
+from neq_kernels.optim import attach, rows
+from neq_kernels.optim import row_steps as attached
+from tests.backends.arrange import arranged, assert_as_precise_as_torch, bits
+from tests.backends.arrange import random as randoms
+from tests.backends.triton.cases import DTYPES, channels
+from tests.optim.nets import make_net, random_masks, set_gradients
+
+SGD_FLAGS = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.0}
+SGD_FLAGS |= {"nesterov": False, "maximize": False}
+ADAM_FLAGS = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+ADAM_FLAGS |= {"decoupled": False, "maximize": False}
+
+ROWS, TRANSPOSED, GROUPED = NeuronLayout(), NeuronLayout(1, 1), NeuronLayout(3, 1)
+PARAMETERS = [
+    ((700,), ROWS, "contiguous"),  # more neurons than one program takes
+    ((4, 3, 3, 3), ROWS, "contiguous"),
+    ((5, 3, 2, 3), ROWS, "channels_last"),
+    ((3, 528), ROWS, "contiguous"),  # in pieces of 16 bytes
+    ((2, 1040), ROWS, "contiguous"),  # more of them than one tile takes
+    ((2, 528), ROWS, "shifted"),
+    ((2, 525), ROWS, "contiguous"),
+    ((5, 12, 2, 2), TRANSPOSED, "contiguous"),
+    ((5, 12, 2, 2), TRANSPOSED, "channels_last"),
+    ((5, 3, 4, 4), TRANSPOSED, "contiguous"),  # in pieces, but not in one place
+    ((6, 3, 3), GROUPED, "contiguous"),
+    ((6, 3, 3, 2), GROUPED, "channels_last"),
+    ((20, 30), WHOLE_PARAMETER, "contiguous"),
+    ((), WHOLE_PARAMETER, "contiguous"),
+    ((0, 4), TRANSPOSED, "contiguous"),
+]
+MASKS = ("none", "one", "all", "random")
+
+
+def placed(tensor: Tensor, kind: str, device: str) -> Tensor:
+    if kind != "shifted":
+        return arranged(tensor, kind).to(device)
+    room = torch.zeros(tensor.numel() + 1, dtype=tensor.dtype, device=device)
+    return room[1:].view(tensor.shape).copy_(tensor)
+
+
+class Case:
+    """A parameter with gradient, state and counts, and its active neurons."""
+
+    def __init__(self, i: int, dtype: torch.dtype, device: str, mask: str = "random") -> None:
+        shape, self.layout, kind = PARAMETERS[i]
+        tensors = [placed(randoms(shape, 10 * i + j, dtype), kind, device) for j in range(5)]
+        self.param, self.grad, self.first, self.second, self.largest = tensors
+        self.second.abs_()
+        self.largest.abs_()
+        k = self.layout.n_neurons(self.param)
+        self.steps = (torch.arange(k) % 4 * (1 + 400 * i)).to(device)
+        self.channels = channels(k, mask)
+        self.order, self.n = self.channels.order(device), self.channels.n_active
+        self.blocks = self.layout.blocks(self.param)
+
+    def copy(self, dtype: torch.dtype | None = None) -> Case:
+        twin = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                floating = value.is_floating_point()
+                setattr(twin, name, value.to(dtype if floating else None, copy=True))
+        return twin
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.param, self.grad, self.first, self.second, self.largest
+
+    def plain_step(self, function: str, state: tuple[str | None, ...], flags: dict) -> None:
+        given = (name and getattr(self, name) for name in state)
+        where = self.order, self.n, self.layout
+        getattr(rows, function)(self.param, self.grad, *given, *where, **flags)
+
+
+def step_together(
+    cases: list[Case], function: str, state: tuple[str | None, ...], flags: dict
+) -> None:
+    names = ("param", "grad", *state, "order", "n")
+    lists = [[getattr(case, name) for case in cases] if name else [] for name in names]
+    getattr(triton, function)(*lists, [i for case in cases for i in case.blocks], **flags)
+
+
+def assert_steps(
+    cases: list[Case], function: str, state: tuple[str | None, ...], flags: dict
+) -> None:
+    """One call for all is every parameter's own plain step; frozen neurons keep their bits."""
+    ours = [case.copy() for case in cases]
+    step_together(ours, function, state, flags)
+    for case, mine in zip(cases, ours, strict=True):
+        torchs, exact = case.copy(), case.copy(torch.float64)
+        for other in (torchs, exact):
+            other.plain_step(function, state, flags)
+        assert torch.equal(mine.steps, exact.steps)
+        active, frozen = (
+            some.to(mine.order) for some in (case.channels.active, case.channels.frozen)
+        )
+        of = case.layout.gather
+        for old, new, low, high in zip(
+            *(c.tensors() for c in (case, mine, torchs, exact)), strict=True
+        ):
+            assert torch.equal(bits(of(new, frozen)), bits(of(old, frozen)))
+            assert_as_precise_as_torch(of(new, active), of(low, active), of(high, active))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Name, arguments and keyword arguments of every launch."""
+    seen = []
+
+    class Recorder:
+        def __init__(self, name):
+            self.name, self.kernel = name, getattr(row_steps, name)
+
+        def __getitem__(self, grid):
+            def launch(*args, **kwargs):
+                seen.append((self.kernel, args, kwargs))
+                self.kernel[grid](*args, **kwargs)
+
+            return launch
+
+    for name in ("sgd_kernel", "adam_kernel"):
+        monkeypatch.setattr(row_steps, name, Recorder(name))
+    return seen
+
+
+def all_cases(dtype: torch.dtype, device: str, mask: str = "random") -> list[Case]:
+    return [Case(i, dtype, device, mask) for i in range(len(PARAMETERS))]
+
+
+MOMENTUM, COUNTED = ("first", None), ("first", "steps")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+def test_sgd(mask, dtype, device):
+    flags = {**SGD_FLAGS, "dampening": 0.3, "weight_decay": 0.1}
+    assert_steps(all_cases(dtype, device, mask), "sgd_rows_", COUNTED, flags)
+
+
+@pytest.mark.parametrize(
+    ("state", "flags"),
+    [
+        ((None, None), {"momentum": 0.0}),
+        ((None, None), {"momentum": 0.0, "weight_decay": 0.1, "maximize": True}),
+        (MOMENTUM, {}),
+        (MOMENTUM, {"dampening": 0.4, "weight_decay": 0.1, "maximize": True}),
+        (MOMENTUM, {"nesterov": True, "weight_decay": 0.1}),
+        (COUNTED, {"dampening": 0.4, "maximize": True}),
+        (COUNTED, {"lr": 1.0, "momentum": 1.0}),
+    ],
+    ids=str,
+)
+def test_flags_of_sgd(state, flags, device):
+    assert_steps(all_cases(torch.float32, device), "sgd_rows_", state, {**SGD_FLAGS, **flags})
+
+
+ADAM, AMSGRAD = ("first", "second", None, "steps"), ("first", "second", "largest", "steps")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+def test_adam(mask, dtype, device):
+    flags = {**ADAM_FLAGS, "weight_decay": 0.1, "decoupled": True}
+    assert_steps(all_cases(dtype, device, mask), "adam_rows_", AMSGRAD, flags)
+
+
+@pytest.mark.parametrize(
+    ("state", "flags"),
+    [
+        (ADAM, {}),
+        (ADAM, {"weight_decay": 0.1, "maximize": True}),
+        (ADAM, {"weight_decay": 0.1, "decoupled": True, "eps": 1e-3}),
+        (AMSGRAD, {"weight_decay": 0.1}),
+        (AMSGRAD, {"beta1": 0.0, "beta2": 0.5, "lr": 1.0}),
+    ],
+    ids=str,
+)
+def test_flags_of_adam(state, flags, device):
+    assert_steps(all_cases(torch.float32, device), "adam_rows_", state, {**ADAM_FLAGS, **flags})
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999, 0.99999])
+def test_bias_corrections_keep_their_digits(beta, device):
+    """With everything else 0 a first gradient moves a weight by the two corrections alone."""
+    before = torch.tensor([0, 1, 2, 5, 9, 99, 999, 10_000, 10**6, 2**31 + 7])
+    k = len(before)
+    order = torch.arange(k).to(device)
+    param, grad, m, v, steps = (
+        *(torch.full((k,), value).to(device) for value in (0.0, 1.0, 0.0, 0.0)),
+        before.to(device, copy=True),
+    )
+    flags = {**ADAM_FLAGS, "beta1": beta, "beta2": beta, "eps": 1e-30, "lr": 1.0}
+    lists = ([t] for t in (param, grad, m, v))
+    triton.adam_rows_(*lists, [], [steps], [order], [k], (1, 1, k, 1), **flags)
+    log = torch.log(torch.tensor(beta, dtype=torch.float64))
+    exact = -((1 - beta) / -torch.expm1((before.double() + 1) * log)).sqrt()
+    error = (param.double().cpu() / exact - 1).abs().max()
+    assert error < 1e-6
+    assert torch.equal(steps.cpu(), before + 1)
+
+
+def test_nan_in_frozen_neurons_stays_there(device):
+    cases = all_cases(torch.float32, device)
+    for case in cases:
+        for tensor in case.tensors():
+            case.layout.fill_(tensor, case.channels.frozen.to(device), torch.nan)
+    step_together(cases, "sgd_rows_", COUNTED, SGD_FLAGS)
+    step_together(cases, "adam_rows_", AMSGRAD, ADAM_FLAGS)
+    for case in cases:
+        for tensor in case.tensors():
+            assert case.layout.gather(tensor, case.channels.active.to(device)).isfinite().all()
+            assert case.layout.gather(tensor, case.channels.frozen.to(device)).isnan().all()
+
+
+def test_a_first_step_ignores_what_the_buffer_held(device):
+    cases = [Case(i, torch.float32, device, "all") for i in (1, 3)]
+    for case in cases:
+        case.first[(case.steps == 0)] = torch.nan
+    step_together(cases, "sgd_rows_", COUNTED, {**SGD_FLAGS, "dampening": 0.5})
+    assert all(t.isfinite().all() for case in cases for t in case.tensors())
+
+
+@pytest.mark.parametrize(
+    ("function", "state", "flags"),
+    [("sgd_rows_", MOMENTUM, SGD_FLAGS), ("adam_rows_", ADAM, ADAM_FLAGS)],
+    ids=["sgd", "adam"],
+)
+def test_a_step_makes_saved_tensors_stale(function, state, flags, device):
+    case = Case(1, torch.float32, device, "all")
+    weight = case.param.requires_grad_()
+    loss = (weight * weight).sum()
+    with torch.no_grad():
+        step_together([case], function, state, flags)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_all_parameters_take_one_launch_and_no_copy_is_made_twice(launches, device):
+    cases = all_cases(torch.float32, device)
+    for _ in range(2):
+        step_together(cases, "sgd_rows_", COUNTED, SGD_FLAGS)
+        step_together(cases, "adam_rows_", AMSGRAD, ADAM_FLAGS)
+    assert len(launches) == 4
+    for first, again in ((0, 2), (1, 3)):
+        for before, now in zip(launches[first][1][:2], launches[again][1][:2], strict=True):
+            assert before is now
+
+
+def test_nothing_is_compiled_anew_for_other_masks_settings_and_parameters(launches, device):
+    for mask, n_parameters in (("all", 1), ("one", 2), ("random", 16)):
+        for lr in (0.1, 1.0, 16.0):
+            flags = {"lr": lr, "weight_decay": lr}
+            few = [Case(1 + i % 3, torch.float32, device, mask) for i in range(n_parameters)]
+            step_together(few, "sgd_rows_", COUNTED, {**SGD_FLAGS, **flags, "maximize": lr > 1})
+            step_together(few, "adam_rows_", AMSGRAD, {**ADAM_FLAGS, **flags, "decoupled": lr > 1})
+    assert len(launches) == 18
+    assert len({specialization(*launch) for launch in launches}) == 2
+
+
+def specialization(kernel, args, kwargs) -> str:
+    """What Triton compiles a kernel for."""
+    compilable = kernel
+    if not isinstance(kernel, JITFunction):  # the interpreter's
+        compilable = JITFunction(kernel.fn, do_not_specialize=kernel.kwargs["do_not_specialize"])
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(compilable.signature, compilable.params, backend)
+    _, special, _ = bind(*args, **kwargs)
+    return f"{compilable.__name__} {special}"
+
+
+OPTIMIZERS = {
+    "SGD": lambda ps: SGD(ps, lr=0.05, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "dampened SGD": lambda ps: SGD(ps, lr=0.05, momentum=0.9, dampening=0.3, maximize=True),
+    "Adam": lambda ps: Adam(ps, lr=0.05, weight_decay=0.1, betas=(0.8, 0.97), amsgrad=True),
+    "AdamW": lambda ps: AdamW(ps, lr=0.05, weight_decay=0.1, betas=(0.8, 0.97)),
+}
+
+
+def run(make, dtype, channels_last, frozen_state, device):
+    net = make_net(dtype, channels_last).to(device)
+    optimizer = make(net.parameters())
+    attach(optimizer, net, frozen_state)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)
+    masks, numbers = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
+    for step in range(5):
+        if step != 2:
+            random_masks(net, masks)
+        set_gradients(net, numbers)
+        optimizer.step()
+        schedule.step()
+    state = optimizer.state_dict()["state"].values()
+    moments = [v for s in state for k, v in s.items() if isinstance(v, Tensor) and k != "step"]
+    counts = [s.get(key) for s in state for key in ("step", "neq_step")]
+    return [p.detach() for p in net.parameters()] + moments, counts
+
+
+@pytest.mark.parametrize("frozen_state", ["reset", "keep", "reference"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_attached_optimizers(name, channels_last, frozen_state, launches, device, monkeypatch):
+    make, settings = OPTIMIZERS[name], (channels_last, frozen_state)
+    with monkeypatch.context() as patch:
+        patch.setattr(rows, "sgd_rows_", None)
+        patch.setattr(rows, "adam_rows_", None)
+        ours, counts = run(make, torch.float32, *settings, device)
+    assert len(launches) == 5
+    monkeypatch.setattr(attached, "_kernels", lambda tensors, layout: rows)
+    torchs, _ = run(make, torch.float32, *settings, "cpu")
+    exact, expected_counts = run(make, torch.float64, *settings, "cpu")
+    assert counts == expected_counts
+    for mine, theirs, wanted in zip(ours, torchs, exact, strict=True):
+        assert_as_precise_as_torch(mine.cpu(), theirs, wanted)
+
+
+def test_what_cannot_be_served_is_left_to_plain_torch(device):
+    p = torch.zeros(4, 3, 2, 2).to(device)
+    assert attached._kernels([p, p.clone()], ROWS) is triton
+    assert attached._kernels([p.bfloat16()] * 2, ROWS) is triton
+    assert attached._kernels([p.double()] * 2, ROWS) is rows
+    assert attached._kernels([p.mT] * 2, ROWS) is rows
+    assert attached._kernels([p, p.bfloat16()], ROWS) is rows
+    vast = torch.zeros(1).to(device).expand(2, 2**27)
+    assert attached._kernels([vast] * 2, ROWS) is rows
+
+
+def test_nothing_active_takes_no_launch(launches, device):
+    step_together([Case(1, torch.float32, device, "none")], "adam_rows_", ADAM, ADAM_FLAGS)
+    assert not launches
+
+
+def test_a_changed_set_of_as_many_neurons_is_read_anew(device):
+    """Neither the address of ``order`` nor anything else in the tables changes."""
+    chosen = ActiveChannels(4)
+    for active in ([0, 1], [1, 3]):
+        chosen.set(active)
+        case = Case(1, torch.float32, device)
+        case.channels, case.order, case.n = chosen, chosen.order(device), 2
+        assert_steps([case], "adam_rows_", ADAM, ADAM_FLAGS)
