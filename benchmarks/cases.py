@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -22,14 +23,14 @@ N_BATCHES = 4
 SEED = 2022
 
 
-def mlp(num_classes: int = 10, in_channels: int = 1024) -> nn.Module:
-    """Four hidden layers of 1024."""
+def mlp(num_classes: int = 10, in_channels: int = 1024, width: int = 1024) -> nn.Module:
+    """Four hidden layers."""
     hidden = [
         layer
-        for features in (in_channels, 1024, 1024, 1024)
-        for layer in (nn.Linear(features, 1024), nn.ReLU())
+        for features in (in_channels, width, width, width)
+        for layer in (nn.Linear(features, width), nn.ReLU())
     ]
-    return nn.Sequential(*hidden, nn.Linear(1024, num_classes))
+    return nn.Sequential(*hidden, nn.Linear(width, num_classes))
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Case:
         images: per batch.
         shape: of one input.
         layouts: the memory formats that make a difference.
+        device: of the model and its batches.
+        autocast: the dtype that the forward is cast to, None without autocast.
     """
 
     name: str
@@ -50,12 +53,17 @@ class Case:
     classes: int = 10
     layouts: tuple[Layout, ...] = IMAGE_LAYOUTS
     options: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    autocast: torch.dtype | None = None
 
     def model(self, layout: Layout) -> nn.Module:
         """The same weights at every call; in training mode, but nothing is random in it."""
-        with torch.random.fork_rng(devices=[]):
+        on_gpu = self.device == "cuda"
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_gpu else []):
             torch.manual_seed(SEED)
-            model = self.build(self.classes, **self.options)
+            # Without a context for the CPU, a model may be built on ``meta``.
+            with torch.device(self.device) if on_gpu else nullcontext():
+                model = self.build(self.classes, **self.options)
         model.to(memory_format=FORMATS.get(layout, torch.preserve_format)).train()
         for module in model.modules():
             if type(module).__name__.endswith(("Dropout", "StochasticDepth")):
@@ -68,13 +76,20 @@ class Case:
         memory_format = FORMATS.get(layout, torch.contiguous_format)
         return [
             (
-                torch.randn(self.images, *self.shape, generator=generator).contiguous(
-                    memory_format=memory_format
-                ),
-                torch.randint(self.classes, (self.images,), generator=generator),
+                torch.randn(self.images, *self.shape, generator=generator)
+                .to(self.device)
+                .contiguous(memory_format=memory_format),
+                torch.randint(self.classes, (self.images,), generator=generator).to(self.device),
             )
             for _ in range(n)
         ]
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Of a forward, under autocast if the case asks for it."""
+        if self.autocast is None:
+            return loss(model, batch)
+        with torch.autocast(self.device, self.autocast):
+            return loss(model, batch)
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -136,3 +151,33 @@ CASES = {
         Case("mlp", mlp, 512, (1024,), layouts=("any",)),
     )
 }
+_ON_GPU: Mapping[str, Any] = {"device": "cuda", "autocast": torch.bfloat16}
+GPU_CASES = (
+    Case(
+        "resnet50",
+        _named("torchvision:resnet50"),
+        128,
+        (3, 224, 224),
+        1000,
+        layouts=("nhwc",),
+        **_ON_GPU,
+    ),
+    Case(
+        "mlp_4x4096",
+        mlp,
+        8192,
+        (4096,),
+        layouts=("any",),
+        options={"in_channels": 4096, "width": 4096},
+        **_ON_GPU,
+    ),
+    Case(
+        "vit_b_16",
+        _named("torchvision:vit_b_16"),
+        64,
+        (3, 224, 224),
+        1000,
+        layouts=("nchw",),
+        **_ON_GPU,
+    ),
+)

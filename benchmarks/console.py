@@ -12,7 +12,7 @@ import torch
 from benchmarks import allocator
 
 RED, PLAIN = "\x1b[31m", "\x1b[0m"
-WRONG_RESULT, USER_ERROR = 1, 2
+WRONG_RESULT, USER_ERROR, NO_GPU = 1, 2, 3
 
 
 class Table:

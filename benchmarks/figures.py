@@ -53,7 +53,7 @@ def kernel_speedups(rows: Sequence[Row], path: Path) -> None:
                     axis.plot(
                         *zip(*points, strict=True), line, marker="o", ms=4, color=ink, label=name
                     )
-        _share_axis(axis, shares)
+        share_axis(axis, shares)
         axis.set_yscale("log", base=2)
         axis.set_title(title)
     axes[0].set_ylabel("times faster than dense")
@@ -155,6 +155,8 @@ def step_speedups(rows: Sequence[Row], path: Path) -> None:
         axis.plot(at, [row["bound_floor"] for row in ours], color=INK, lw=0.8, label="with floor")
         for provider, ink in (("peer1", PEER_COLOR), ("neq", COLORS["neq"])):
             drawn = sorted((r for r in here if r["provider"] == provider), key=lambda r: -r["r"])
+            if not drawn:
+                continue
             middle = [row["speedup_median"] for row in drawn]
             spread = [
                 [m - row["speedup_p20"] for m, row in zip(middle, drawn, strict=True)],
@@ -173,7 +175,7 @@ def step_speedups(rows: Sequence[Row], path: Path) -> None:
     _save(path)
 
 
-def _share_axis(axis: Axes, shares: Sequence[float]) -> None:
+def share_axis(axis: Axes, shares: Sequence[float]) -> None:
     axis.set_xscale("log")
     axis.invert_xaxis()
     axis.set_xticks(shares, [f"{share:g}" for share in shares])

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def measure(shape: Shape, options: Options, run: int) -> Iterator[Row]:
     """Rows of one shape. A provider whose gradient is wrong is not timed; its row says so."""
     problem = shape.problem
     grad_output, input, weight = contest.operands(problem)
-    exact = _exact(problem, grad_output, input, weight)
+    exact = exact_gradient(problem, grad_output, input, weight)
     k, done = problem.neurons, set()
     for share in options.shares:
         n = k if share == "1" else (1 if share == "1/K" else max(1, round(float(share) * k)))
@@ -58,15 +58,13 @@ def measure(shape: Shape, options: Options, run: int) -> Iterator[Row]:
             "run": run,
             "network": shape.network,
             "layer": shape.layer,
-            "kind": _kind(problem),
+            **description(problem),
             "layout": shape.layout,
-            "input": "x".join(map(str, problem.input_size)),
-            "weight": "x".join(map(str, problem.weight_size)),
             "share": share,
             "active": n,
             "channels": k,
         }
-        errors = _errors(calls, exact, channels)
+        errors = errors_over_dense(calls, exact, channels)
         right = {}
         for name, error in errors.items():
             most = MOST_ERROR if name.startswith(OURS) else MOST_ERROR_OF_PEERS
@@ -78,13 +76,9 @@ def measure(shape: Shape, options: Options, run: int) -> Iterator[Row]:
             problem, n, dispatch.backend_for("cpu"), torch.get_num_threads()
         )
         samples = contest.in_turns(right, options.seconds, least_rounds=5)
-        for name, seconds in samples.items():
+        for name in samples:
             row = {**about, "provider": name, "error_over_dense": errors[name]}
-            row |= _quantiles("seconds", seconds)
-            for other in (DENSE, PEER):
-                if other in samples and name != other:
-                    ratios = [a / b for a, b in zip(samples[other], seconds, strict=True)]
-                    row |= _quantiles(f"over_{other}", ratios)
+            row |= quantiles(name, samples)
             if name == OURS:
                 row["strategy"] = chosen.name.lower()
             yield row
@@ -104,7 +98,7 @@ def _providers(
         provider = peers.PROVIDERS[name]
         if provider.why_not(problem.geometry, weight) or (provider.contiguous and n > 1):
             continue  # a peer for neighbouring channels is no peer for these
-        calls[name] = _peer(provider, problem, grad_output, input, weight, active)
+        calls[name] = peer_call(provider, problem, grad_output, input, weight, active)
     calls[OURS] = _ours(problem, channels, grad_output, input, weight)
     backend = dispatch.backend_for("cpu")
     usable = dispatch.candidates(problem, backend)
@@ -120,7 +114,7 @@ def _providers(
     return calls
 
 
-def _peer(
+def peer_call(
     provider: peers.Provider,
     problem: Problem,
     grad_output: Tensor,
@@ -128,6 +122,7 @@ def _peer(
     weight: Tensor,
     active: Tensor,
 ) -> Callable[[], Tensor]:
+    """The weight gradient by a peer."""
     return lambda: provider.wgrad(problem.geometry, grad_output, input, weight, active, False)[0]
 
 
@@ -142,7 +137,7 @@ def _ours(
         replaced = dispatch.replaces_library(input, weight, geometry)
         call = dispatch.conv_call(input, weight, geometry, channels)
     if channels.n_active == len(channels) and not replaced:
-        return _peer(peers.DENSE, problem, grad_output, input, weight, channels.active)
+        return peer_call(peers.DENSE, problem, grad_output, input, weight, channels.active)
     if call is None:
         backend, n = dispatch.backend_for("cpu"), channels.n_active
         strategy = dispatch.strategy_for(problem, n, backend, torch.get_num_threads())
@@ -157,41 +152,63 @@ def _ours(
     return ours
 
 
-def _exact(problem: Problem, grad_output: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+def exact_gradient(problem: Problem, grad_output: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    """Of every row, in float64."""
     tensors = (t.double() for t in (grad_output, input, weight))
     everything = torch.arange(problem.neurons)
     return peers.dense(problem.geometry, *tensors, everything, False)[0]
 
 
-def _errors(
-    calls: dict[str, Callable[[], Tensor]], exact: Tensor, channels: ActiveChannels
+def errors_over_dense(
+    calls: Mapping[str, Callable[[], Tensor]], exact: Tensor, channels: ActiveChannels
 ) -> dict[str, float]:
     """Largest error of each provider, in multiples of the dense one's (and at least a rounding)."""
-    expected = exact.clone()
-    expected[channels.frozen] = 0
-    unit = float((calls[DENSE]().double() - exact).abs().max())
-    unit = max(unit, float(exact.abs().max()) * torch.finfo(torch.float32).eps)
-    errors = {}
-    for name, call in calls.items():
-        gradient = call().double()
-        rows = peers.PROVIDERS[name].rows if name in peers.PROVIDERS else "masked"
-        if rows == "active":
-            difference = gradient - exact[channels.active]
-        else:
-            difference = gradient - (exact if rows == "all" else expected)
-        errors[name] = float(difference.abs().max()) / unit
-    return errors
+    unit = unit_of_error(calls[DENSE](), exact)
+    return {
+        name: largest_error(name, call(), exact, channels) / unit for name, call in calls.items()
+    }
 
 
-def _kind(problem: Problem) -> str:
-    if problem.geometry is None:
-        return "linear"
-    return "depthwise" if problem.is_depthwise else "conv"
+def unit_of_error(
+    dense: Tensor, exact: Tensor, rounding: float = torch.finfo(torch.float32).eps
+) -> float:
+    """The dense gradient's largest error, but at least a rounding of its largest value."""
+    return max(float((dense.double() - exact).abs().max()), float(exact.abs().max()) * rounding)
 
 
-def _quantiles(name: str, samples: Sequence[float]) -> Row:
-    q = Quantiles.of(samples)
-    return {f"{name}_p20": q.p20, f"{name}_median": q.median, f"{name}_p80": q.p80}
+def largest_error(name: str, gradient: Tensor, exact: Tensor, channels: ActiveChannels) -> float:
+    """Of what the provider of this name computed."""
+    rows = peers.PROVIDERS[name].rows if name in peers.PROVIDERS else "masked"
+    if rows == "active":
+        exact = exact[channels.active]
+    elif rows == "masked":
+        exact = exact.clone()
+        exact[channels.frozen] = 0
+    return float((gradient.double() - exact).abs().max())
+
+
+def description(problem: Problem) -> Row:
+    """What kind of layer it is, and how large."""
+    kind = "depthwise" if problem.is_depthwise else "conv"
+    return {
+        "kind": "linear" if problem.geometry is None else kind,
+        "input": "x".join(map(str, problem.input_size)),
+        "weight": "x".join(map(str, problem.weight_size)),
+    }
+
+
+def quantiles(name: str, samples: Mapping[str, Sequence[float]]) -> Row:
+    """Of a provider's seconds, and of how many times faster it is than dense and the peer."""
+    figures = {"seconds": samples[name]}
+    for other in (DENSE, PEER):
+        if other in samples and name != other:
+            pairs = zip(samples[other], samples[name], strict=True)
+            figures[f"over_{other}"] = [a / b for a, b in pairs]
+    return {
+        f"{figure}_{level}": value
+        for figure, values in figures.items()
+        for level, value in asdict(Quantiles.of(values)).items()
+    }
 
 
 def _peak_flops() -> float:

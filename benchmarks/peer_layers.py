@@ -58,6 +58,7 @@ def set_active(model: nn.Module, masks: Mapping[str, Tensor], others: bool = Tru
         k = len(layer.weight)
         partly = 0 < len(active) < k
         layer.requires_grad_(len(active) > 0)
+        active = active.to(layer.weight.device)
         if isinstance(layer, (PeerLinear, _PeerConv)):
             layer.active = active if partly else None
         elif isinstance(layer, NORMS):
@@ -72,7 +73,7 @@ class PeerLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self.active is None:
             return super().forward(input)
-        out: Tensor = _LinearFunction.apply(input, self.weight, self.bias, self.active)
+        out: Tensor = _LinearFunction.apply(*_cast(input, self.weight, self.bias), self.active)
         return out
 
 
@@ -82,7 +83,8 @@ class _PeerConv(nn.modules.conv._ConvNd):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.active is None:
             return super()._conv_forward(input, weight, bias)
-        out: Tensor = _ConvFunction.apply(input, weight, bias, self.active, _geometry(self))
+        operands = _cast(input, weight, bias)
+        out: Tensor = _ConvFunction.apply(*operands, self.active, _geometry(self))
         return out
 
 
@@ -147,6 +149,15 @@ class _ConvFunction(torch.autograd.Function):
         return dx, *index_select(ctx.geometry, dy, x, weight, active, ctx.has_bias), None, None
 
 
+def _cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """As autocast does, but before what is saved for backward."""
+    device_type = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(None if t is None else t.to(dtype) for t in tensors)
+
+
 def _geometry(layer: Any) -> ConvGeometry:
     return ConvGeometry(
         layer.stride, layer.padding, layer.dilation, False, layer.output_padding, layer.groups
@@ -159,7 +170,8 @@ def _servable(layer: Any) -> bool:
 
 
 def _complement(active: Tensor, k: int) -> Tensor:
-    return torch.ones(k, dtype=torch.bool).index_fill_(0, active, False).nonzero().flatten()
+    frozen = torch.ones(k, dtype=torch.bool, device=active.device)
+    return frozen.index_fill_(0, active, False).nonzero().flatten()
 
 
 def _hook_norm(layer: nn.Module, frozen: Tensor | None) -> None:

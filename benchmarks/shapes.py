@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,22 @@ NAMES = (*(network.name for network in NETWORKS), LM_HEAD)
 # For the fit alone: what a call costs shows in layers that compute next to nothing.
 TINY = "tiny"
 QUICK = ("resnet32", "mobilenet_v3_small")
+
+_RESNET = Network("torchvision:resnet50", 64, 224)
+_CONVNEXT = Network("torchvision:convnext_tiny", 64, 224)
+_VIT = Network("torchvision:vit_b_16", 64, 224)
+# Of each kind of layer some, because a GPU is rented by the minute.
+GPU_LAYERS = (
+    (_RESNET, ("layer3.1.conv2", "layer3.1.conv3", "layer1.1.conv2")),
+    (_VIT, ("encoder.layers.encoder_layer_0.mlp.0", "encoder.layers.encoder_layer_0.mlp.3")),
+    (_CONVNEXT, ("features.5.1.block.0", "features.5.1.block.3", "features.3.1.block.0")),
+    (_RESNET, ("layer4.1.conv2", "layer3.1.conv1", "layer2.0.conv2", "layer4.0.downsample.0")),
+    (_RESNET, ("conv1",)),
+)
+GPU_FLOAT32_LAYERS = ((_RESNET, ("layer3.1.conv2",)), (_VIT, (GPU_LAYERS[1][1][0],)))
+TRANSFORMER = "transformer"
+# Of 8192 tokens, at a width of 4096.
+TRANSFORMER_LAYERS = {"mlp up": (8192, 4096, 16384), "mlp down": (8192, 16384, 4096)}
 
 
 @dataclass(frozen=True)
@@ -85,6 +102,23 @@ def shape_set(names: Sequence[str] = NAMES) -> list[Shape]:
     return list(distinct.values())
 
 
+def gpu_shapes() -> list[Shape]:
+    """Layers for a GPU, the most telling ones first: in bfloat16, a few in float32 too,
+    convolutions in both memory layouts."""
+    shapes = [
+        Shape(TRANSFORMER, layer, Problem((t, c), (k, c), None, False, torch.bfloat16))
+        for layer, (t, c, k) in TRANSFORMER_LAYERS.items()
+    ]
+    for dtype, chosen in ((torch.bfloat16, GPU_LAYERS), (torch.float32, GPU_FLOAT32_LAYERS)):
+        for network, layers in chosen:
+            for layer in layers:
+                problem = _layers(network)[layer]._replace(dtype=dtype)
+                for last in (False,) if problem.geometry is None else (True, False):
+                    one = problem._replace(channels_last=last)
+                    shapes.append(Shape(network.name, layer, one))
+    return shapes
+
+
 def problems_by_cell() -> dict[tuple[str, str, str], Problem]:
     """The whole set, and the layers for the fit, by network, layer and layout."""
     return {(s.network, s.layer, s.layout): s.problem for s in shape_set((*NAMES, TINY))}
@@ -104,6 +138,7 @@ def _tiny_layers() -> Iterator[tuple[str, Problem]]:
             )
 
 
+@functools.cache
 def _layers(network: Network) -> dict[str, Problem]:
     with torch.device("meta"):
         model = build(network.model, 1000 if ":" in network.model else 10, **dict(network.options))

@@ -27,8 +27,8 @@ from torch.optim import Optimizer
 
 import neq_kernels as neq
 from benchmarks import console, peer_layers
-from benchmarks.cases import CASES, Batch, Case, Layout, loss, random_masks, set_masks
-from benchmarks.gradients import differences
+from benchmarks.cases import CASES, Case, Layout, random_masks, set_masks
+from benchmarks.gradients import BFLOAT16, FLOAT32, Tolerance, differences
 from benchmarks.record import Record, Row
 from neq_kernels.layers import named_neuron_layers
 from neq_kernels.measure import StepShares, Variant, backward_shares, bound, flops, step_time
@@ -143,73 +143,102 @@ class Options:
 
 def rows(case: Case, layout: Layout, options: Options) -> Iterator[Row]:
     """The results of one model in one layout, provider by provider."""
-    make = OPTIMIZERS[options.optimizer]
-    batches = case.batches(layout)
-    dense, *others = PROVIDERS
-    plain, optimizer = dense.build(case.model(layout), make)
-    shares = backward_shares(plain, batches, loss, make, warmup=1, repeats=options.rounds_of_shares)
-    built = {dense.name: (plain, optimizer)}
-    built |= {provider.name: provider.build(case.model(layout), make) for provider in others}
-    products = [
-        name for name, layer in named_neuron_layers(built[OURS.name][0]) if not layer.is_norm
-    ]
-    passed = without_wgrads(case.model(layout), products)
-    learned = [p for p in passed.parameters() if p.requires_grad]
-    no_wgrad = Variant(NO_WGRAD, passed, loss, make(learned) if learned else None)
+    contest = Contest(case, layout, options)
     for r in options.shares:
-        about = {"model": case.name, "layout": layout, "r": r, "images": case.images}
-        masks = random_masks(built[OURS.name][0], r)
-        for provider in PROVIDERS:
-            provider.masks(built[provider.name][0], masks, r)
-        models = {name: model for name, (model, _) in built.items()}
-        wrong = differences(models, masks, batches[0], loss)
+        yield from contest.rows(r)
+
+
+class Contest:
+    """The providers of one model in one layout, built, and where the dense step's time goes.
+
+    Args:
+        providers: dense first; None: all.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        layout: Layout,
+        options: Options,
+        providers: Sequence[Provider] | None = None,
+    ) -> None:
+        self._case, self._layout, self._options = case, layout, options
+        self._providers = PROVIDERS if providers is None else providers
+        self._batches = case.batches(layout)
+        make = OPTIMIZERS[options.optimizer]
+        dense, *others = self._providers
+        plain, optimizer = dense.build(case.model(layout), make)
+        self._shares: StepShares = backward_shares(
+            plain, self._batches, case.loss, make, warmup=1, repeats=options.rounds_of_shares
+        )
+        self._built = {dense.name: (plain, optimizer)}
+        self._built |= {each.name: each.build(case.model(layout), make) for each in others}
+        products = [name for name, layer in named_neuron_layers(self._ours) if not layer.is_norm]
+        passed = without_wgrads(case.model(layout), products)
+        learned = [p for p in passed.parameters() if p.requires_grad]
+        self._no_wgrad = Variant(NO_WGRAD, passed, case.loss, make(learned) if learned else None)
+
+    @property
+    def _ours(self) -> nn.Module:
+        return self._built[OURS.name][0]
+
+    def rows(self, r: float) -> Iterator[Row]:
+        """With the share ``r`` of the channels active, provider by provider. What is wrong is not
+        timed."""
+        case = self._case
+        about = {"model": case.name, "layout": self._layout, "r": r, "images": case.images}
+        masks = random_masks(self._ours, r)
+        for provider in self._providers:
+            provider.masks(self._built[provider.name][0], masks, r)
+        models = {name: model for name, (model, _) in self._built.items()}
+        wrong = differences(
+            models, masks, self._batches[0], case.loss, tolerance=tolerance_of(case)
+        )
         if wrong:
             yield from (about | {"provider": name, "error": text} for name, text in wrong.items())
-            continue
-        yield from _timed(about, built, no_wgrad, batches, shares, options)
+        else:
+            yield from self._timed(about)
+
+    def _timed(self, about: Row) -> Iterator[Row]:
+        case, options, built, shares = self._case, self._options, self._built, self._shares
+        variants = [Variant(name, model, case.loss, opt) for name, (model, opt) in built.items()]
+        rounds = round(options.seconds / (shares.seconds.median * (len(variants) + 1)))
+        times = step_time(
+            [*variants, self._no_wgrad],
+            self._batches,
+            warmup=WARMUP,
+            repeats=min(max(rounds, LEAST_ROUNDS), MOST_ROUNDS),
+        )
+        dense = times[DENSE.name]
+        pairs = zip(dense.backward, times[NO_WGRAD].backward, strict=True)
+        wgrads = Quantiles.of([whole - passed for whole, passed in pairs])
+        phases = {phase: dense.quantiles(phase).median for phase in PHASES}
+        shares = shares.rescaled(dense.quantiles(), phases, wgrads.median)
+        now = flops.count(self._ours, self._batches[0][0][:1])
+        frozen = frozen_parameters(self._ours)
+        bounds: Row = {
+            "bound": bound(shares, now, frozen),
+            "bound_floor": bound(shares, now, frozen, floor=True),
+            "wgrad_share": shares.wgrad,
+            "read_bandwidth": shares.read_bandwidth,
+            "write_bandwidth": shares.write_bandwidth,
+        }
+        for name in (*built, NO_WGRAD):
+            row = about | {"provider": name, "rounds": len(times[name].total)}
+            for phase in (*PHASES, "total"):
+                row |= flat(f"{phase}_seconds", times[name].quantiles(phase))
+            if name != DENSE.name:
+                row |= flat("speedup", times.speedup(name, over=DENSE.name))
+                backward = times.speedup(name, over=DENSE.name, phase="backward")
+                row |= flat("backward_speedup", backward)
+            if name not in (DENSE.name, NO_WGRAD):
+                row |= bounds | _judged(about["r"], row["speedup_median"], bounds)
+            yield row
 
 
-def _timed(
-    about: Row,
-    built: dict[str, tuple[nn.Module, Optimizer]],
-    no_wgrad: Variant,
-    batches: Sequence[Batch],
-    shares: StepShares,
-    options: Options,
-) -> Iterator[Row]:
-    variants = [Variant(name, model, loss, optimizer) for name, (model, optimizer) in built.items()]
-    rounds = round(options.seconds / (shares.seconds.median * (len(variants) + 1)))
-    times = step_time(
-        [*variants, no_wgrad],
-        batches,
-        warmup=WARMUP,
-        repeats=min(max(rounds, LEAST_ROUNDS), MOST_ROUNDS),
-    )
-    dense = times[DENSE.name]
-    pairs = zip(dense.backward, times[NO_WGRAD].backward, strict=True)
-    wgrads = Quantiles.of([whole - passed for whole, passed in pairs])
-    phases = {phase: dense.quantiles(phase).median for phase in PHASES}
-    shares = shares.rescaled(dense.quantiles(), phases, wgrads.median)
-    ours = built[OURS.name][0]
-    now = flops.count(ours, batches[0][0][:1])
-    frozen = frozen_parameters(ours)
-    bounds: Row = {
-        "bound": bound(shares, now, frozen),
-        "bound_floor": bound(shares, now, frozen, floor=True),
-        "wgrad_share": shares.wgrad,
-        "read_bandwidth": shares.read_bandwidth,
-        "write_bandwidth": shares.write_bandwidth,
-    }
-    for name in (*built, NO_WGRAD):
-        row = about | {"provider": name, "rounds": len(times[name].total)}
-        for phase in (*PHASES, "total"):
-            row |= _flat(f"{phase}_seconds", times[name].quantiles(phase))
-        if name != DENSE.name:
-            row |= _flat("speedup", times.speedup(name, over=DENSE.name))
-            row |= _flat("backward_speedup", times.speedup(name, over=DENSE.name, phase="backward"))
-        if name not in (DENSE.name, NO_WGRAD):
-            row |= bounds | _judged(about["r"], row["speedup_median"], bounds)
-        yield row
+def tolerance_of(case: Case) -> Tolerance:
+    """What the gate lets pass."""
+    return FLOAT32 if case.autocast is None else BFLOAT16
 
 
 def _judged(r: float, speedup: float, bounds: Row) -> Row:
@@ -224,37 +253,30 @@ def _judged(r: float, speedup: float, bounds: Row) -> Row:
     }
 
 
-def _flat(name: str, quantiles: Quantiles) -> dict[str, float]:
+def flat(name: str, quantiles: Quantiles) -> dict[str, float]:
+    """Quantiles as columns of a row."""
     return {f"{name}_{level}": value for level, value in asdict(quantiles).items()}
 
 
-def show(table: console.Table, row: Row) -> None:
-    """Print a row. Only ours has a target to reach."""
-    head = [row["model"], row["layout"], f"{row['r']:g}", row["provider"]]
+def cells(row: Row) -> tuple[list[str], str]:
+    """A row as it is printed, and the verdict. Only ours has a target to reach."""
+    texts = [row["model"], row["layout"], f"{row['r']:g}", row["provider"]]
+    verdict = ""
     if "error" in row:
-        table.line(
-            [*head, *[""] * (len(COLUMNS) - len(head))], console.red(f"WRONG {row['error']}")
-        )
-        return
-    cells = [*head, f"{1e3 * row['total_seconds_median']:.1f}"]
-    if "speedup_median" not in row:
-        table.line([*cells, *[""] * (len(COLUMNS) - len(cells))])
-        return
-    cells += [
-        f"{row['speedup_median']:.3f}",
-        f"{row['speedup_p20']:.2f}-{row['speedup_p80']:.2f}",
-        f"{row['backward_speedup_median']:.3f}",
-    ]
-    if "bound" not in row:
-        table.line([*cells, *[""] * (len(COLUMNS) - len(cells))])
-        return
-    cells += [
-        f"{row['bound']:.3f}",
-        f"{row['bound_floor']:.3f}",
-        f"{row['ratio']:.3f}",
-    ]
-    judged = row["passes_floor"] if row["provider"] == OURS.name else None
-    table.line(cells, console.verdict(judged, f"(>= {row['target']:g})"))
+        verdict = console.red(f"WRONG {row['error']}")
+    else:
+        texts.append(f"{1e3 * row['total_seconds_median']:.1f}")
+    if "speedup_median" in row:
+        texts += [
+            f"{row['speedup_median']:.3f}",
+            f"{row['speedup_p20']:.2f}-{row['speedup_p80']:.2f}",
+            f"{row['backward_speedup_median']:.3f}",
+        ]
+    if "bound" in row:
+        texts += [f"{row['bound']:.3f}", f"{row['bound_floor']:.3f}", f"{row['ratio']:.3f}"]
+        judged = row["passes_floor"] if row["provider"] == OURS.name else None
+        verdict = console.verdict(judged, f"(>= {row['target']:g})")
+    return [*texts, *[""] * (len(COLUMNS) - len(texts))], verdict
 
 
 def run(cases: Sequence[tuple[Case, Layout]], options: Options, record: Record) -> bool:
@@ -265,7 +287,7 @@ def run(cases: Sequence[tuple[Case, Layout]], options: Options, record: Record) 
         for row in rows(case, layout, options):
             right &= "error" not in row
             record.add(row)
-            show(table, row)
+            table.line(*cells(row))
         gc.collect()
     return right
 

@@ -128,10 +128,10 @@ def _synchronize() -> None:
 
 def operands(problem: Problem, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """Random grad_output, input and weight of a problem, always the same."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     shapes = (_output_size(problem), problem.input_size, problem.weight_size)
     tensors = [
-        torch.randn(shape, generator=generator).to(device, problem.dtype) for shape in shapes
+        torch.randn(shape, generator=generator, device=device).to(problem.dtype) for shape in shapes
     ]
     if problem.channels_last:
         tensors = [t.contiguous(memory_format=torch.channels_last) for t in tensors]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from neq_kernels import dispatch, functional, ops
-from neq_kernels.backends import cpu
+from neq_kernels.backends import cpu, triton
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.optim import rows
 from neq_kernels.optim.batches import Batches, RowStep
@@ -137,15 +137,31 @@ def run_apart() -> Iterator[Check]:
 def run() -> Iterator[Check]:
     """Check every op on every backend that serves a device of this machine. Takes seconds.
 
-    Random state and the choice of backend are left as they were.
+    Random state, the choice of backend and PyTorch's float32 precision are left as they were.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _full_precision():
         for backend, device in served():
             with forced(backend):
                 yield _gradients("linear_backward", LINEAR_CASES, backend, device)
                 yield _gradients("conv_backward", CONV_CASES, backend, device)
                 yield _similarity(backend, device)
         yield from _row_steps()
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TF32: whether the library rounds to it depends on the kernel that it picks, and its error
+    is the measure of ours."""
+    backends: Any = torch.backends
+    settings = backends.cuda.matmul, backends.cudnn.conv
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
 
 
 def served() -> Iterator[tuple[str, str]]:
@@ -176,6 +192,8 @@ def forced(backend: str) -> Iterator[None]:
 
 
 def _serves(backend: str, device: str) -> bool:
+    if backend == "triton" and device == "cpu" and not triton.interpreted():
+        return False
     with forced(backend):
         try:
             dispatch.backend_for(device)

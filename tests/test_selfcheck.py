@@ -35,6 +35,31 @@ def test_every_op_of_every_backend_passes_and_nothing_is_left_behind(monkeypatch
     assert torch.equal(torch.get_rng_state(), random)
 
 
+def test_triton_is_checked_on_the_gpu_alone(monkeypatch):
+    monkeypatch.setattr(dispatch.triton, "unavailable", lambda: None)
+    monkeypatch.setattr(dispatch.triton, "interpreted", lambda: False)
+    monkeypatch.setattr(selfcheck, "device_types", lambda: ["cpu", "cuda"])
+    served = list(selfcheck.served())
+    assert {device for backend, device in served if backend == "triton"} == {"cuda"}
+    assert {device for backend, device in served if backend == "aten"} == {"cpu", "cuda"}
+
+
+def test_float32_is_not_rounded_to_tf32_while_it_is_checked(monkeypatch, only_aten):
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [setting.fp32_precision for setting in settings]
+    seen = []
+    correct = aten.linear_backward
+
+    def watched(*args, **kwargs):
+        seen.extend(setting.fp32_precision for setting in settings)
+        return correct(*args, **kwargs)
+
+    monkeypatch.setattr(aten, "linear_backward", watched)
+    results()
+    assert set(seen) == {"ieee"}
+    assert [setting.fp32_precision for setting in settings] == before
+
+
 @pytest.fixture
 def only_aten(monkeypatch):
     monkeypatch.setattr(selfcheck, "served", lambda: iter([("aten", "cpu")]))

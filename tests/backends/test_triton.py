@@ -1,4 +1,5 @@
-"""Runs the tests of ``tests/backends/triton`` without a GPU, under two executors.
+"""Runs the tests of ``tests/backends/triton`` without a GPU, under two executors, and on a GPU
+where there is one.
 
 Triton's interpreter computes with numpy what the source says; the sanitizer executes the IR that
 Triton compiles, and reports accesses out of bounds and races between programs.
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from neq_kernels.backends import triton
 
@@ -21,6 +23,8 @@ EXECUTORS = {
     "interpreter": ["-m", "pytest"],
     "sanitizer": ["-m", "ttsem.sanitize", "pytest"],
 }
+if torch.cuda.is_available():
+    EXECUTORS["cuda"] = ["-m", "pytest"]
 
 
 def run(executor: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -51,5 +55,5 @@ def test_kernels(executor, module):
 
 
 def test_without_a_gpu_the_reason_is_given():
-    if os.environ.get("TRITON_INTERPRET") != "1":
+    if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
         assert triton.unavailable() == "PyTorch finds no GPU"

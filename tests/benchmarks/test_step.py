@@ -114,13 +114,13 @@ def test_the_gate_sees_a_wrong_loss_and_a_missing_gradient():
         shifted[8].bias[0] += 1
     silent[8].requires_grad_(False)
     models = {"dense": case.model("nchw"), "shifted": shifted, "silent": silent}
-    found = differences(models, masks, batch, step.loss)
+    found = differences(models, masks, batch, case.loss)
     assert found["shifted"].startswith("loss")
     assert found["silent"] == "0.weight: a frozen row has a gradient"
-    found = differences(models, {}, batch, step.loss)
+    found = differences(models, {}, batch, case.loss)
     assert found.keys() == {"shifted"}
     everything = random_masks(neq.convert(case.model("nchw")), 1.0)
-    assert differences(models, everything, batch, step.loss)["silent"] == "8.weight: no gradient"
+    assert differences(models, everything, batch, case.loss)["silent"] == "8.weight: no gradient"
 
 
 @pytest.mark.parametrize(

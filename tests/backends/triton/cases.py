@@ -10,7 +10,7 @@ from torch import Tensor
 from neq_kernels.channels import ActiveChannels
 from tests import oracle
 
-# interpreter (Triton's own), sanitizer (ttsem) or none: the kernels run on a GPU.
+# interpreter (Triton's own), sanitizer (ttsem) or cuda: a real GPU.
 EXECUTOR = os.environ.get("NEQ_TRITON_EXECUTOR")
 
 MASKS = {
