@@ -150,7 +150,7 @@ def _chosen_for(target: str) -> Iterator[None]:
     """Tiles and precision are those for this target."""
     with ExitStack() as stack:
         for module in (linear_wgrad, conv_wgrad):
-            stack.enter_context(mock.patch.object(module, "architecture", lambda _: target))
+            stack.enter_context(mock.patch.object(module, "architecture", return_value=target))
         yield
 
 
