@@ -9,7 +9,7 @@ from torch import Tensor
 
 from neq_kernels.backends.triton.tiles import is_wide, processors
 
-BLOCK_K, BLOCK_T = 32, 128
+BLOCK_K, BLOCK_T = 32, 64
 _PROGRAMS_EACH = 4
 
 

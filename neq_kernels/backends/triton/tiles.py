@@ -53,7 +53,9 @@ class Tiles:
             return cls(block_n, 64, 32, 4, 2)
         block_c = 64 if c <= 64 else 128
         block_t = 64 if block_n == 16 else 32
-        warps = 8 if block_n * block_c >= 64 * 128 else 4
+        # Blackwell's tensor cores add up outside of the registers: half the threads will do.
+        has_tensor_memory = arch.startswith("sm_10")
+        warps = 8 if block_n * block_c >= (128 if has_tensor_memory else 64) * 128 else 4
         return cls(block_n, block_c, block_t, warps, 2 if is_amd else 3)
 
 
