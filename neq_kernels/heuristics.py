@@ -19,6 +19,9 @@ COSTS = Path(__file__).parent / "costs.json"
 
 # Without a model: above this share of active channels gathering costs more than it saves.
 _DENSE_SHARE = 0.85
+# Floating-point operations in the time that a GPU takes to move a byte (an H100 in half precision,
+# at the rates that products and copies reach). An expectation: nothing was measured.
+_FLOPS_PER_BYTE = 180
 # Rows of the smallest product of matrices that a tensor core makes.
 _ROWS_OF_A_TILE = 16
 # How much faster than PyTorch's own kernel another strategy has to promise to be; with every
@@ -48,10 +51,14 @@ def strategy(problem: Problem, n: int, usable: Collection[Strategy]) -> Strategy
 
 def strategy_on_gpu(problem: Problem, n: int, usable: Collection[Strategy]) -> Strategy:
     """The same for a GPU, where nothing was measured yet: own kernels for what fills one tile of
-    rows, and for groups, which the library would have to be given padded; it has the rest."""
+    rows, and for groups, which the library would have to be given padded; it has the rest, packed
+    where the products spared take longer than writing and reading the packed channels."""
     is_grouped = problem.geometry is not None and problem.geometry.groups > 1
     if Strategy.FUSED in usable and (is_grouped or n <= _ROWS_OF_A_TILE):
         return Strategy.FUSED
+    weights = math.prod(problem.weight_size) / max(1, problem.neurons)
+    if (problem.neurons - n) * weights < 2 * n * _FLOPS_PER_BYTE:
+        return Strategy.DENSE
     return _without_costs(problem, n, usable)
 
 

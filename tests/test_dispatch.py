@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from neq_kernels import dispatch
+from neq_kernels import dispatch, heuristics
 from neq_kernels.backends import cpu
+from neq_kernels.problem import Problem, Strategy
 from tests import oracle
 
 
@@ -82,3 +84,20 @@ def test_packing_makes_no_convolution_that_corrupts_the_heap(backend, kind):
     command = [sys.executable, "-c", OVERRUN, kind]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("inputs", "n", "expected"),
+    [
+        (4096, 400, Strategy.PACK),
+        (4096, 2048, Strategy.PACK),
+        (4096, 3900, Strategy.DENSE),
+        (128, 1024, Strategy.PACK),
+        (128, 2048, Strategy.DENSE),
+        (16, 400, Strategy.DENSE),
+        (16, 8, Strategy.FUSED),
+    ],
+)
+def test_a_gpu_packs_where_that_moves_less_than_it_spares(inputs, n, expected):
+    problem = Problem((8192, inputs), (4096, inputs), None, False, torch.bfloat16)
+    assert heuristics.strategy_on_gpu(problem, n, tuple(Strategy)) == expected
