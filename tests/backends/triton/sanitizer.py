@@ -13,6 +13,7 @@ from ttsem import harness
 from ttsem.memory import Memory
 
 from neq_kernels.backends.triton import many_parameters
+from neq_kernels.controllers.probe import Probe
 
 
 @contextmanager
@@ -38,8 +39,9 @@ def prepared_sanitizer() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(many_parameters, "launch", launch_with)
         patch.setattr(harness, "Memory", WithTheirMemory)
-        # It asks the GPU that the sanitizer pretends to have.
+        # These ask the GPU that the sanitizer pretends to have.
         patch.setattr(Optimizer, "_accelerator_graph_capture_health_check", lambda self: None)
+        patch.setattr(Probe, "_generators", lambda self: [torch.default_generator])
         yield
 
 

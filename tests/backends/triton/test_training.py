@@ -11,12 +11,15 @@ from torch import nn
 
 import neq_kernels as neq
 from neq_kernels import dispatch
+from neq_kernels.backends import triton
+from neq_kernels.backends.triton import conv_wgrad, depthwise_wgrad, linear_wgrad
 from neq_kernels.layers import named_neuron_layers
 from neq_kernels.problem import Strategy
 from tests import oracle
 from tests.backends.triton.cases import DTYPES, EXECUTOR
 
 STEPS = 3
+SERVED = ("sgd_rows_", "channel_similarity")
 
 
 class Block(nn.Module):
@@ -61,14 +64,34 @@ def masks(model: nn.Module, step: int) -> dict[str, list[int]]:
     return chosen
 
 
+def counted(monkeypatch, module, name: str) -> list[str]:
+    """Grows by one with each call of a function."""
+    calls, function = [], getattr(module, name)
+
+    def call(*args, **kwargs):
+        calls.append(name)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, call)
+    return calls
+
+
 @pytest.mark.parametrize("strategy", [Strategy.FUSED, Strategy.PACK])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_training_equals_the_dense_one_with_its_frozen_rows_put_back(layout, strategy, device):
+def test_training_equals_the_dense_one_with_its_frozen_rows_put_back(
+    layout, strategy, device, monkeypatch
+):
+    """Gradients, optimizer steps and the similarities of the controller."""
     assert EXECUTOR == "cuda" or dispatch.backend_for("cuda") == "triton"
     plain = network().double()
     model = neq.convert(copy.deepcopy(plain).float().to(device, memory_format=layout))
     steps = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (plain, model)]
     neq.attach(steps[1], model)
+    mirror = neq.convert(copy.deepcopy(plain))
+    images, _ = batch(STEPS)
+    exact = neq.NEqController(mirror, [images.double()])
+    controller = neq.NEqController(model, [images.to(device, memory_format=layout)])
+    served = {name: counted(monkeypatch, triton, name) for name in SERVED}
     for step in range(STEPS):
         active = masks(model, step)
         for name, layer in named_neuron_layers(model):
@@ -93,27 +116,27 @@ def test_training_equals_the_dense_one_with_its_frozen_rows_put_back(layout, str
         for optimizer in steps:
             optimizer.step()
             optimizer.zero_grad()
+        mirror.load_state_dict(plain.state_dict())
+        for each in (exact, controller):
+            each.step()
+        for name, phi in exact.state_dict()["phi"].items():
+            assert oracle.largest(controller.state_dict()["phi"][name] - phi) < 1e-5
+    assert len(served["sgd_rows_"]) == STEPS
+    assert served["channel_similarity"]
     for parameter, reference in zip(model.parameters(), plain.parameters(), strict=True):
         assert oracle.largest(parameter.double().cpu() - reference) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_public_functions_reach_the_kernels(dtype, device, monkeypatch):
-    served = []
-    from neq_kernels.backends.triton import conv_wgrad, depthwise_wgrad, linear_wgrad
-
-    for module, name in (
-        (conv_wgrad, "conv_wgrad"),
-        (depthwise_wgrad, "depthwise_wgrad"),
-        (linear_wgrad, "linear_wgrad"),
-    ):
-        function = getattr(module, name)
-
-        def counted(*args, function=function, name=name, **kwargs):
-            served.append(name)
-            return function(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, counted)
+    served = {
+        module: counted(monkeypatch, module, name)
+        for module, name in (
+            (conv_wgrad, "conv_wgrad"),
+            (depthwise_wgrad, "depthwise_wgrad"),
+            (linear_wgrad, "linear_wgrad"),
+        )
+    }
     channels = neq.ActiveChannels(6)
     channels.set([1, 4])
     x, w = torch.randn(2, 6, 4, 4), torch.randn(6, 6, 3, 3)
@@ -126,4 +149,4 @@ def test_the_public_functions_reach_the_kernels(dtype, device, monkeypatch):
         assert leaf.grad[channels.active].any()
     leaf = w[:, :, 0, 0].clone().to(device, dtype).requires_grad_()
     neq.functional.linear(x[..., 0].mT.to(device, dtype), leaf, None, channels).sum().backward()
-    assert served == ["conv_wgrad", "depthwise_wgrad", "conv_wgrad", "linear_wgrad"]
+    assert [len(calls) for calls in served.values()] == [2, 1, 1]

@@ -1,0 +1,216 @@
+"""Faults planted into the kernels' sources are caught by the comparisons of the other tests."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from neq_kernels.backends import triton
+from neq_kernels.channels import NeuronLayout
+from neq_kernels.optim import rows
+from tests.backends.triton import test_conv_wgrad, test_linear_wgrad
+from tests.backends.triton.cases import assert_gradient, channels
+
+
+def linear(module: ModuleType, device: str, splits: int) -> None:
+    t, k, c = 70, 20, 33
+    dy, x, _, on_device = test_linear_wgrad.operands(t, k, c, torch.float32, device)
+    chosen = channels(k, "random")
+    grad, bias = module.linear_wgrad(
+        *on_device,
+        chosen.order(device),
+        chosen.count(device),
+        chosen.n_active,
+        True,
+        splits=splits,
+        tiles=test_linear_wgrad.SMALL,
+    )
+    assert_gradient(grad, dy.double().t() @ x.double(), chosen, t)
+    assert_gradient(bias, dy.double().sum(0), chosen, t)
+
+
+def convolution(module: ModuleType, device: str, splits: int, layout: str = "nhwc") -> None:
+    geometry = test_conv_wgrad.geometry(padding=(1, 0))
+    problem = (2, 5, 18, (5, 6), (3, 2))
+    test_conv_wgrad.check(
+        module.conv_wgrad,
+        problem,
+        geometry,
+        "random",
+        torch.float32,
+        layout,
+        device,
+        splits=splits,
+        tiles=test_conv_wgrad.SMALL,
+    )
+
+
+def depthwise(module: ModuleType, device: str) -> None:
+    geometry = test_conv_wgrad.geometry(padding=(1, 1), groups=20)
+    problem = (3, 20, 20, (20, 18), (3, 3))
+    test_conv_wgrad.check(
+        module.depthwise_wgrad, problem, geometry, "random", torch.float32, "nhwc", device, splits=2
+    )
+
+
+def gather(module: ModuleType, device: str) -> None:
+    dy, chosen = torch.randn(70, 40), channels(40, "random")
+    order, n = chosen.order(device), chosen.n_active
+    packed = module.gather(dy.to(device), order, n, transposed=True)
+    assert torch.equal(packed.cpu(), dy[:, chosen.active])
+
+
+def scatter(module: ModuleType, device: str) -> None:
+    chosen = channels(40, "random")
+    given, out = torch.randn(chosen.n_active, 9), torch.full((40, 9), torch.nan, device=device)
+    module.scatter(given.to(device), out, chosen.order(device), chosen.n_active)
+    assert torch.equal(out.cpu()[chosen.active], given)
+    assert not out.cpu()[chosen.frozen].any()
+
+
+def similarity(module: ModuleType, device: str) -> None:
+    a, b = torch.randn(2, 600, 7)
+    sums = module.channel_similarity(a.to(device), b.to(device), 1, splits=2).cpu()
+    a, b = a.double(), b.double()
+    exact = torch.stack([(a * b).sum(0), (a * a).sum(0), (b * b).sum(0)])
+    torch.testing.assert_close(sums, exact, rtol=1e-5, atol=1e-4)
+
+
+def optimizer(module: ModuleType, device: str, function: str) -> None:
+    chosen = channels(12, "random")
+    flags: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.3, "maximize": False}
+    if function == "sgd_rows_":
+        n_state, flags = 1, flags | {"momentum": 0.9, "dampening": 0.5, "nesterov": True}
+    else:
+        n_state, flags = 2, flags | {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "decoupled": True}
+    exact = [torch.rand(12, 7, dtype=torch.float64) for _ in range(2 + n_state)]
+    steps = torch.arange(12) % 3
+    ours = [t.float().to(device) for t in exact]
+    counts = steps.to(device, copy=True)
+    missing: tuple[Any, ...] = () if n_state == 1 else (None,)
+    order, layout = chosen.order(), NeuronLayout()
+    getattr(rows, function)(*exact, *missing, steps, order, chosen.n_active, layout, **flags)
+    lists: list[list[Tensor]] = [[t] for t in ours] + [[] for _ in missing]
+    blocks = list(layout.blocks(ours[0]) or ())
+    getattr(module, function)(
+        *lists, [counts], [chosen.order(device)], [chosen.n_active], blocks, **flags
+    )
+    assert torch.equal(counts.cpu(), steps)
+    for actual, expected in zip(ours, exact, strict=True):
+        torch.testing.assert_close(actual.cpu().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+Check = Callable[[ModuleType, str], None]
+LINEAR, SPLIT_LINEAR = partial(linear, splits=1), partial(linear, splits=3)
+CONV, SPLIT_CONV = partial(convolution, splits=1), partial(convolution, splits=2)
+NCHW = partial(convolution, splits=1, layout="nchw")
+SGD = partial(optimizer, function="sgd_rows_")
+ADAM = partial(optimizer, function="adam_rows_")
+
+# (module, check, what is replaced, by what)
+FAULTS: dict[str, tuple[str, Check, str, str]] = {
+    "linear: missing mask": ("linear_wgrad", LINEAR, "is_row & is_active[None, :]", "is_row"),
+    "linear: wrong row": (
+        "linear_wgrad",
+        LINEAR,
+        "out + neurons[:, None] * c",
+        "out + rn[:, None]*c",
+    ),
+    "linear: missing part": (
+        "linear_wgrad",
+        SPLIT_LINEAR,
+        "for _ in range(splits):",
+        "for _ in range(splits - 1):",
+    ),
+    "linear: wrong row of a sum": (
+        "linear_wgrad",
+        SPLIT_LINEAR,
+        "out + rows[:, None] * c",
+        "out + rn[:, None] * c",
+    ),
+    "conv: missing mask": (
+        "conv_wgrad",
+        CONV,
+        "is_pixel[:, None] & is_active[None, :]",
+        "is_pixel[:, None]",
+    ),
+    "conv: missing mask, nchw": (
+        "conv_wgrad",
+        NCHW,
+        "is_active[:, None] & is_pixel[None, :]",
+        "is_pixel[None, :]",
+    ),
+    "conv: wrong row": ("conv_wgrad", CONV, "out + neurons[:, None]", "out + slot[:, None]"),
+    "conv: missing step of a part": (
+        "conv_wgrad",
+        SPLIT_CONV,
+        "range(first, last)",
+        "range(first + split, last)",
+    ),
+    "conv: wrong tap": ("conv_wgrad", CONV, "tap % KERNEL_W * DILATION_W", "0 * DILATION_W"),
+    "depthwise: wrong channel": (
+        "depthwise_wgrad",
+        depthwise,
+        "features, channels = neurons *",
+        "features, channels = rn *",
+    ),
+    "depthwise: missing step": (
+        "depthwise_wgrad",
+        depthwise,
+        "range(first, last)",
+        "range(first + 1, last)",
+    ),
+    "depthwise: wrong tap": (
+        "depthwise_wgrad",
+        depthwise,
+        "tap_row * KERNEL_W + rw",
+        "rw * KERNEL_H + tap_row",
+    ),
+    "gather: wrong channel": ("gather", gather, "+ channels[None, :]", "+ rn[None, :]"),
+    "scatter: missing mask": ("gather", scatter, "(rn < n)[:, None] &", "(rn < k)[:, None] &"),
+    "scatter: wrong row": ("gather", scatter, "out + neurons[:, None]", "out + rn[:, None]"),
+    "similarity: wrong product": ("similarity", similarity, "tl.sum(u * v,", "tl.sum(u * u,"),
+    "similarity: missing part": (
+        "similarity",
+        similarity,
+        "out.double().sum(0)",
+        "out[0].double()",
+    ),
+    "sgd: missing weight decay": ("row_steps", SGD, "grad_sign * g + weight_decay * p", "g"),
+    "sgd: wrong row": ("row_steps", SGD, "tl.int64, False) + start", "tl.int64, False) + 1"),
+    "sgd: first step taken for another": ("row_steps", SGD, "is_first, update,", "False, update,"),
+    "adam: count one behind": ("row_steps", ADAM, "count = before + 1", "count = before + 2"),
+    "adam: count not advanced": ("row_steps", ADAM, "advance(steps, order, count, ACROSS)", "pass"),
+}
+
+
+def with_fault(name: str, before: str, after: str, folder: Path) -> ModuleType:
+    """A module of the backend, from a source in which ``before`` is replaced."""
+    source = (Path(triton.__file__).parent / f"{name}.py").read_text()
+    assert before in source
+    path = folder / f"{name}.py"
+    path.write_text(source.replace(before, after))
+    spec = importlib.util.spec_from_file_location(f"faulty_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_caught(fault, tmp_path, device):
+    name, check, before, after = FAULTS[fault]
+    torch.manual_seed(0)
+    check(with_fault(name, before, before, tmp_path), device)
+    torch.manual_seed(0)
+    with pytest.raises(AssertionError):
+        check(with_fault(name, before, after, tmp_path), device)
