@@ -111,3 +111,13 @@ def test_float32_is_rounded_only_where_pytorch_allows_it(precision, device):
     error = oracle.largest(grad.cpu() - exact) / oracle.largest(exact)
     rounds = precision == "tf32" and EXECUTOR != "interpreter"
     assert 1e-5 < error < 1e-2 if rounds else error < 1e-6
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kernel", [conv_wgrad, depthwise_wgrad])
+def test_offsets_of_64_bits(kernel, layout, device, monkeypatch):
+    """What images of more than 2**31 elements take, on small ones."""
+    monkeypatch.setitem(kernel.__globals__, "is_wide", lambda *_: True)
+    g = geometry(padding=(1, 1), stride=(2, 1), groups=6 if kernel is depthwise_wgrad else 1)
+    problem = (2, 6, 18, (5, 6), (3, 2))
+    check(kernel, problem, g, "random", torch.float32, layout, device, splits=2)
