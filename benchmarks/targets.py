@@ -174,6 +174,7 @@ def _row(case: Case, launch: Launch, target: str) -> Row:
         "case": case.name,
         "dtype": str(case.dtype).removeprefix("torch."),
         "target": target,
+        "triton": triton.__version__,
     }
     try:
         compiled = compile_for(launch, TARGETS[target])
@@ -221,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--publish", action="store_true", help=f"copy the table to {RESULTS.name}")
     args = parser.parse_args(arguments)
     table = console.Table(COLUMNS)
-    settings = {"triton": triton.__version__, "targets": args.targets}
+    settings = {"targets": args.targets}
     with Record(args.out, "targets", settings) as record:
         for row in rows(args.targets):
             record.add(row)
