@@ -60,6 +60,8 @@ def backend_for(device_type: str) -> str:
         reason = _BACKENDS[forced].unavailable()
         if reason is None and forced == "cpu" and device_type != "cpu":
             reason = f"it serves CPU tensors, got {device_type}"
+        if reason is None and forced == "triton" and not triton.serves(device_type):
+            reason = f"it serves GPU tensors, got {device_type}"
         if reason is not None:
             raise RuntimeError(f"{ENVIRONMENT_VARIABLE}={forced}: {reason}")
         return forced

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from neq_kernels import dispatch, functional, ops
-from neq_kernels.backends import cpu, triton
+from neq_kernels.backends import cpu
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.optim import rows
 from neq_kernels.optim.batches import Batches, RowStep
@@ -192,8 +192,6 @@ def forced(backend: str) -> Iterator[None]:
 
 
 def _serves(backend: str, device: str) -> bool:
-    if backend == "triton" and device == "cpu" and not triton.interpreted():
-        return False
     with forced(backend):
         try:
             dispatch.backend_for(device)

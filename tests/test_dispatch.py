@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from neq_kernels import dispatch, heuristics
-from neq_kernels.backends import cpu
+from neq_kernels.backends import cpu, triton
 from neq_kernels.problem import Problem, Strategy
 from tests import oracle
 
@@ -50,6 +50,10 @@ def test_a_forced_backend_that_cannot_serve_raises(monkeypatch):
     monkeypatch.undo()
     with oracle.forced_backend("cpu"), pytest.raises(RuntimeError, match=r"got meta|not built"):
         dispatch.backend_for("meta")
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
+    with oracle.forced_backend("triton"), pytest.raises(RuntimeError, match="GPU tensors, got cpu"):
+        dispatch.backend_for("cpu")
+    monkeypatch.undo()
     with oracle.forced_backend("cudnn"), pytest.raises(ValueError, match="got 'cudnn'"):
         dispatch.backend_for("cpu")
 

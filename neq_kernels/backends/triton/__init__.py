@@ -47,6 +47,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def serves(device_type: str) -> bool:
+    """Whether tensors of this device type can be given to the kernels."""
+    return device_type != "cpu" or interpreted()
+
+
 def strategies(problem: Problem) -> tuple[Strategy, ...]:
     """The strategies that can serve."""
     usable = aten.strategies(problem)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from ttsem import harness
 from ttsem.memory import Memory
 
+from neq_kernels.backends import triton
 from neq_kernels.backends.triton import many_parameters
 from neq_kernels.controllers.probe import Probe
 
@@ -39,6 +40,8 @@ def prepared_sanitizer() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(many_parameters, "launch", launch_with)
         patch.setattr(harness, "Memory", WithTheirMemory)
+        # Inside of an operator its tensors say that they are on the CPU.
+        patch.setattr(triton, "serves", lambda device_type: True)
         # These ask the GPU that the sanitizer pretends to have.
         patch.setattr(Optimizer, "_accelerator_graph_capture_health_check", lambda self: None)
         patch.setattr(Probe, "_generators", lambda self: [torch.default_generator])
