@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -138,6 +140,21 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def phase_parser(name: str, description: str | None, seconds: float) -> argparse.ArgumentParser:
+    """The command line of a part that measures."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder (%(default)s)")
+    parser.add_argument(
+        "--seconds", type=console.seconds, default=seconds, help="in all (%(default)g)"
+    )
+    parser.add_argument("--failed", nargs="*", default=[], help="backends that are not measured")
+    return parser
 
 
 def nothing_measured() -> int:

@@ -8,13 +8,11 @@ second. Steps follow each other as in training, without a wait for the device.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from benchmarks import console, gpu_device, step
 from benchmarks.budget import Deadline
@@ -181,15 +179,7 @@ def _line(row: Row) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{NAME}",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder (%(default)s)")
-    parser.add_argument("--seconds", type=console.seconds, default=60.0, help="in all (60)")
-    parser.add_argument("--failed", nargs="*", default=[], help="backends that are not measured")
-    given = parser.parse_args(arguments)
+    given = gpu_device.phase_parser(NAME, __doc__, 60.0).parse_args(arguments)
     deadline = Deadline.after(given.seconds)
     if not gpu_device.found():
         return gpu_device.nothing_measured()

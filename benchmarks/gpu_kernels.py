@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -251,11 +249,7 @@ def _show(table: console.Table, cell: Sequence[Row]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{NAME}", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder (%(default)s)")
-    parser.add_argument("--seconds", type=console.seconds, default=200.0, help="in all (200)")
-    parser.add_argument("--failed", nargs="*", default=[], help="backends that are not timed")
-    given = parser.parse_args(arguments)
+    given = gpu_device.phase_parser(NAME, __doc__, 200.0).parse_args(arguments)
     deadline = Deadline.after(given.seconds)
     if not gpu_device.found():
         return gpu_device.nothing_measured()

@@ -8,12 +8,10 @@ a step, as on the CPU: what the host does is not hidden behind the phase before.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from benchmarks import console, gpu_device, step
 from benchmarks.budget import Deadline
@@ -109,15 +107,7 @@ def _show(table: console.Table, row: Row) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{NAME}",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder (%(default)s)")
-    parser.add_argument("--seconds", type=console.seconds, default=160.0, help="in all (160)")
-    parser.add_argument("--failed", nargs="*", default=[], help="backends that are not timed")
-    given = parser.parse_args(arguments)
+    given = gpu_device.phase_parser(NAME, __doc__, 160.0).parse_args(arguments)
     deadline = Deadline.after(given.seconds)
     if not gpu_device.found():
         return gpu_device.nothing_measured()

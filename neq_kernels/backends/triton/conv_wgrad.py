@@ -20,6 +20,7 @@ from neq_kernels.backends.triton.tiles import (
     architecture,
     is_wide,
     precision,
+    rectangle,
     splits_for,
 )
 from neq_kernels.problem import ConvGeometry
@@ -222,9 +223,7 @@ def conv_wgrad(
     how = precision("conv", input.dtype, arch)
     scattered = input.stride(1) != 1
     tiles = tiles or Tiles.of(min(n, per_group), c, input.dtype, how, arch, scattered=scattered)
-    block_q = min(tiles.block_t, triton.next_power_of_2(out_width))
-    block_p = tiles.block_t // block_q
-    total = images * -(-out_height // block_p) * -(-out_width // block_q)
+    block_p, block_q, total = rectangle(tiles.block_t, images, out_height, out_width)
     splits = splits or splits_for(tiles, n, c * taps, total * tiles.block_t, input.device)
     tiles_per_split = -(-total // splits)
     splits = -(-total // tiles_per_split)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neq_kernels.backends.triton.linear_wgrad import add_parts
-from neq_kernels.backends.triton.tiles import is_wide, processors
+from neq_kernels.backends.triton.tiles import is_wide, processors, rectangle
 from neq_kernels.problem import ConvGeometry
 
 BLOCK_N, _TILE = 16, 2048
@@ -147,10 +147,7 @@ def depthwise_wgrad(
     taps = kernel_h * kernel_w
     block_w = triton.next_power_of_2(kernel_w)
     block_t = max(1, _TILE // (BLOCK_N * block_w))
-    block_q = min(block_t, triton.next_power_of_2(out_width))
-    block_p = block_t // block_q
-    total = images * -(-out_height // block_p) * -(-out_width // block_q)
-    tiles_n = -(-k // BLOCK_N)
+    block_p, block_q, total = rectangle(block_t, images, out_height, out_width)
     if splits is None:
         programs = _PROGRAMS_EACH * processors(input.device)
         splits = max(1, min(programs // (-(-max(1, n) // BLOCK_N) * kernel_h), -(-total // 4)))
@@ -160,7 +157,7 @@ def depthwise_wgrad(
     bias_out = out.new_empty((splits, k)) if want_bias else None
     grad_weight = torch.empty_like(weight)
     grad_bias = weight.new_empty(k) if want_bias else None
-    wgrad_kernel[(tiles_n * kernel_h, splits)](
+    wgrad_kernel[(-(-k // BLOCK_N) * kernel_h, splits)](
         grad_output,
         input,
         order,

@@ -67,6 +67,14 @@ def splits_for(tiles: Tiles, n: int, c: int, t: int, device: torch.device) -> in
     return max(1, min(wanted, most))
 
 
+def rectangle(block_t: int, images: int, height: int, width: int) -> tuple[int, int, int]:
+    """Rows and columns of a rectangle of at most block_t (a power of two) pixels, as wide as an
+    image where it can be, and how many of them cover all images."""
+    columns = min(block_t, 1 << max(0, width - 1).bit_length())
+    rows = block_t // columns
+    return rows, columns, images * -(-height // rows) * -(-width // columns)
+
+
 @functools.cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of the GPU."""
