@@ -155,6 +155,14 @@ def test_adam_rows(shape, layout, kind, n, seed, dtype, amsgrad, settings):
     assert_same_step(case, lambda c, module: c.adam(module, amsgrad=amsgrad, **settings))
 
 
+@pytest.mark.parametrize("beta1", [0.0, 0.3, 0.5, 0.7])
+def test_the_first_moment_is_as_precise_as_torchs_whatever_its_share(beta1):
+    for seed in range(10):
+        case = Case((1, 4), NeuronLayout(), "contiguous", 1, seed, torch.float32)
+        settings = {**ADAM, "beta1": beta1}
+        assert_same_step(case, lambda c, module, s=settings: c.adam(module, amsgrad=False, **s))
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("dampening", [0.0, 0.4])
 @pytest.mark.parametrize("maximize", [False, True])

@@ -40,7 +40,9 @@ NEQ_TARGET void adam_update(T* __restrict param, const T* __restrict grad, T* __
     const C p = static_cast<C>(param[i]) * s.decay_factor;
     const C g = s.grad_sign * static_cast<C>(grad[i]) + s.weight_decay * p;
     C m = static_cast<C>(exp_avg[i]);
-    m += s.beta1_rest * (g - m);
+    // As torch.lerp: from the nearer end, so that a share of 1 is the gradient itself.
+    const C way = g - m;
+    m = s.beta1_rest < C(0.5) ? m + s.beta1_rest * way : g - (1 - s.beta1_rest) * way;
     C v = static_cast<C>(exp_avg_sq[i]) * s.beta2 + s.beta2_rest * g * g;
     exp_avg[i] = static_cast<T>(m);
     exp_avg_sq[i] = static_cast<T>(v);
