@@ -1,8 +1,9 @@
-"""Triton kernels compiled for GPUs that are not there, and what the compiler made of them."""
+"""Kernels compiled for GPUs that are not there, and what the compiler made of them."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import subprocess
 import tempfile
@@ -17,8 +18,9 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -54,10 +56,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one launch comes to on one target.
+    """What a kernel comes to on one target.
 
     Attributes:
-        registers: per thread (vector registers on AMD).
+        warps: per program.
+        registers: per thread (AMD: vector registers, those of accumulation included).
         spills: instructions that move registers to memory and back (AMD: registers that are).
         shared: bytes of shared memory per program.
         loop: instructions of the innermost loop around the tensor-core instructions, 0 without.
@@ -65,6 +68,7 @@ class Compiled:
         asynchronous: instructions of the kernel that copy to shared memory asynchronously.
     """
 
+    warps: int
     registers: int
     spills: int
     shared: int
@@ -89,17 +93,26 @@ def recorded() -> Iterator[list[Launch]]:
         yield launches
 
 
-def compile_for(launch: Launch, target: GPUTarget) -> Compiled:
-    """Compile one launch.
+def build(launch: Launch, target: GPUTarget) -> CompiledKernel:
+    """Triton's own result for one launch.
 
     Raises:
         Whatever Triton's compiler raises, for example where shared memory does not suffice.
     """
-    compiled = triton.compile(_source(launch), target=target, options=dict(launch.options))
-    shared = int(compiled.metadata.shared)
+    return triton.compile(_source(launch), target=target, options=dict(launch.options))
+
+
+def compile_for(launch: Launch, target: GPUTarget) -> Compiled:
+    """Compile one launch.
+
+    Raises:
+        Whatever Triton's compiler raises.
+    """
+    built = build(launch, target)
+    warps, shared = int(built.metadata.num_warps), int(built.metadata.shared)
     if target.backend == "hip":
-        return _of_amd(compiled.asm["amdgcn"], shared)
-    return _of_nvidia(compiled.asm["cubin"], shared)
+        return inspect_assembly(built.asm["amdgcn"], warps, shared)
+    return inspect_cubin(built.asm["cubin"], warps, shared)
 
 
 def _source(launch: Launch) -> ASTSource:
@@ -112,6 +125,9 @@ def _source(launch: Launch) -> ASTSource:
         if isinstance(value, Tensor):
             signature[name] = _POINTERS[value.dtype]
             attributes[(i,)] = [["tt.divisibility", _ALIGNED]]
+        elif isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{_POINTERS[value.base.dtype][1:]}[{block}]>"
         elif isinstance(value, float) and not parameter.is_constexpr:
             signature[name] = "fp32"
         elif parameter.is_constexpr or (special and value == 1):
@@ -129,25 +145,62 @@ _LABEL = re.compile(r"^(\.(?:L_x_|LBB\d+_)\d+):")
 
 # --- NVIDIA --------------------------------------------------------------------------------------
 
+_USAGE = re.compile(r"Function (?P<name>\S+):\s+REG:(?P<registers>\d+).*\bSHARED:(?P<shared>\d+)")
+_NVIDIA_JUMP = re.compile(
+    r"(?P<predicate>@!?U?P\w+\s+)?\b"
+    r"(?:EXIT|BRA(?:\.\w+)*\s+(?P<condition>!?U?P\w+,\s*)?`\((?P<to>\.L_x_\d+)\))"
+)
+# From this architecture on, what the system reserves is counted among what a kernel declares.
+_COUNTS_RESERVED, _RESERVED = 90, 1024
 
-def _of_nvidia(cubin: bytes, shared: int) -> Compiled:
+
+def inspect_cubin(
+    cubin: bytes, warps: int, dynamic_shared: int = 0, kernel: str | None = None
+) -> Compiled:
+    """What is in a cubin, whichever compiler made it.
+
+    Args:
+        cubin: the content of a ``.cubin`` file.
+        warps: per block.
+        dynamic_shared: bytes of shared memory per block beside those that the kernel declares.
+        kernel: its name as in the cubin, mangled in C++; may be left out where there is but one.
+
+    Raises:
+        ValueError: there is no such kernel, or there are several to choose from.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         listing = _tool("nvdisasm", "-c", file.name)
-    registers = re.search(r"REG:(\d+)", usage)
-    assert registers is not None, usage
-    lines = [line for line in listing.splitlines() if line.strip()]
-    loop, tensor_core = _innermost(lines, r"\bBRA\b.*`\((\.L_x_\d+)\)")
+    kernels = {each["name"]: each for each in _USAGE.finditer(usage)}
+    if (kernel is None and len(kernels) != 1) or (kernel is not None and kernel not in kernels):
+        wanted = "one kernel" if kernel is None else f"kernel {kernel}"
+        raise ValueError(f"cubin: expected {wanted}, got {', '.join(kernels) or 'none'}")
+    used = kernels[kernel or next(iter(kernels))]
+    architecture = re.search(r"(?:\.target\s+sm_|\bEF_CUDA_SM)(\d+)", listing)
+    assert architecture is not None, listing[:200]
+    declared = int(used["shared"])
+    if declared and int(architecture[1]) >= _COUNTS_RESERVED:
+        declared -= _RESERVED
+    lines = _code_of(used["name"], listing)
+    loop, tensor_core = _innermost(lines, _NVIDIA_JUMP)
     return Compiled(
-        int(registers[1]),
-        len(re.findall(r"\b(?:LDL|STL)\b", listing)),
-        shared,
+        warps,
+        int(used["registers"]),
+        sum(1 for line in lines if re.search(r"\b(?:LDL|STL)\b", line)),
+        declared + dynamic_shared,
         loop,
         tensor_core,
-        len(_ASYNC_COPY.findall(listing)),
+        sum(1 for line in lines if _ASYNC_COPY.search(line)),
     )
+
+
+def _code_of(kernel: str, listing: str) -> list[str]:
+    """Its section: what follows its label, up to the next section."""
+    lines = (line for line in listing.splitlines() if line.strip())
+    inside = itertools.dropwhile(lambda line: line != f".text.{kernel}:", lines)
+    return list(itertools.takewhile(lambda line: ".section" not in line.split(), inside))
 
 
 @functools.cache
@@ -167,15 +220,26 @@ def _tool(name: str, *arguments: str) -> str:
 # --- AMD -----------------------------------------------------------------------------------------
 
 
-def _of_amd(assembly: str, shared: int) -> Compiled:
+_AMD_JUMP = re.compile(r"\bs_(?:(?P<condition>c)?branch\w*\s+(?P<to>\.LBB\d+_\d+)|endpgm)")
+
+
+def inspect_assembly(assembly: str, warps: int, shared: int) -> Compiled:
+    """What is in the assembly of one AMD kernel.
+
+    Args:
+        assembly: with its metadata.
+        warps, shared: per program; bytes.
+    """
+
     def number(name: str) -> int:
         found = re.search(rf"^\s*\.{name}:\s*(\d+)", assembly, re.M)
         assert found is not None, name
         return int(found[1])
 
     lines = [line for line in assembly.splitlines() if line.strip()]
-    loop, tensor_core = _innermost(lines, r"\bs_c?branch\w*\s+(\.LBB\d+_\d+)")
+    loop, tensor_core = _innermost(lines, _AMD_JUMP)
     return Compiled(
+        warps,
         number("vgpr_count"),
         number("vgpr_spill_count") + number("sgpr_spill_count"),
         shared,
@@ -188,22 +252,70 @@ def _of_amd(assembly: str, shared: int) -> Compiled:
 # --- both ----------------------------------------------------------------------------------------
 
 
-def _innermost(lines: Sequence[str], branch: str) -> tuple[int, int]:
+def _innermost(lines: Sequence[str], jump: re.Pattern[str]) -> tuple[int, int]:
     """All instructions and tensor-core ones of the shortest loop that has most of the latter."""
-    labels: dict[str, int] = {}
     best = (0, 0)
-    for end, line in enumerate(lines):
+    for loop in _loops(*_blocks(lines, jump)):
+        products = sum(1 for text in loop if _TENSOR_CORE.search(text))
+        if products > best[1] or (products == best[1] > 0 and len(loop) < best[0]):
+            best = (len(loop), products)
+    return best
+
+
+def _blocks(lines: Sequence[str], jump: re.Pattern[str]) -> tuple[list[list[str]], list[set[int]]]:
+    """Basic blocks and, of each, those that may follow. ``jump`` matches an instruction that leaves
+    its place: its group ``to`` names a label or is None, others say that it may not leave."""
+    blocks: list[list[str]] = [[]]
+    labels: dict[str, int] = {}
+    ends: dict[int, re.Match[str]] = {}
+    for line in lines:
         named = _LABEL.match(line.strip())
         if named:
-            labels[named[1]] = end
-        jump = re.search(branch, line)
-        if jump is None or jump[1] not in labels:
-            continue
-        body = [text for text in lines[labels[jump[1]] : end + 1] if _is_instruction(text)]
-        products = sum(1 for text in body if _TENSOR_CORE.search(text))
-        if products > best[1] or (products == best[1] > 0 and len(body) < best[0]):
-            best = (len(body), products)
-    return best
+            if blocks[-1]:
+                blocks.append([])
+            labels[named[1]] = len(blocks) - 1
+        elif _is_instruction(line):
+            blocks[-1].append(line)
+            leaves = jump.search(line)
+            if leaves:
+                ends[len(blocks) - 1] = leaves
+                blocks.append([])
+    following: list[set[int]] = []
+    for i in range(len(blocks)):
+        end = {"to": "", "condition": "none"} if i not in ends else ends[i].groupdict()
+        to = end.pop("to")
+        next_ones = {i + 1} if any(end.values()) and i + 1 < len(blocks) else set()
+        following.append(next_ones | ({labels[to]} if to in labels else set()))
+    return blocks, following
+
+
+def _loops(blocks: Sequence[list[str]], following: Sequence[set[int]]) -> Iterator[list[str]]:
+    """The instructions of every natural loop: what lies between a block and one that jumps back to
+    it, wherever the compiler put it. Code that waits often stands at the end of a kernel."""
+    before: list[set[int]] = [set() for _ in blocks]
+    for i, next_ones in enumerate(following):
+        for j in next_ones:
+            before[j].add(i)
+    everything = set(range(len(blocks)))
+    dominators = [{0}] + [everything] * (len(blocks) - 1)
+    changed = True
+    while changed:
+        changed = False
+        for i in range(1, len(blocks)):
+            common = set.intersection(*(dominators[j] for j in before[i])) if before[i] else set()
+            if common | {i} != dominators[i]:
+                dominators[i], changed = common | {i}, True
+    bodies: dict[int, set[int]] = {}
+    for end, next_ones in enumerate(following):
+        for head in next_ones & dominators[end]:
+            body, waiting = bodies.setdefault(head, {head}), [end]
+            while waiting:
+                i = waiting.pop()
+                if i not in body:
+                    body.add(i)
+                    waiting += before[i]
+    for body in bodies.values():
+        yield [text for i in sorted(body) for text in blocks[i]]
 
 
 def _is_instruction(line: str) -> bool:

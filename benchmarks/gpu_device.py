@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from benchmarks import console
-from benchmarks.gpu_timing import Clock, CudaClock
 from benchmarks.interrupt import Interrupted
 from neq_kernels.backends import triton
+from neq_kernels.gpu_timing import Clock, CudaClock
 
 OUT_OF_MEMORY = "out of GPU memory"
 UNKNOWN = "unknown"

@@ -15,14 +15,14 @@ from torch import Tensor
 from benchmarks import console, gpu_device, kernels, peers
 from benchmarks.budget import Deadline
 from benchmarks.gpu_device import OUT_OF_MEMORY, DeviceLost, Lab
-from benchmarks.gpu_timing import cold_times
 from benchmarks.interrupt import Interrupted, Interruptible
 from benchmarks.kernels import DENSE, MOST_ERROR, OURS, PEER
 from benchmarks.record import Record, Row
 from benchmarks.shapes import Shape, gpu_shapes
 from neq_kernels import contest, dispatch, ops, selfcheck
 from neq_kernels.channels import ActiveChannels
-from neq_kernels.problem import Problem, Strategy
+from neq_kernels.gpu_timing import cold_times
+from neq_kernels.problem import Choice, Problem, Strategy
 
 NAME = "gpu_kernels"
 SHARES = (1.0, 0.5, 0.25, 0.1, 0.02)
@@ -137,10 +137,11 @@ class _Cells:
         return self._lab.backend if name.startswith(OURS) else None
 
     def _chosen(self, channels: ActiveChannels) -> Strategy:
-        n, threads = channels.n_active, torch.get_num_threads()
+        n = channels.n_active
         if n == len(channels):
             return Strategy.DENSE
-        return dispatch.strategy_for(self._problem, n, self._lab.backend, threads)
+        place = dispatch.Place(self._lab.backend, "cuda", 0)
+        return dispatch.choice_for(self._problem, n, place).strategy
 
     def _calls(self, channels: ActiveChannels) -> dict[str, Call]:
         """Providers by name, dense first."""
@@ -161,7 +162,7 @@ class _Cells:
             if partly or strategy == Strategy.FUSED:
                 module = dispatch.module_of(own)
                 calls[f"{OURS} {strategy.name.lower()}"] = contest.wgrad(
-                    problem, module, strategy, *operands, channels
+                    problem, module, Choice(strategy), *operands, channels
                 )
         return calls
 

@@ -20,7 +20,7 @@ from neq_kernels import contest, dispatch
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.measure.bandwidth import read_bandwidth
 from neq_kernels.measure.timing import Quantiles
-from neq_kernels.problem import Problem, Strategy
+from neq_kernels.problem import Choice, Problem, Strategy
 
 SHARES = ("1", "0.75", "0.5", "0.25", "0.1", "1/K")
 QUICK_SHARES = ("1", "0.5", "0.1")
@@ -72,9 +72,7 @@ def measure(shape: Shape, options: Options, run: int) -> Iterator[Row]:
                 right[name] = calls[name]
             else:
                 yield {**about, "provider": name, "wrong": f"{error:.1f} times the dense error"}
-        chosen = dispatch.strategy_for(
-            problem, n, dispatch.backend_for("cpu"), torch.get_num_threads()
-        )
+        chosen = dispatch.choice_for(problem, n, dispatch.place_of("cpu")).strategy
         samples = contest.in_turns(right, options.seconds, least_rounds=5)
         for name in samples:
             row = {**about, "provider": name, "error_over_dense": errors[name]}
@@ -105,12 +103,16 @@ def _providers(
     module = dispatch.module_of(backend)
 
     def by(strategy: Strategy) -> Callable[[], Tensor]:
-        return contest.wgrad(problem, module, strategy, grad_output, input, weight, channels)
+        return contest.wgrad(
+            problem, module, Choice(strategy), grad_output, input, weight, channels
+        )
 
     if options.strategies:
         calls |= {f"{OURS} {s.name.lower()}": by(s) for s in usable}
     if options.tuned:
-        calls[TUNED] = by(contest.fastest(problem, n, module, usable, seconds=options.seconds / 2))
+        possible = [Choice(strategy) for strategy in usable]
+        winner = contest.fastest(problem, n, module, possible, seconds=options.seconds / 2)
+        calls[TUNED] = by(winner.strategy)
     return calls
 
 
@@ -139,10 +141,10 @@ def _ours(
     if channels.n_active == len(channels) and not replaced:
         return peer_call(peers.DENSE, problem, grad_output, input, weight, channels.active)
     if call is None:
-        backend, n = dispatch.backend_for("cpu"), channels.n_active
-        strategy = dispatch.strategy_for(problem, n, backend, torch.get_num_threads())
-        module = dispatch.module_of(backend)
-        return contest.wgrad(problem, module, strategy, grad_output, input, weight, channels)
+        place = dispatch.place_of("cpu")
+        choice = dispatch.choice_for(problem, channels.n_active, place)
+        module = dispatch.module_of(place.backend)
+        return contest.wgrad(problem, module, choice, grad_output, input, weight, channels)
 
     def ours() -> Tensor:
         gradient = call(grad_output, input, weight, wanted)[1]

@@ -21,6 +21,7 @@ from neq_kernels.convert import (
     specialize,
     verify,
 )
+from neq_kernels.dispatch import capturable
 from neq_kernels.measure import flops
 from neq_kernels.optim import attach
 from neq_kernels.tune import load_tuning_state_dict, tune, tuning_state_dict
@@ -35,6 +36,7 @@ __all__ = [
     "StochasticController",
     "__version__",
     "attach",
+    "capturable",
     "conversion_report",
     "convert",
     "flops",

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from neq_kernels import contest, dispatch
@@ -15,7 +14,7 @@ from neq_kernels.convert import revert
 from neq_kernels.layers import unwrap
 from neq_kernels.measure.problems import problems_of
 from neq_kernels.measure.timing import Quantiles
-from neq_kernels.problem import Problem, Strategy
+from neq_kernels.problem import Choice, Problem, Strategy
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,8 @@ def layer_times(
     layers = problems_of(revert(copy.deepcopy(unwrap(model))), *inputs)
     if not layers:
         raise ValueError("model: expected linear layers or convolutions, got none that ran")
-    backend = dispatch.backend_for("cpu")
-    module = dispatch.module_of(backend)
+    place, dense = dispatch.place_of("cpu"), Choice(Strategy.DENSE)
+    module = dispatch.module_of(place.backend)
     for problem in dict.fromkeys(layers.values()):
         names = tuple(name for name, other in layers.items() if other == problem)
         tensors = contest.operands(problem)
@@ -66,12 +65,12 @@ def layer_times(
         for n in dict.fromkeys(max(1, round(share * k)) for share in shares):
             channels = contest.spread(n, k)
             calls = {
-                strategy: contest.wgrad(problem, module, strategy, *tensors, channels)
-                for strategy in dispatch.candidates(problem, backend)
+                strategy: contest.wgrad(problem, module, Choice(strategy), *tensors, channels)
+                for strategy in dispatch.candidates(problem, place.backend)
             }
-            whole = contest.wgrad(problem, module, Strategy.DENSE, *tensors, everything)
+            whole = contest.wgrad(problem, module, dense, *tensors, everything)
             samples = contest.in_turns({**calls, None: whole}, seconds)
-            chosen = dispatch.strategy_for(problem, n, backend, torch.get_num_threads())
+            chosen = dispatch.choice_for(problem, n, place).strategy
             ratios = [a / b for a, b in zip(samples[None], samples[chosen], strict=True)]
             yield LayerTime(
                 names,

@@ -1,7 +1,8 @@
-"""Which strategy is fastest for a weight gradient: measured on this machine."""
+"""Which choice is fastest for a weight gradient: measured on this machine."""
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -12,7 +13,10 @@ import torch
 from torch import Tensor
 
 from neq_kernels.channels import ActiveChannels
-from neq_kernels.problem import Problem, Strategy
+from neq_kernels.gpu_timing import Clock, CudaClock, cold_times
+from neq_kernels.problem import Choice, Problem, Strategy
+
+logger = logging.getLogger(__name__)
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -24,35 +28,51 @@ def fastest(
     problem: Problem,
     n: int,
     backend: ModuleType,
-    candidates: Sequence[Strategy],
+    candidates: Sequence[Choice],
     device: torch.device | str = "cpu",
     seconds: float = 0.05,
-) -> Strategy:
+    clock: Clock | None = None,
+) -> Choice:
     """The fastest of the candidates for ``n`` active channels spread at random.
 
     Args:
         problem: random values of its shapes are made and thrown away.
         n: 1 to K active channels.
         backend: the module of ``neq_kernels.backends`` that computes.
-        candidates: strategies it has for this problem.
+        candidates: choices it has for this problem. One with settings that cannot run is passed
+            over with a warning.
         device: where to measure.
         seconds: to spend, if one round of all candidates does not take longer.
+        clock: of a GPU, where caches are emptied before each call; None makes one.
     """
     if len(candidates) == 1:
         return candidates[0]
     dy, x, weight = operands(problem, device)
     channels = spread(n, problem.neurons)
-    calls = {s: wgrad(problem, backend, s, dy, x, weight, channels) for s in candidates}
-    medians = {s: sorted(t)[len(t) // 2] for s, t in in_turns(calls, seconds).items()}
-    if Strategy.DENSE in medians:
-        medians[Strategy.DENSE] *= _MARGIN
-    return min(medians, key=lambda s: medians[s])
+    calls: dict[Choice, Callable[[], Tensor]] = {}
+    for choice in candidates:
+        call = wgrad(problem, backend, choice, dy, x, weight, channels)
+        if choice.settings:
+            try:
+                call()
+            except Exception as error:  # whatever a compiler or a launch has to say
+                logger.warning("%s is passed over: %s", choice, error)
+                continue
+        calls[choice] = call
+    if torch.device(device).type == "cpu":
+        samples = in_turns(calls, seconds)
+    else:
+        samples = cold_times(calls, clock or CudaClock(device), seconds)
+    medians = {choice: sorted(times)[len(times) // 2] for choice, times in samples.items()}
+    if Choice(Strategy.DENSE) in medians:
+        medians[Choice(Strategy.DENSE)] *= _MARGIN
+    return min(medians, key=lambda choice: medians[choice])
 
 
 def wgrad(
     problem: Problem,
     backend: ModuleType,
-    strategy: Strategy,
+    choice: Choice,
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -61,19 +81,20 @@ def wgrad(
     """A call that computes the whole weight gradient, zeros over the frozen rows included."""
     order, n, start = channels.order(weight.device), channels.n_active, channels.start
     wanted = (False, True, False)
-    geometry = problem.geometry
+    geometry, strategy = problem.geometry, choice.strategy
+    settings = {"settings": choice.settings} if choice.settings else {}
 
     def linear() -> Tensor:
         size = input.shape
         grads = backend.linear_backward(
-            grad_output, input, size, weight, order, n, start, wanted, strategy
+            grad_output, input, size, weight, order, n, start, wanted, strategy, **settings
         )
         gradient: Tensor = grads[1]
         return gradient
 
     def conv() -> Tensor:
         grads = backend.conv_backward(
-            grad_output, input, weight, geometry, order, n, wanted, strategy
+            grad_output, input, weight, geometry, order, n, wanted, strategy, **settings
         )
         gradient: Tensor = grads[1]
         return gradient

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from neq_kernels import contest, heuristics, tuning
 from neq_kernels.backends import aten, cpu, reference, triton
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.machine import machine
-from neq_kernels.problem import ConvGeometry, Problem, Strategy
+from neq_kernels.problem import Choice, ConvGeometry, Problem, Strategy
 from neq_kernels.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ _BACKENDS: dict[str, ModuleType] = {
 _AUTOMATIC = {"cpu": ("cpu", "aten")}
 
 _forced: Strategy | None = None
+_rehearsing = False
 # Grows when what was chosen no longer holds.
 revision = 0
 
@@ -86,52 +88,92 @@ def candidates(problem: Problem, backend: str) -> tuple[Strategy, ...]:
     return usable
 
 
+def contestants(problem: Problem, n: int, backend: str) -> tuple[Choice, ...]:
+    """The strategies among which this backend has a choice, with every way of running them."""
+    found: list[Choice] = []
+    for strategy in candidates(problem, backend):
+        if strategy == Strategy.FUSED and backend == "triton":
+            found += [Choice(strategy, each) for each in triton.settings(problem, n)]
+        else:
+            found.append(Choice(strategy))
+    return tuple(found)
+
+
+class Place(NamedTuple):
+    """Where and by whom something is computed; ``threads`` are 0 on a GPU."""
+
+    backend: str
+    device_type: str
+    threads: int
+
+
+def place_of(device_type: str) -> Place:
+    """Where tensors of this device type are worked on now."""
+    threads = torch.get_num_threads() if device_type == "cpu" else 0
+    return Place(backend_for(device_type), device_type, threads)
+
+
 @functools.lru_cache(maxsize=8192)
-def strategy_for(problem: Problem, n: int, backend: str, threads: int) -> Strategy:
+def choice_for(problem: Problem, n: int, place: Place) -> Choice:
     """How the weight gradient of ``n`` active channels is computed."""
-    usable = candidates(problem, backend)
+    usable = candidates(problem, place.backend)
     if _forced is not None:
-        return _forced if _forced in usable else usable[0]
+        return Choice(_forced if _forced in usable else usable[0])
     if len(usable) == 1 or n == 0:
-        return usable[0]
-    if backend == "triton":
-        return heuristics.strategy_on_gpu(problem, n, usable)
-    table = table_for(threads)
+        return Choice(usable[0])
+    table = table_for(place)
     winner = table.get(problem, n)
-    if winner in usable:
-        assert winner is not None
+    if winner is not None and _serves(winner, problem, n, place):
         return winner
     if tuning.measures_on_the_fly():
-        winner = contest.fastest(problem, n, _BACKENDS[backend], usable)
+        module, possible = _BACKENDS[place.backend], contestants(problem, n, place.backend)
+        winner = contest.fastest(problem, n, module, possible, place.device_type)
         table.put(problem, n, winner)
         table.save()
         return winner
-    return heuristics.strategy(problem, n, usable)
+    rule = heuristics.strategy_on_gpu if place.backend == "triton" else heuristics.strategy
+    return Choice(rule(problem, n, usable))
+
+
+def _serves(choice: Choice, problem: Problem, n: int, place: Place) -> bool:
+    """Whether a choice from a table can be made here."""
+    if not choice.settings:
+        return choice.strategy in candidates(problem, place.backend)
+    return choice in contestants(problem, n, place.backend)
 
 
 @functools.cache
-def table_for(threads: int) -> tuning.TuningTable:
-    """The table of winners measured on this machine with so many threads."""
+def table_for(place: Place) -> tuning.TuningTable:
+    """The table of winners measured in such a place."""
     about = machine()
-    return tuning.TuningTable(
-        tuning.directory(),
-        {
+    measured_with: dict[str, Any] = {
+        "backend": place.backend,
+        "torch": about.torch,
+        "neq_kernels": __version__,
+    }
+    if place.device_type == "cpu":
+        measured_with |= {
             "cpu": about.cpu,
-            "accelerator": about.accelerator,
             "instructions": about.instructions,
-            "kernels": cpu.capability() if cpu.unavailable() is None else None,
-            "threads": threads,
-            "torch": about.torch,
-            "neq_kernels": __version__,
-        },
-    )
+            "kernels": cpu.capability() if place.backend == "cpu" else None,
+            "threads": place.threads,
+        }
+    else:
+        measured_with["accelerator"] = about.accelerator
+    if place.backend == "triton":
+        measured_with["triton"] = triton.version()
+    return tuning.TuningTable(tuning.directory(), measured_with)
 
 
 def forget_choices() -> None:
     """Strategies are chosen anew from now on."""
     global revision
     revision += 1
-    strategy_for.cache_clear()
+    choice_for.cache_clear()
+
+
+# What a captured graph may use: the kernels are loaded.
+_rehearsed: dict[tuple[Problem, Place, bool], Choice] = {}
 
 
 @contextmanager
@@ -154,8 +196,7 @@ def replaces_library(input: Tensor, weight: Tensor, geometry: ConvGeometry) -> b
     if weight.device.type != "cpu" or backend_for("cpu") != "cpu":
         return False
     problem = Problem.conv(input, weight, geometry)
-    strategy = strategy_for(problem, problem.neurons, "cpu", torch.get_num_threads())
-    return strategy != Strategy.DENSE
+    return choice_for(problem, problem.neurons, place_of("cpu")).strategy != Strategy.DENSE
 
 
 def linear_backward(
@@ -189,25 +230,26 @@ def linear_backward(
         return reference.linear_backward(
             grad_output, input, input_size, weight, order, n, output_mask, active_dgrad
         )
-    strategy, replayed = Strategy.DENSE, captured(weight)
+    choice, replayed = Choice(Strategy.DENSE), captured(weight)
     if replayed or (0 < n < k and (output_mask[1] or output_mask[2])):
+        place = place_of(weight.device.type)
         problem = Problem.linear(grad_output.numel() // max(1, k), weight)
         if replayed:
-            strategy = _replayed_strategy(problem, backend, output_mask, active_dgrad)
+            choice = _replayed_choice(problem, place, output_mask, active_dgrad)
             n, start = k, -1
         else:
-            strategy = strategy_for(problem, n, backend, torch.get_num_threads())
+            choice = choice_for(problem, n, place)
     module = _BACKENDS[backend]
-    counted = {"count": count} if backend == "triton" else {}
+    more = {"count": count, "settings": choice.settings} if backend == "triton" else {}
     wanted = output_mask
     grad_input = None
     if active_dgrad and output_mask[0] and n < k:
         grad_input = aten.linear_active_dgrad(grad_output, weight, input_size, order, n, module)
         wanted = (False, *output_mask[1:])
     grads: Grads = module.linear_backward(
-        grad_output, input, input_size, weight, order, n, start, wanted, strategy, **counted
+        grad_output, input, input_size, weight, order, n, start, wanted, choice.strategy, **more
     )
-    if replayed and strategy == Strategy.DENSE:
+    if replayed and choice.strategy == Strategy.DENSE:
         _clear_frozen(grads, NeuronLayout(), order, count)
     return grads if grad_input is None else (grad_input, *grads[1:])
 
@@ -244,27 +286,27 @@ def conv_backward(
         )
     # Where only the input's shape matters (dgrad alone), nothing is allocated for it.
     x = grad_output.new_empty(1).expand(input_size) if input is None else input
-    strategy, replayed = Strategy.DENSE, captured(weight)
+    choice, replayed = Choice(Strategy.DENSE), captured(weight)
     # The ragged selection of a group's channels is made on the host, but for own kernels.
     ragged = geometry.groups > 1 and not weight.is_cpu and backend != "triton"
     if replayed or (n > 0 and output_mask[1] and not ragged):
-        problem = Problem.conv(x, weight, geometry)
+        place, problem = place_of(weight.device.type), Problem.conv(x, weight, geometry)
         if replayed:
-            strategy = _replayed_strategy(problem, backend, output_mask, active_dgrad)
+            choice = _replayed_choice(problem, place, output_mask, active_dgrad)
             n = k
         else:
-            strategy = strategy_for(problem, n, backend, torch.get_num_threads())
+            choice = choice_for(problem, n, place)
     module = _BACKENDS[backend]
-    counted = {"count": count} if backend == "triton" else {}
+    more = {"count": count, "settings": choice.settings} if backend == "triton" else {}
     wanted = output_mask
     grad_input = None
     if active_dgrad and output_mask[0] and n < k:
         grad_input = aten.conv_active_dgrad(grad_output, x, weight, geometry, order, n)
         wanted = (False, *output_mask[1:])
     grads: Grads = module.conv_backward(
-        grad_output, x, weight, geometry, order, n, wanted, strategy, **counted
+        grad_output, x, weight, geometry, order, n, wanted, choice.strategy, **more
     )
-    if replayed and strategy == Strategy.DENSE:
+    if replayed and choice.strategy == Strategy.DENSE:
         _clear_frozen(grads, geometry.layout, order, count)
     return grads if grad_input is None else (grad_input, *grads[1:])
 
@@ -278,7 +320,7 @@ def linear_call(input: Tensor, weight: Tensor, channels: ActiveChannels) -> cpu.
     strategy = Strategy.DENSE
     if n > 0:
         problem = Problem.linear(input.numel() // max(1, weight.shape[1]), weight)
-        strategy = strategy_for(problem, n, backend, torch.get_num_threads())
+        strategy = choice_for(problem, n, place_of("cpu")).strategy
     return cpu.linear_call(weight, channels.order(), n, channels.start, strategy)
 
 
@@ -292,7 +334,7 @@ def conv_call(
     strategy = Strategy.DENSE
     if n > 0:
         problem = Problem.conv(input, weight, geometry)
-        strategy = strategy_for(problem, n, backend, torch.get_num_threads())
+        strategy = choice_for(problem, n, place_of("cpu")).strategy
     return cpu.conv_call(input.shape, weight, geometry, channels.order(), n, strategy)
 
 
@@ -301,24 +343,58 @@ def channel_similarity(a: Tensor, b: Tensor, dim: int) -> Tensor:
     return result
 
 
+@contextmanager
+def capturable() -> Iterator[None]:
+    """Within it gradients are computed as in a CUDA graph: wrap the warm-up in it, or both.
+
+    A captured graph reads the number of active channels on the device, with kernels that eager
+    steps may not have used; loading a kernel is forbidden while a graph is captured. What was not
+    warmed up here is captured densely: correct with every mask, and no faster for any.
+
+    >>> with neq.capturable():
+    ...     step = torch.cuda.make_graphed_callables(model, (example,))
+    """
+    global _rehearsing
+    before, _rehearsing = _rehearsing, True
+    try:
+        yield
+    finally:
+        _rehearsing = before
+
+
 def captured(tensor: Tensor) -> bool:
-    """Whether what runs now is captured into a CUDA graph. When that is replayed other channels may
-    be active: their number is then read on the device, or everything is computed."""
+    """Whether what runs now is captured into a CUDA graph, or rehearsed. When that is replayed
+    other channels may be active: their number is then read on the device, or everything is
+    computed."""
+    if _rehearsing:
+        return True
     if not tensor.is_cuda or not torch.cuda.is_initialized():
         return False
     return torch.cuda.is_current_stream_capturing()
 
 
-def _replayed_strategy(
-    problem: Problem, backend: str, output_mask: Sequence[bool], active_dgrad: bool
-) -> Strategy:
+def _replayed_choice(
+    problem: Problem, place: Place, output_mask: Sequence[bool], active_dgrad: bool
+) -> Choice:
     if active_dgrad and output_mask[0]:
         raise RuntimeError(
             'grad_input: expected "exact" while a CUDA graph is captured, got "active", which '
             "would go on propagating from the channels that are active now"
         )
-    fused = output_mask[1] and Strategy.FUSED in candidates(problem, backend)
-    return Strategy.FUSED if fused else Strategy.DENSE
+    if not output_mask[1] or Strategy.FUSED not in candidates(problem, place.backend):
+        return Choice(Strategy.DENSE)
+    key = problem, place, bool(output_mask[2])
+    if _rehearsing:
+        choice = choice_for(problem, problem.neurons, place)
+        _rehearsed[key] = choice if choice.strategy == Strategy.FUSED else Choice(Strategy.FUSED)
+    elif key not in _rehearsed:
+        logger.warning(
+            "a CUDA graph is captured densely for %s: its kernels were not loaded; warm up within "
+            "neq_kernels.capturable()",
+            tuning.key(problem, problem.neurons),
+        )
+        return Choice(Strategy.DENSE)
+    return _rehearsed[key]
 
 
 def _clear_frozen(grads: Grads, layout: NeuronLayout, order: Tensor, count: Tensor) -> None:

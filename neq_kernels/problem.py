@@ -30,6 +30,14 @@ class Strategy(IntEnum):
     FUSED = 2
 
 
+class Choice(NamedTuple):
+    """A strategy, and for the own kernel of a backend that has several ways of running it the
+    ``settings`` that say which; empty: the one that goes by rule."""
+
+    strategy: Strategy
+    settings: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True)
 class ConvGeometry:
     """The arguments of a convolution that are not tensors."""

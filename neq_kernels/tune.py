@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,15 @@ from torch import nn
 
 from neq_kernels import contest, dispatch
 from neq_kernels.convert import revert
+from neq_kernels.gpu_timing import CudaClock
 from neq_kernels.layers import unwrap
 from neq_kernels.measure.problems import problems_of
-from neq_kernels.problem import Problem, Strategy
-from neq_kernels.tuning import count_bucket
+from neq_kernels.problem import Choice, Problem
+from neq_kernels.tuning import count_bucket, parsed
 
 logger = logging.getLogger(__name__)
+
+_DEVICE_TYPES = ("cpu", "cuda")
 
 
 def tune(
@@ -25,15 +28,15 @@ def tune(
     *inputs: Any,
     shares: Sequence[float] | None = None,
     seconds: float = 0.05,
-) -> dict[str, dict[int, Strategy]]:
+) -> dict[str, dict[int, Choice]]:
     """Measure the strategies for every linear layer and convolution of a model, keep the winners.
 
-    From then on the layers use them: in this process, and in later ones on the same kind of machine
-    with the same number of threads. Weight gradients of another shape, and numbers of active
+    From then on the layers use them: in this process, and in later ones on the same kind of GPU, or
+    of CPU with the same number of threads. Weight gradients of another shape, and numbers of active
     channels that were not measured, go by heuristics as before.
 
     Args:
-        model: converted or not; it is not changed. CPU only.
+        model: converted or not; it is not changed. On the CPU or on one GPU.
         inputs: of one forward, with the batch size and image size of the training steps.
         shares: of active channels, each above 0 and at most 1; by default every number of channels
             that the table tells apart, which takes minutes for a large network.
@@ -43,26 +46,37 @@ def tune(
         by layer, the winner for each measured number of active channels.
 
     Raises:
-        ValueError: a share out of range, no layer to measure, or a model that is not on the CPU.
+        ValueError: a share out of range, no layer to measure, or a model that is neither on the CPU
+            nor on one GPU.
     """
     if shares is not None and not all(0 < share <= 1 for share in shares):
         raise ValueError(f"shares: expected above 0 and at most 1, got {list(shares)}")
     plain = revert(copy.deepcopy(unwrap(model)))
-    devices = {p.device.type for p in plain.parameters()}
-    if devices - {"cpu"}:
-        raise ValueError(f"model: expected parameters on the CPU, got {sorted(devices)}")
+    devices = {p.device for p in plain.parameters()}
+    if len(devices) > 1 or any(device.type not in _DEVICE_TYPES for device in devices):
+        found = sorted(map(str, devices))
+        raise ValueError(f"model: expected parameters on the CPU or on one GPU, got {found}")
     layers = problems_of(plain, *inputs)
     if not layers:
         raise ValueError("model: expected linear layers or convolutions, got none that ran")
-    backend = dispatch.backend_for("cpu")
-    table = dispatch.table_for(torch.get_num_threads())
-    winners: dict[Problem, dict[int, Strategy]] = {}
+    device = devices.pop()
+    place = dispatch.place_of(device.type)
+    table, module = dispatch.table_for(place), dispatch.module_of(place.backend)
+    clock = None if device.type == "cpu" else CudaClock(device)
+    winners: dict[Problem, dict[int, Choice]] = {}
     for name, problem in layers.items():
         if problem in winners:
             continue
-        usable = dispatch.candidates(problem, backend)
         winners[problem] = {
-            n: contest.fastest(problem, n, dispatch.module_of(backend), usable, seconds=seconds)
+            n: contest.fastest(
+                problem,
+                n,
+                module,
+                dispatch.contestants(problem, n, place.backend),
+                device,
+                seconds,
+                clock,
+            )
             for n in _counts(problem.neurons, shares)
         }
         for n, winner in winners[problem].items():
@@ -74,17 +88,25 @@ def tune(
 
 
 def tuning_state_dict() -> dict[str, Any]:
-    """The measured winners in use (of the present number of threads), for a checkpoint."""
-    return dispatch.table_for(torch.get_num_threads()).state_dict()
+    """The measured winners in use, by type of device, for a checkpoint: those of the present number
+    of threads and, where there is one, of the GPU."""
+    types = _DEVICE_TYPES if torch.cuda.is_available() else ("cpu",)
+    return {name: dispatch.table_for(dispatch.place_of(name)).state_dict() for name in types}
 
 
-def load_tuning_state_dict(state: dict[str, Any]) -> None:
+def load_tuning_state_dict(state: Mapping[str, Any]) -> None:
     """Use exactly the winners of a checkpoint, so that a resumed run makes the same bits.
 
     Raises:
-        ValueError: ``state`` is not what :func:`tuning_state_dict` returned.
+        ValueError: ``state`` is not what :func:`tuning_state_dict` returned; nothing is changed.
     """
-    dispatch.table_for(torch.get_num_threads()).load_state_dict(state)
+    if not isinstance(state, Mapping) or not set(state) <= set(_DEVICE_TYPES):
+        found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(f"tuning: expected winners for {list(_DEVICE_TYPES)}, got {found}")
+    for winners in state.values():
+        parsed(winners)
+    for device_type, winners in state.items():
+        dispatch.table_for(dispatch.place_of(device_type)).load_state_dict(winners)
     dispatch.forget_choices()
 
 

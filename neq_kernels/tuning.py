@@ -1,9 +1,9 @@
-"""The table of strategies that were measured to be fastest, in memory and on disk.
+"""The table of choices that were measured to be fastest, in memory and on disk.
 
 Nothing is measured unless it is asked for: :func:`neq_kernels.tune` measures the layers of a model,
 ``NEQ_KERNELS_TUNE=1`` each layer when it is met first. Winners are kept in
 ``NEQ_KERNELS_TUNING_DIR`` (by default ``neq_kernels`` in the user's cache folder), one file for
-each CPU, instruction set, number of threads and version of PyTorch and of this package.
+each GPU, or CPU, instruction set and number of threads, and version of PyTorch and of this package.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from neq_kernels.problem import Problem, Strategy
+from neq_kernels.problem import Choice, Problem, Strategy
 
 logger = logging.getLogger(__name__)
 
@@ -62,18 +62,18 @@ class TuningTable:
     def __init__(self, folder: Path | None, measured_with: Mapping[str, Any]) -> None:
         self._measured_with = dict(measured_with)
         self._path = None if folder is None else folder / _file_name(self._measured_with)
-        self._winners: dict[str, Strategy] = {}
+        self._winners: dict[str, Choice] = {}
         if self._path is not None:
             self._read(self._path)
 
     def __len__(self) -> int:
         return len(self._winners)
 
-    def get(self, problem: Problem, n: int) -> Strategy | None:
+    def get(self, problem: Problem, n: int) -> Choice | None:
         """The winner for ``n`` active channels, or None when that was not measured."""
         return self._winners.get(key(problem, n)) if self._winners else None
 
-    def put(self, problem: Problem, n: int, winner: Strategy) -> None:
+    def put(self, problem: Problem, n: int, winner: Choice) -> None:
         """Keep a winner, in memory; :meth:`save` writes the file."""
         self._winners[key(problem, n)] = winner
 
@@ -99,7 +99,9 @@ class TuningTable:
 
     def state_dict(self) -> dict[str, Any]:
         """The winners, for a checkpoint: JSON types only."""
-        return {"winners": {name: s.name for name, s in sorted(self._winners.items())}}
+        return {
+            "winners": {name: _written(choice) for name, choice in sorted(self._winners.items())}
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Use exactly the winners of a checkpoint, so that a resumed run makes the same bits.
@@ -107,24 +109,38 @@ class TuningTable:
         Raises:
             ValueError: ``state`` is not what :meth:`state_dict` returned.
         """
-        self._winners = _parsed(state)
+        self._winners = parsed(state)
 
     def _read(self, path: Path) -> None:
         try:
             saved = json.loads(path.read_text())
             if saved["format"] != _FORMAT or saved["measured_with"] != self._measured_with:
                 raise ValueError("it was measured with something else")
-            self._winners = _parsed(saved)
+            self._winners = parsed(saved)
         except FileNotFoundError:
             return
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("the tuning table %s is ignored: %s", path, error)
 
 
-def _parsed(state: Mapping[str, Any]) -> dict[str, Strategy]:
+def _written(choice: Choice) -> str:
+    return " ".join([choice.strategy.name, *(str(int(setting)) for setting in choice.settings)])
+
+
+def _read(text: str) -> Choice:
+    name, *settings = text.split()
+    return Choice(Strategy[name], tuple(map(int, settings)))
+
+
+def parsed(state: Mapping[str, Any]) -> dict[str, Choice]:
+    """The winners of a state.
+
+    Raises:
+        ValueError: it is not what ``TuningTable.state_dict`` returned.
+    """
     try:
-        return {str(name): Strategy[winner] for name, winner in state["winners"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
+        return {str(name): _read(winner) for name, winner in state["winners"].items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"tuning: expected winners as state_dict() returns them ({error!r})"
         ) from error

@@ -11,7 +11,7 @@ from torch import nn
 import neq_kernels as neq
 from neq_kernels import contest, dispatch, tuning
 from neq_kernels.backends import aten
-from neq_kernels.problem import ConvGeometry, Problem, Strategy
+from neq_kernels.problem import Choice, ConvGeometry, Problem, Strategy
 from neq_kernels.tuning import TuningTable, count_bucket, key
 
 CONV = Problem(
@@ -23,6 +23,7 @@ CONV = Problem(
 )
 LINEAR = Problem((32, 8), (16, 8), None, False, torch.float32)
 ABOUT = {"cpu": "a", "threads": 2}
+FUSED, PACK = Choice(Strategy.FUSED), Choice(Strategy.PACK)
 
 
 @pytest.fixture(autouse=True)
@@ -67,14 +68,14 @@ def test_whatever_changes_the_work_changes_the_key():
 
 def test_winners_survive_on_disk(tmp_path):
     table = TuningTable(tmp_path, ABOUT)
-    table.put(CONV, 4, Strategy.FUSED)
-    table.put(LINEAR, 16, Strategy.DENSE)
+    table.put(CONV, 4, FUSED)
+    table.put(LINEAR, 16, Choice(Strategy.DENSE))
     path = table.save()
     assert path is not None
     assert not list(tmp_path.glob("*.tmp"))
     again = TuningTable(tmp_path, ABOUT)
     assert len(again) == 2
-    assert again.get(CONV, 4) == Strategy.FUSED
+    assert again.get(CONV, 4) == FUSED
     assert again.get(CONV, 5) is None
     assert len(TuningTable(tmp_path, {**ABOUT, "threads": 1})) == 0
 
@@ -96,7 +97,7 @@ def test_winners_survive_on_disk(tmp_path):
 )
 def test_a_file_that_cannot_be_used_is_ignored_with_one_warning(tmp_path, caplog, content):
     table = TuningTable(tmp_path, ABOUT)
-    table.put(CONV, 4, Strategy.FUSED)
+    table.put(CONV, 4, FUSED)
     path = table.save()
     assert path is not None
     path.write_text(content, encoding="latin-1")
@@ -108,18 +109,18 @@ def test_a_file_that_cannot_be_used_is_ignored_with_one_warning(tmp_path, caplog
 def test_a_table_that_cannot_be_saved_warns(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     table = TuningTable(tmp_path / "file" / "folder", ABOUT)
-    table.put(CONV, 4, Strategy.FUSED)
+    table.put(CONV, 4, FUSED)
     assert table.save() is None
     assert "is not saved" in caplog.text
-    assert table.get(CONV, 4) == Strategy.FUSED
+    assert table.get(CONV, 4) == FUSED
 
 
 def test_a_checkpoint_brings_exactly_its_own_winners():
     table = TuningTable(None, ABOUT)
-    table.put(CONV, 4, Strategy.FUSED)
+    table.put(CONV, 4, FUSED)
     state = json.loads(json.dumps(table.state_dict()))
     other = TuningTable(None, ABOUT)
-    other.put(LINEAR, 3, Strategy.PACK)
+    other.put(LINEAR, 3, PACK)
     other.load_state_dict(state)
     assert other.state_dict() == state
     with pytest.raises(ValueError, match="expected winners"):
@@ -128,18 +129,38 @@ def test_a_checkpoint_brings_exactly_its_own_winners():
 
 
 def test_dispatch_follows_the_table():
-    backend, threads = dispatch.backend_for("cpu"), torch.get_num_threads()
-    for strategy in dispatch.candidates(CONV, backend):
-        dispatch.table_for(threads).put(CONV, 4, strategy)
+    place = dispatch.place_of("cpu")
+    for choice in dispatch.contestants(CONV, 4, place.backend):
+        dispatch.table_for(place).put(CONV, 4, choice)
         dispatch.forget_choices()
-        assert dispatch.strategy_for(CONV, 4, backend, threads) == strategy
+        assert dispatch.choice_for(CONV, 4, place) == choice
 
 
 def test_a_winner_that_cannot_serve_is_not_used():
-    backend, threads = dispatch.backend_for("cpu"), torch.get_num_threads()
+    place = dispatch.place_of("cpu")
     problem = CONV._replace(dtype=torch.bfloat16)
-    dispatch.table_for(threads).put(problem, 4, Strategy.FUSED)
-    assert dispatch.strategy_for(problem, 4, backend, threads) != Strategy.FUSED
+    dispatch.table_for(place).put(problem, 4, FUSED)
+    assert dispatch.choice_for(problem, 4, place) != FUSED
+
+
+def test_winners_of_the_cpu_are_none_of_a_gpu():
+    cpu, gpu = dispatch.place_of("cpu"), dispatch.Place("triton", "cuda", 0)
+    dispatch.table_for(cpu).put(CONV, 4, PACK)
+    assert dispatch.table_for(gpu).get(CONV, 4) is None
+    assert dispatch.table_for(gpu._replace(backend="aten")).get(CONV, 4) is None
+
+
+def test_settings_are_followed_where_the_kernel_has_them():
+    place = dispatch.Place("triton", "cuda", 0)
+    ways = [choice for choice in dispatch.contestants(LINEAR, 9, "triton") if choice.settings]
+    assert len(ways) > 1
+    for choice in (*ways, FUSED):
+        dispatch.table_for(place).put(LINEAR, 9, choice)
+        dispatch.forget_choices()
+        assert dispatch.choice_for(LINEAR, 9, place) == choice
+    dispatch.table_for(place).put(LINEAR, 9, Choice(Strategy.FUSED, (1, 2, 3)))
+    dispatch.forget_choices()
+    assert dispatch.choice_for(LINEAR, 9, place).settings == ()
 
 
 def test_tune_measures_every_layer_and_keeps_the_winners(own_folder):
@@ -153,7 +174,7 @@ def test_tune_measures_every_layer_and_keeps_the_winners(own_folder):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert len(list(own_folder.glob("*.json"))) == 1
     dispatch.table_for.cache_clear()
-    assert len(dispatch.table_for(torch.get_num_threads())) == 4
+    assert len(dispatch.table_for(dispatch.place_of("cpu"))) == 4
 
 
 def test_tune_refuses_what_it_cannot_measure():
@@ -161,27 +182,27 @@ def test_tune_refuses_what_it_cannot_measure():
         neq.tune(nn.Linear(2, 2), torch.randn(1, 2), shares=[0.0])
     with pytest.raises(ValueError, match="expected linear layers"):
         neq.tune(nn.ReLU(), torch.randn(1, 2))
-    with pytest.raises(ValueError, match="on the CPU"):
+    with pytest.raises(ValueError, match="on the CPU or on one GPU"):
         neq.tune(nn.Linear(2, 2, device="meta"), torch.randn(1, 2))
 
 
 def test_measuring_on_the_fly_is_asked_for_by_the_environment(monkeypatch):
     measured = []
     monkeypatch.setattr(
-        contest, "fastest", lambda problem, n, *_: measured.append((problem, n)) or Strategy.PACK
+        contest, "fastest", lambda problem, n, *_: measured.append((problem, n)) or PACK
     )
-    backend, threads = dispatch.backend_for("cpu"), torch.get_num_threads()
-    dispatch.strategy_for(LINEAR, 3, backend, threads)
+    place = dispatch.place_of("cpu")
+    dispatch.choice_for(LINEAR, 3, place)
     assert measured == []
     dispatch.forget_choices()
     monkeypatch.setenv(tuning.MEASURE_VARIABLE, "1")
     for _ in range(3):
-        assert dispatch.strategy_for(LINEAR, 3, backend, threads) == Strategy.PACK
+        assert dispatch.choice_for(LINEAR, 3, place) == PACK
     assert measured == [(LINEAR, 3)]
     monkeypatch.setenv(tuning.MEASURE_VARIABLE, "yes")
     dispatch.forget_choices()
     with pytest.raises(ValueError, match="expected 0 or 1"):
-        dispatch.strategy_for(LINEAR, 5, backend, threads)
+        dispatch.choice_for(LINEAR, 5, place)
 
 
 @pytest.mark.parametrize("problem", [CONV, LINEAR])
@@ -205,9 +226,79 @@ def test_the_contest_runs_every_candidate(problem):
                 dy, x, size, weight, order, n, start, wanted, Strategy.PACK, aten
             )
 
-    candidates = (Strategy.DENSE, Strategy.PACK, Strategy.FUSED)
+    candidates = [Choice(strategy) for strategy in Strategy]
     assert contest.fastest(problem, 4, Backend(), candidates, seconds=0.001) in candidates
-    assert set(ran) == set(candidates)
+    assert set(ran) == set(Strategy)
+
+
+class WithSettings:
+    """A backend whose kernel runs two ways of three; the second cannot be launched."""
+
+    ways = (
+        Choice(Strategy.FUSED, (1,)),
+        Choice(Strategy.FUSED, (2,)),
+        Choice(Strategy.FUSED, (3,)),
+    )
+
+    def __init__(self, clock):
+        self._clock = clock
+
+    def linear_backward(self, *arguments, settings=()):
+        if settings == (2,):
+            raise RuntimeError("out of shared memory")
+        self._clock.now += {(): 5.0, (1,): 3.0, (3,): 1.0}[settings]
+        return (None, torch.zeros(1), None)
+
+
+class FakeClock:
+    """Stands still but for what calls add."""
+
+    def __init__(self):
+        self.now, self.flushed = 0.0, 0
+
+    def flush(self):
+        self.flushed += 1
+
+    def mark(self):
+        return self.now
+
+    def seconds(self, start, end):
+        return end - start
+
+    def synchronize(self):
+        pass
+
+
+def test_on_a_gpu_ways_compete_on_a_clock_and_the_impossible_is_passed_over(monkeypatch, caplog):
+    clock = FakeClock()
+    candidates = [Choice(Strategy.DENSE), *WithSettings.ways]
+    monkeypatch.setattr(contest, "operands", lambda problem, device: [torch.zeros(2, 2)] * 3)
+    monkeypatch.setattr(contest.ActiveChannels, "order", lambda self, device=None: None)
+    winner = contest.fastest(LINEAR, 4, WithSettings(clock), candidates, "cuda", 0.1, clock)
+    assert winner == Choice(Strategy.FUSED, (3,))
+    assert clock.flushed > 0
+    assert "out of shared memory" in caplog.text
+
+
+def test_states_of_all_tables_are_kept_and_checked_before_any_is_used(monkeypatch):
+    place = dispatch.place_of("cpu")
+    gpu = dispatch.place_of("cuda")
+    dispatch.table_for(place).put(CONV, 4, PACK)
+    dispatch.table_for(gpu).put(LINEAR, 4, Choice(Strategy.FUSED, (16, 32, 16, 4, 2, 1)))
+    assert set(neq.tuning_state_dict()) == {"cpu"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    state = json.loads(json.dumps(neq.tuning_state_dict()))
+    monkeypatch.undo()
+    dispatch.table_for(place).put(CONV, 4, Choice(Strategy.DENSE))
+    dispatch.table_for(gpu).put(LINEAR, 4, Choice(Strategy.DENSE))
+    broken = {**state, "cuda": {"winners": {"x": "FUSED a"}}}
+    for wrong in (broken, {"tpu": {}}, state["cpu"], [], None):
+        with pytest.raises(ValueError, match="tuning: expected winners"):
+            neq.load_tuning_state_dict(wrong)
+        assert dispatch.table_for(place).get(CONV, 4) == Choice(Strategy.DENSE)
+    neq.load_tuning_state_dict(state)
+    assert dispatch.table_for(place).get(CONV, 4) == PACK
+    assert dispatch.table_for(gpu).get(LINEAR, 4).settings == (16, 32, 16, 4, 2, 1)
 
 
 def test_every_round_of_a_contest_has_an_order_of_its_own():

@@ -65,6 +65,11 @@ def pack(t: Tensor, order: Tensor, n: int, dim: int) -> Tensor:
     return t.index_select(dim, order[:n])
 
 
+def pack_and_sum(t: Tensor, order: Tensor, n: int, dim: int) -> tuple[Tensor, Tensor | None]:
+    """``pack``, and each channel's sum where one pass makes both, else None."""
+    return pack(t, order, n, dim), None
+
+
 def scatter_rows(rows: Tensor, like: Tensor, order: Tensor, n: int, layout: NeuronLayout) -> Tensor:
     """A tensor like ``like``: neurons ``order[:n]`` hold ``rows``, the others are 0."""
     out = torch.empty_like(like)
@@ -91,6 +96,10 @@ class Primitives(Protocol):
     """What a backend module offers to the strategies below."""
 
     def pack(self, t: Tensor, order: Tensor, n: int, dim: int) -> Tensor: ...
+
+    def pack_and_sum(
+        self, t: Tensor, order: Tensor, n: int, dim: int
+    ) -> tuple[Tensor, Tensor | None]: ...
 
     def scatter_rows(
         self, rows: Tensor, like: Tensor, order: Tensor, n: int, layout: NeuronLayout
@@ -130,15 +139,16 @@ def linear_backward(
     if strategy == Strategy.DENSE or m == k:
         dense = _linear_wgrad(grad_output, x, want)
         return grad_input, *(dense if n == k else _overwrite_frozen(dense, _ROWS, order[n:]))
-    skipped = 0
+    skipped, sums = 0, None
     if start >= 0:
         first = min(start, k - m)
         packed, skipped = grad_output.narrow(-1, first, m), start - first
     else:
-        packed = primitives.pack(grad_output.reshape(-1, k), order, m, 1)
+        packed, sums = _packed(primitives, grad_output.reshape(-1, k), order, m, want)
+    rows, bias = _linear_wgrad(packed, x, (want[0], want[1] and sums is None))
     weight_rows, bias_rows = (
-        None if rows is None else rows.narrow(0, skipped, n)
-        for rows in _linear_wgrad(packed, x, want)
+        None if some is None else some.narrow(0, skipped, n)
+        for some in (rows, bias if sums is None else sums)
     )
     return grad_input, *_scatter((weight_rows, bias_rows), weight, k, order, n, _ROWS, primitives)
 
@@ -155,6 +165,16 @@ def linear_active_dgrad(
     dy = grad_output.reshape(-1, weight.shape[0])
     packed = primitives.pack(dy, order, n, 1)
     return packed.mm(primitives.pack(weight, order, n, 0)).reshape(input_size)
+
+
+def _packed(
+    primitives: Primitives, t: Tensor, order: Tensor, n: int, want: tuple[bool, bool]
+) -> tuple[Tensor, Tensor | None]:
+    """Channels ``order[:n]`` of ``t`` along dimension 1; their sums too where they are wanted and
+    come with it."""
+    if want[1]:
+        return primitives.pack_and_sum(t, order, n, 1)
+    return primitives.pack(t, order, n, 1), None
 
 
 def _linear_wgrad(
@@ -223,11 +243,13 @@ def _active_rows(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Weight rows and bias entries of the active channels alone, for ``groups == 1``."""
     m = rounded_up(n, len(order))
-    packed = primitives.pack(grad_output, order, m, 1)
+    packed, sums = _packed(primitives, grad_output, order, m, want)
     axis = geometry.layout.axis
     assert axis is not None
     shape_only = weight.narrow(axis, 0, m)
-    _, rows, bias = geometry.backward(packed, input, shape_only, (False, *want))
+    wanted = (False, want[0], want[1] and sums is None)
+    _, rows, bias = geometry.backward(packed, input, shape_only, wanted)
+    bias = bias if sums is None else sums
     if m == n:
         return rows, bias
     return (

@@ -205,6 +205,11 @@ def pack(t: Tensor, order: Tensor, n: int, dim: int) -> Tensor:
     return packed
 
 
+def pack_and_sum(t: Tensor, order: Tensor, n: int, dim: int) -> tuple[Tensor, Tensor | None]:
+    """``pack``; sums are left to the library."""
+    return pack(t, order, n, dim), None
+
+
 def scatter_rows(rows: Tensor, like: Tensor, order: Tensor, n: int, layout: NeuronLayout) -> Tensor:
     """A tensor like ``like``: neurons ``order[:n]`` hold ``rows``, the others are 0.
 

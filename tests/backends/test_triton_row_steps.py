@@ -5,43 +5,30 @@ from __future__ import annotations
 import re
 
 import pytest
-import triton
-import triton.language as tl
-from triton.compiler import ASTSource
+import torch
 
-from benchmarks.ahead_of_time import TARGETS
-from neq_kernels.backends.triton.row_steps import adam_kernel, sgd_kernel
+from benchmarks import targets
+from benchmarks.ahead_of_time import TARGETS, build, compile_for, recorded
 
-TILES = {"STRETCH": 1024, "ACROSS": 512}
 # With as many tensors as there can be, and as few.
-KERNELS = {
-    "adam": (adam_kernel, {"AMSGRAD": True}, 5),
-    "sgd": (sgd_kernel, {"MOMENTUM": True, "COUNTED": True, "NESTEROV": True}, 3),
-    "plain sgd": (sgd_kernel, {"MOMENTUM": False, "COUNTED": False, "NESTEROV": False}, 2),
-}
+TENSORS = {"adam amsgrad": 5, "sgd counted nesterov": 3, "sgd": 2}
 
 
-def compiled(kernel, target, constants):
-    types = {"addresses": "*i64", "shapes": "*i64", "parameters": "i32"}
-    signature = {
-        p.name: "constexpr" if p.is_constexpr else types.get(p.name, "fp32") for p in kernel.params
-    }
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(2)}
-    return triton.compile(ASTSource(kernel, signature, constants, aligned), target=target)
-
-
-@pytest.mark.parametrize("dtype", [tl.float32, tl.float16, tl.bfloat16], ids=str)
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", targets.DTYPES, ids=str)
+@pytest.mark.parametrize("name", TENSORS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_long_neurons_are_read_in_vectors_and_no_tile_changes_its_layout(target, name, dtype):
-    kernel, flags, tensors = KERNELS[name]
-    made = compiled(kernel, TARGETS[target], {"ELEMENT": dtype, **flags, **TILES})
+    case = next(c for c in targets.cases() if (c.name, c.dtype) == (name, dtype))
+    with recorded() as launches:
+        case.call()
+    (launch,) = launches
+    made, compiled = build(launch, TARGETS[target]), compile_for(launch, TARGETS[target])
     assert "convert_layout" not in made.asm["ttgir"]
-    assert made.metadata.shared == 0
+    assert compiled.shared == 0
+    assert compiled.spills == 0
     if target.startswith("sm"):
         vectors = re.findall(r"ld\.global\.v4\.b32", made.asm["ptx"])
-        assert len(vectors) == tensors * (2 if dtype == tl.float32 else 1)
+        assert len(vectors) == TENSORS[name] * (2 if dtype == torch.float32 else 1)
     else:
-        assert "vgpr_spill_count: 0" in made.asm["amdgcn"]
         loads = re.findall(r"global_load_(?:dwordx[24]|b64|b128) ", made.asm["amdgcn"])
-        assert len(loads) >= tensors
+        assert len(loads) >= TENSORS[name]

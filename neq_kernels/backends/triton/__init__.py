@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,13 @@ import torch
 from torch import Tensor
 
 from neq_kernels.backends import aten
+from neq_kernels.backends.triton.tiles import (
+    Tiles,
+    architecture,
+    can_describe,
+    choices,
+    precision,
+)
 from neq_kernels.channels import NeuronLayout
 from neq_kernels.problem import ConvGeometry, Problem, Strategy
 
@@ -62,6 +70,41 @@ def strategies(problem: Problem) -> tuple[Strategy, ...]:
     return usable
 
 
+def version() -> str:
+    """Of Triton."""
+    import triton
+
+    found: str = triton.__version__
+    return found
+
+
+def settings(problem: Problem, n: int) -> tuple[tuple[int, ...], ...]:
+    """The ways of running the own kernel for n active channels that are worth a measurement, the
+    one that goes by rule first."""
+    if problem.is_depthwise:
+        return ((),)
+    g, c = problem.geometry, problem.weight_size[1]
+    arch = architecture(torch.device("cpu" if interpreted() else "cuda"))
+    how = precision("matmul" if g is None else "conv", problem.dtype, arch)
+    is_matrix = g is None or (problem.channels_last and _is_product(problem.weight_size, g))
+    found = choices(
+        n if g is None else min(n, problem.neurons // g.groups),
+        c,
+        problem.dtype,
+        how,
+        arch,
+        scattered=not (is_matrix or problem.channels_last),
+        described=is_matrix and can_describe(c, problem.dtype),
+    )
+    return tuple(tiles.settings for tiles in found)
+
+
+def _is_product(weight_size: Sequence[int], g: ConvGeometry) -> bool:
+    """Whether a convolution is a plain product of its pixels."""
+    is_unit = math.prod(weight_size[2:]) == max(g.stride) == g.groups == 1
+    return is_unit and max(g.padding) == 0
+
+
 def linear_backward(
     grad_output: Tensor,
     input: Tensor | None,
@@ -74,11 +117,13 @@ def linear_backward(
     strategy: Strategy,
     *,
     count: Tensor | None = None,
+    settings: tuple[int, ...] = (),
 ) -> aten.Grads:
     """``aten.linear_backward``; by the own kernel where the strategy is ``FUSED``.
 
     Args:
         count: int32[1] on the device, for the own kernel to read n from; None makes one.
+        settings: of the own kernel, one of those that :func:`settings` lists; empty: by rule.
     """
     fused = strategy == Strategy.FUSED and wanted[1] and n > 0 and grad_output.numel() > 0
     grads = aten.linear_backward(
@@ -101,7 +146,8 @@ def linear_backward(
     dy = grad_output.reshape(-1, len(order))
     x = input.reshape(len(dy), -1)
     count = _count(n, weight.device) if count is None else count
-    return grads[0], *linear_wgrad(dy, x, weight, order, count, n, wanted[2])
+    tiles = Tiles.of(settings) if settings else None
+    return grads[0], *linear_wgrad(dy, x, weight, order, count, n, wanted[2], tiles=tiles)
 
 
 def conv_backward(
@@ -115,11 +161,12 @@ def conv_backward(
     strategy: Strategy,
     *,
     count: Tensor | None = None,
+    settings: tuple[int, ...] = (),
 ) -> aten.Grads:
     """``aten.conv_backward``; by the own kernels where the strategy is ``FUSED``.
 
     Args:
-        count: as for :func:`linear_backward`.
+        count, settings: as for :func:`linear_backward`.
     """
     fused = strategy == Strategy.FUSED and wanted[1] and n > 0 and grad_output.numel() > 0
     grads = aten.conv_backward(
@@ -136,13 +183,16 @@ def conv_backward(
     if not fused:
         return grads
     problem = Problem.conv(input, weight, geometry)
-    if problem.is_depthwise:
-        from neq_kernels.backends.triton.depthwise_wgrad import depthwise_wgrad as wgrad
-    else:
-        from neq_kernels.backends.triton.conv_wgrad import conv_wgrad as wgrad
     count = _count(n, weight.device) if count is None else count
     like = weight if geometry.layout.blocks(weight) is not None else weight.contiguous()
-    return grads[0], *wgrad(grad_output, input, like, geometry, order, count, n, wanted[2])
+    arguments = (grad_output, input, like, geometry, order, count, n, wanted[2])
+    if problem.is_depthwise:
+        from neq_kernels.backends.triton.depthwise_wgrad import depthwise_wgrad
+
+        return grads[0], *depthwise_wgrad(*arguments)
+    from neq_kernels.backends.triton.conv_wgrad import conv_wgrad
+
+    return grads[0], *conv_wgrad(*arguments, tiles=Tiles.of(settings) if settings else None)
 
 
 @functools.lru_cache(maxsize=8192)
@@ -154,15 +204,28 @@ def _count(n: int, device: torch.device) -> Tensor:
 def pack(t: Tensor, order: Tensor, n: int, dim: int) -> Tensor:
     """Channels ``order[:n]`` of ``t`` along ``dim``, in ``t``'s own memory format. Of a matrix, the
     result's rows lie innermost, as a product that sums over them reads it."""
+    return _pack(t, order, n, dim, summed=False)[0]
+
+
+def pack_and_sum(t: Tensor, order: Tensor, n: int, dim: int) -> tuple[Tensor, Tensor | None]:
+    """``pack``, and each channel's float32 sum; None where the own kernel does not serve."""
+    return _pack(t, order, n, dim, summed=True)
+
+
+def _pack(
+    t: Tensor, order: Tensor, n: int, dim: int, *, summed: bool
+) -> tuple[Tensor, Tensor | None]:
     inside = t if dim == t.dim() - 1 else t.movedim(dim, -1)
     if n == 0 or t.numel() == 0 or not inside.is_contiguous() or t.dtype not in _DTYPES:
-        return aten.pack(t, order, n, dim)
+        return aten.pack(t, order, n, dim), None
     from neq_kernels.backends.triton.gather import gather
 
-    matrix = inside.reshape(-1, t.shape[dim])
-    if t.dim() == 2:
-        return gather(matrix, order, n, transposed=True)
-    return gather(matrix, order, n, transposed=False).view(*inside.shape[:-1], n).movedim(-1, dim)
+    matrix, count = inside.reshape(-1, t.shape[dim]), _count(n, t.device)
+    is_matrix = t.dim() == 2
+    packed, sums = gather(matrix, order, count, n, transposed=is_matrix, summed=summed)
+    if is_matrix:
+        return packed, sums
+    return packed.view(*inside.shape[:-1], n).movedim(-1, dim), sums
 
 
 def scatter_rows(rows: Tensor, like: Tensor, order: Tensor, n: int, layout: NeuronLayout) -> Tensor:
@@ -173,7 +236,7 @@ def scatter_rows(rows: Tensor, like: Tensor, order: Tensor, n: int, layout: Neur
     from neq_kernels.backends.triton.gather import scatter
 
     out = torch.empty_like(like)
-    scatter(rows, out, order, n)
+    scatter(rows, out, order, _count(n, rows.device))
     return out
 
 

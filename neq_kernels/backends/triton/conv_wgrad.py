@@ -18,6 +18,7 @@ from neq_kernels.backends.triton.linear_wgrad import add_parts, linear_wgrad
 from neq_kernels.backends.triton.tiles import (
     Tiles,
     architecture,
+    choices,
     is_wide,
     precision,
     rectangle,
@@ -222,7 +223,8 @@ def conv_wgrad(
     arch = architecture(input.device)
     how = precision("conv", input.dtype, arch)
     scattered = input.stride(1) != 1
-    tiles = tiles or Tiles.of(min(n, per_group), c, input.dtype, how, arch, scattered=scattered)
+    if tiles is None:
+        tiles = choices(min(n, per_group), c, input.dtype, how, arch, scattered=scattered)[0]
     block_p, block_q, total = rectangle(tiles.block_t, images, out_height, out_width)
     splits = splits or splits_for(tiles, n, c * taps, total * tiles.block_t, input.device)
     tiles_per_split = -(-total // splits)

@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from neq_kernels.backends.triton import packed_wgrad
 from neq_kernels.backends.triton.tiles import (
     Operation,
     Tiles,
     architecture,
+    choices,
     is_wide,
     precision,
     splits_for,
@@ -173,44 +175,52 @@ def linear_wgrad(
         input = input.contiguous()
     arch = architecture(input.device)
     how = precision(operation, input.dtype, arch)
-    tiles = tiles or Tiles.of(n, c, input.dtype, how, arch)
+    described = packed_wgrad.serves(grad_output, input)
+    if tiles is None or (tiles.packed and not described):
+        tiles = choices(n, c, input.dtype, how, arch, described=described)[0]
     splits = splits or splits_for(tiles, n, c, t, input.device)
     t_per_split = -(-t // splits)
     t_per_split = max(1, -(-t_per_split // tiles.block_t)) * tiles.block_t
-    direct = splits == 1
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     grad_bias = weight.new_empty(k) if want_bias else None
-    out, bias_out = grad_weight, grad_bias
-    if not direct:
-        out = torch.empty((splits, k, c), dtype=torch.float32, device=weight.device)
-        bias_out = out.new_empty((splits, k)) if want_bias else None
-    grid = (-(-k // tiles.block_n) * -(-c // tiles.block_c), splits)
-    wgrad_kernel[grid](
-        grad_output,
-        input,
-        order,
-        count,
-        out,
-        out if bias_out is None else bias_out,
-        t,
-        k,
-        c,
-        grad_output.stride(0),
-        grad_output.stride(1),
-        input.stride(0),
-        t_per_split,
-        DIRECT=direct,
-        WITH_BIAS=want_bias,
-        PRECISION=how,
-        WIDE=is_wide(grad_output),
-        BLOCK_N=tiles.block_n,
-        BLOCK_C=tiles.block_c,
-        BLOCK_T=tiles.block_t,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
-    if not direct:
-        add_parts(out, bias_out, order, count, grad_weight, grad_bias)
+    parts = bias_parts = None
+    if splits > 1:
+        parts = torch.empty((splits, k, c), dtype=torch.float32, device=weight.device)
+        if want_bias and not tiles.packed:
+            bias_parts = parts.new_empty((splits, k))
+    if tiles.packed:
+        packed_wgrad.product(
+            grad_output, input, order, count, n, grad_weight, grad_bias, parts, t_per_split, tiles
+        )
+    else:
+        out = grad_weight if parts is None else parts
+        bias_out = grad_bias if parts is None else bias_parts
+        wgrad_kernel[(-(-k // tiles.block_n) * -(-c // tiles.block_c), splits)](
+            grad_output,
+            input,
+            order,
+            count,
+            out,
+            out if bias_out is None else bias_out,
+            t,
+            k,
+            c,
+            grad_output.stride(0),
+            grad_output.stride(1),
+            input.stride(0),
+            t_per_split,
+            DIRECT=parts is None,
+            WITH_BIAS=want_bias,
+            PRECISION=how,
+            WIDE=is_wide(grad_output),
+            BLOCK_N=tiles.block_n,
+            BLOCK_C=tiles.block_c,
+            BLOCK_T=tiles.block_t,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
+    if parts is not None:
+        add_parts(parts, bias_parts, order, count, grad_weight, grad_bias)
     return grad_weight, grad_bias
 
 
@@ -222,8 +232,8 @@ def add_parts(
     grad_weight: Tensor,
     grad_bias: Tensor | None,
 ) -> None:
-    """Add ``parts`` (``[splits, K, row]``) and ``bias_parts`` (``[splits, K]``) into gradients
-    whose rows lie one after the other in memory."""
+    """Add ``parts`` (``[splits, K, row]``) and ``bias_parts`` (``[splits, K]``, or None) into
+    gradients whose rows lie one after the other in memory."""
     splits, k, c = parts.shape
     rows, columns = 16, min(128, triton.next_power_of_2(c))
     add_parts_kernel[(-(-k // rows), -(-c // columns))](
@@ -236,7 +246,7 @@ def add_parts(
         k,
         c,
         splits,
-        WITH_BIAS=grad_bias is not None,
+        WITH_BIAS=bias_parts is not None,
         BLOCK_N=rows,
         BLOCK_C=columns,
     )

@@ -3,29 +3,82 @@ a CUDA graph. On a GPU a graph is captured and replayed."""
 
 from __future__ import annotations
 
-from unittest import mock
-
 import pytest
 import torch
 from torch import nn
 
 import neq_kernels as neq
 from neq_kernels import dispatch, ops
-from neq_kernels.problem import ConvGeometry
+from neq_kernels.backends import triton
+from neq_kernels.problem import ConvGeometry, Problem, Strategy
 from tests.backends.triton.cases import EXECUTOR, MASKS, assert_gradient, channels, poison
 
 
 @pytest.mark.parametrize("now", MASKS)
 @pytest.mark.parametrize("then", ["none", "one", "all"])
 @pytest.mark.parametrize("groups", [None, 1, 2, 4], ids=["linear", "conv", "grouped", "depthwise"])
-def test_the_count_on_the_device_decides(groups, then, now, device, monkeypatch):
+def test_the_count_on_the_device_decides(groups, then, now, device):
+    poison(device)
+    with neq.capturable():
+        check(groups, then, now, device)
+
+
+@pytest.mark.parametrize("groups", [None, 1], ids=["linear", "conv"])
+def test_what_was_rehearsed_is_captured(groups, device, monkeypatch, caplog):
+    """And what was not is captured densely, with one warning for each problem."""
+    monkeypatch.setattr(dispatch, "_rehearsed", {})
+    used, backend = [], triton.linear_backward if groups is None else triton.conv_backward
+
+    def counted(*arguments, **more):
+        used.append(next(a for a in arguments if isinstance(a, Strategy)))
+        return backend(*arguments, **more)
+
+    monkeypatch.setattr(triton, backend.__name__, counted)
     monkeypatch.setattr(dispatch, "captured", lambda tensor: True)
+    check(groups, "all", "random", device)
+    assert "warm up within neq_kernels.capturable()" in caplog.text
+    monkeypatch.undo()
+    monkeypatch.setattr(triton, backend.__name__, counted)
+    with neq.capturable():
+        check(groups, "all", "one", device)
+    monkeypatch.setattr(dispatch, "captured", lambda tensor: True)
+    check(groups, "all", "random", device)
+    assert used == [Strategy.DENSE, Strategy.FUSED, Strategy.FUSED]
+
+
+def test_the_kernel_of_the_table_is_rehearsed(device, monkeypatch):
+    """Its settings are those that won with everything active."""
+    problem = Problem((50, 16), (8, 16), None, False, torch.float16)
+    monkeypatch.setattr(dispatch, "_rehearsed", {})
+    chosen = dispatch.contestants(problem, 8, "triton")[-1]
+    assert chosen.settings
+    monkeypatch.setattr(dispatch, "choice_for", lambda *_: chosen)
+    given, backend = [], triton.linear_backward
+    monkeypatch.setattr(
+        triton,
+        "linear_backward",
+        lambda *a, **m: (given.append(m["settings"]), backend(*a, **m))[1],
+    )
+    channels_now = channels(8, "random")
+    active = channels_now.order(device), channels_now.count(device), channels_now.host_count
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((50, 8), (50, 16), (8, 16))
+    dy, x, weight = (torch.randn(s, generator=generator).half() for s in shapes)
+    with neq.capturable():
+        _, grad, _ = ops.linear_backward(
+            dy.to(device), x.to(device), x.shape, weight.to(device), active, [True] * 3, False
+        )
+    assert_gradient(grad, dy.double().t() @ x.double(), channels_now, 50)
+    assert given == [chosen.settings]
+    assert list(dispatch._rehearsed.values()) == [chosen]
+
+
+def check(groups, then, now, device) -> None:
     k, generator = 8, torch.Generator().manual_seed(0)
     chosen = channels(k, now)
     active = chosen.order(device), chosen.count(device), channels(k, then).host_count
     x = torch.randn(2, 4, 5, 5, generator=generator)
     dy = torch.randn(2, k, 5, 5, generator=generator)
-    poison(device)
     if groups is None:
         x, dy = (t.permute(0, 2, 3, 1).reshape(-1, t.shape[1]) for t in (x, dy))
         weight = torch.randn(k, 4, generator=generator)
@@ -62,8 +115,7 @@ def replay_on_a_gpu() -> None:
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    # Kernels cannot be loaded during a capture, so those of the captured path have to run before.
-    with torch.cuda.stream(stream), mock.patch.object(dispatch, "captured", return_value=True):
+    with torch.cuda.stream(stream), neq.capturable():
         for _ in range(3):
             gradients()
     torch.cuda.current_stream().wait_stream(stream)

@@ -7,7 +7,7 @@ import torch
 
 from neq_kernels.backends import aten, triton
 from neq_kernels.channels import NeuronLayout
-from tests.backends.triton.cases import DTYPES, MASKS, channels, poison
+from tests.backends.triton.cases import DTYPES, MASKS, assert_gradient, channels, poison
 
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
@@ -17,8 +17,13 @@ LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 def test_columns_of_a_matrix(dtype, mask, device):
     dy = torch.randn(75, 90, generator=torch.Generator().manual_seed(0)).to(dtype)
     chosen = channels(90, mask)
-    packed = triton.pack(dy.to(device), chosen.order(device), chosen.n_active, 1)
+    order, n = chosen.order(device), chosen.n_active
+    assert torch.equal(triton.pack(dy.to(device), order, n, 1).cpu(), dy[:, chosen.active])
+    packed, sums = triton.pack_and_sum(dy.to(device), order, n, 1)
     assert torch.equal(packed.cpu(), dy[:, chosen.active])
+    if n:
+        exact = dy[:, chosen.active].double().sum(0)
+        assert_gradient(sums, exact, channels(n, "all"), len(dy))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -27,9 +32,13 @@ def test_channels_of_images_keep_their_memory_format(dtype, layout, device):
     dy = torch.randn(2, 20, 5, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
     dy = dy.contiguous(memory_format=LAYOUTS[layout])
     chosen = channels(20, "random")
-    packed = triton.pack(dy.to(device), chosen.order(device), chosen.n_active, 1)
+    packed, sums = triton.pack_and_sum(dy.to(device), chosen.order(device), chosen.n_active, 1)
     assert torch.equal(packed.cpu(), dy[:, chosen.active])
     assert packed.is_contiguous(memory_format=LAYOUTS[layout])
+    assert (sums is not None) == (layout == "nhwc")
+    if sums is not None:
+        exact = dy[:, chosen.active].double().sum((0, 2, 3))
+        assert_gradient(sums, exact, channels(chosen.n_active, "all"), 70)
 
 
 @pytest.mark.parametrize("mask", MASKS)

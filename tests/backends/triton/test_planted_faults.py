@@ -8,16 +8,18 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from neq_kernels.backends import triton
+from neq_kernels.backends.triton import linear_wgrad, packed_wgrad
 from neq_kernels.channels import NeuronLayout
 from neq_kernels.optim import rows
-from tests.backends.triton import test_conv_wgrad, test_linear_wgrad
-from tests.backends.triton.cases import assert_gradient, channels
+from tests.backends.triton import test_conv_wgrad, test_linear_wgrad, test_packed_wgrad
+from tests.backends.triton.cases import assert_gradient, channels, poison
 
 
 def linear(module: ModuleType, device: str, splits: int) -> None:
@@ -33,6 +35,21 @@ def linear(module: ModuleType, device: str, splits: int) -> None:
         splits=splits,
         tiles=test_linear_wgrad.SMALL,
     )
+    assert_gradient(grad, dy.double().t() @ x.double(), chosen, t)
+    assert_gradient(bias, dy.double().sum(0), chosen, t)
+
+
+def packed(module: ModuleType, device: str, splits: int) -> None:
+    """The host takes more features for active than are, as in the replay of a graph."""
+    t, k, c = 70, 20, 40
+    dy, x, _, on_device = test_linear_wgrad.operands(t, k, c, torch.float16, device)
+    chosen = channels(k, "random")
+    order, count = chosen.order(device), chosen.count(device)
+    with mock.patch.object(packed_wgrad, "product", module.product):
+        poison(device)
+        grad, bias = linear_wgrad.linear_wgrad(
+            *on_device, order, count, k, True, splits=splits, tiles=test_packed_wgrad.SMALL
+        )
     assert_gradient(grad, dy.double().t() @ x.double(), chosen, t)
     assert_gradient(bias, dy.double().sum(0), chosen, t)
 
@@ -62,16 +79,17 @@ def depthwise(module: ModuleType, device: str) -> None:
 
 
 def gather(module: ModuleType, device: str) -> None:
-    dy, chosen = torch.randn(70, 40), channels(40, "random")
-    order, n = chosen.order(device), chosen.n_active
-    packed = module.gather(dy.to(device), order, n, transposed=True)
+    dy, chosen = torch.randn(150, 40), channels(40, "random")
+    order, count, n = chosen.order(device), chosen.count(device), chosen.n_active
+    packed, sums = module.gather(dy.to(device), order, count, n, transposed=True, summed=True)
     assert torch.equal(packed.cpu(), dy[:, chosen.active])
+    assert_gradient(sums, dy[:, chosen.active].double().sum(0), channels(n, "all"), len(dy))
 
 
 def scatter(module: ModuleType, device: str) -> None:
     chosen = channels(40, "random")
     given, out = torch.randn(chosen.n_active, 9), torch.full((40, 9), torch.nan, device=device)
-    module.scatter(given.to(device), out, chosen.order(device), chosen.n_active)
+    module.scatter(given.to(device), out, chosen.order(device), chosen.count(device))
     assert torch.equal(out.cpu()[chosen.active], given)
     assert not out.cpu()[chosen.frozen].any()
 
@@ -110,6 +128,7 @@ def optimizer(module: ModuleType, device: str, function: str) -> None:
 
 Check = Callable[[ModuleType, str], None]
 LINEAR, SPLIT_LINEAR = partial(linear, splits=1), partial(linear, splits=3)
+PACKED, SPLIT_PACKED = partial(packed, splits=1), partial(packed, splits=3)
 CONV, SPLIT_CONV = partial(convolution, splits=1), partial(convolution, splits=2)
 NCHW = partial(convolution, splits=1, layout="nchw")
 SGD = partial(optimizer, function="sgd_rows_")
@@ -135,6 +154,26 @@ FAULTS: dict[str, tuple[str, Check, str, str]] = {
         SPLIT_LINEAR,
         "out + rows[:, None] * c",
         "out + rn[:, None] * c",
+    ),
+    "packed: missing mask": (
+        "packed_wgrad",
+        PACKED,
+        "tl.where(is_active[:, None], acc, 0.0)",
+        "acc + 1.0",
+    ),
+    "packed: wrong row": ("packed_wgrad", PACKED, "out + neurons[:, None]", "out + rn[:, None]"),
+    "packed: missing step of a part": (
+        "packed_wgrad",
+        SPLIT_PACKED,
+        "range(first, last, BLOCK_T)",
+        "range(first + split, last, BLOCK_T)",
+    ),
+    "packed: wrong columns": ("packed_wgrad", PACKED, "[at, pc * BLOCK_C]", "[at, pn * BLOCK_C]"),
+    "packed: wrong feature's bias": (
+        "packed_wgrad",
+        SPLIT_PACKED,
+        "bias_out + neurons,",
+        "bias_out + rn,",
     ),
     "conv: missing mask": (
         "conv_wgrad",
@@ -175,6 +214,8 @@ FAULTS: dict[str, tuple[str, Check, str, str]] = {
         "rw * KERNEL_H + tap_row",
     ),
     "gather: wrong channel": ("gather", gather, "+ channels[None, :]", "+ rn[None, :]"),
+    "gather: missing sum": ("gather", gather, "sums.sum(0)", "sums[0]"),
+    "gather: wrong sums": ("gather", gather, "tl.sum(tile", "tl.max(tile"),
     "scatter: missing mask": ("gather", scatter, "(rn < n)[:, None] &", "(rn < k)[:, None] &"),
     "scatter: wrong row": ("gather", scatter, "out + neurons[:, None]", "out + rn[:, None]"),
     "similarity: wrong product": ("similarity", similarity, "tl.sum(u * v,", "tl.sum(u * u,"),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, Protocol, TypeVar
 
 import torch
+
+Name = TypeVar("Name", bound=Hashable)
 
 # Writing so much takes the device longer than the host needs to queue a call of several kernels, so
 # that none of them waits for the host.
@@ -61,13 +63,13 @@ class CudaClock:
 
 
 def cold_times(
-    calls: Mapping[str, Callable[[], object]],
+    calls: Mapping[Name, Callable[[], object]],
     clock: Clock,
     seconds: float,
     *,
     least_rounds: int = 7,
     most_rounds: int = 50,
-) -> dict[str, list[float]]:
+) -> dict[Name, list[float]]:
     """Seconds of each call, round by round, each right after a flush. Every round runs each call
     once, in an order of its own; rounds that compile and choose algorithms are not recorded.
 
@@ -83,7 +85,7 @@ def cold_times(
     names = list(calls)
     shuffled = random.Random(0)
 
-    def marks_of_a_round() -> dict[str, tuple[Any, Any]]:
+    def marks_of_a_round() -> dict[Name, tuple[Any, Any]]:
         marks = {}
         for name in shuffled.sample(names, len(names)):
             clock.flush()

@@ -1,0 +1,80 @@
+"""Warps of a kernel that reside on a multiprocessor, of the most that can."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What the blocks that reside on it share.
+
+    Attributes:
+        partitions: parts with registers and warps of their own.
+        warps: at most, per partition.
+        registers: per partition and lane of a warp.
+        register_unit: a warp gets a multiple of it, per lane.
+        blocks: at most.
+        shared: bytes of shared memory.
+        shared_unit: a block gets a multiple of it.
+        shared_reserved: bytes that the system takes of every block.
+        shared_per_block: bytes that a block may have, without those.
+    """
+
+    partitions: int
+    warps: int
+    registers: int
+    register_unit: int
+    blocks: int
+    shared: int
+    shared_unit: int
+    shared_reserved: int
+    shared_per_block: int
+
+
+# NVIDIA: CUDA C++ programming guide, "Technical Specifications per Compute Capability"; the units,
+# the partitions and what is reserved: cuda_occupancy.h, which comes with CUDA (and with Triton).
+# AMD: LLVM's AMDGPUBaseInfo.cpp (getVGPRAllocGranule, getTotalNumVGPRs, getMaxWavesPerEU,
+# getEUsPerCU, getMaxWorkGroupsPerCU: its barriers never are what limits) and "AMD GPU
+# specifications" in ROCm's documentation; units of shared memory: Mesa's aco_ir.cpp
+# (lds_alloc_granule). A gfx942 is counted by compute units. A gfx1100 is counted by pairs of them
+# (WGP mode): Triton compiles with ``.amdhsa_workgroup_processor_mode 1``.
+# Not counted: scalar registers of gfx942, and tensor memory of sm_100.
+_KIB = 1 << 10
+MULTIPROCESSORS = {
+    "sm_80": Multiprocessor(4, 16, 512, 8, 32, 164 * _KIB, 128, _KIB, 163 * _KIB),
+    "sm_90": Multiprocessor(4, 16, 512, 8, 32, 228 * _KIB, 128, _KIB, 227 * _KIB),
+    "sm_100": Multiprocessor(4, 16, 512, 8, 32, 228 * _KIB, 128, _KIB, 227 * _KIB),
+    "gfx942": Multiprocessor(4, 8, 512, 8, 32, 64 * _KIB, 512, 0, 64 * _KIB),
+    "gfx1100": Multiprocessor(4, 16, 1536, 24, 64, 128 * _KIB, 1024, 0, 64 * _KIB),
+}
+
+
+def resident_warps(target: str, registers: int, shared: int, warps: int) -> int:
+    """Warps of as many blocks as fit on a multiprocessor; 0 where not one does.
+
+    Args:
+        target: a key of ``MULTIPROCESSORS``.
+        registers: per thread (gfx942: accumulation registers included).
+        shared: bytes per block.
+        warps: per block.
+    """
+    at = MULTIPROCESSORS[target]
+    if shared > at.shared_per_block:
+        return 0
+    of_registers = at.registers // _up(max(1, registers), at.register_unit)
+    blocks = min(at.blocks, at.partitions * min(at.warps, of_registers) // warps)
+    taken = _up(shared + at.shared_reserved, at.shared_unit)
+    if taken:
+        blocks = min(blocks, at.shared // taken)
+    return blocks * warps
+
+
+def occupancy(target: str, registers: int, shared: int, warps: int) -> float:
+    """``resident_warps`` as a share of the most warps that can reside."""
+    at = MULTIPROCESSORS[target]
+    return resident_warps(target, registers, shared, warps) / (at.partitions * at.warps)
+
+
+def _up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
