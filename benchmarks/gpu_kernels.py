@@ -22,7 +22,7 @@ from benchmarks.shapes import Shape, gpu_shapes
 from neq_kernels import contest, dispatch, ops, selfcheck
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.gpu_timing import cold_times
-from neq_kernels.problem import Choice, Problem, Strategy
+from neq_kernels.problem import Problem, Strategy
 
 NAME = "gpu_kernels"
 SHARES = (1.0, 0.5, 0.25, 0.1, 0.02)
@@ -158,12 +158,14 @@ class _Cells:
         partly = n < problem.neurons
         if partly and own != "aten":
             calls[BY_DEFAULT] = _layer(problem, *operands, channels, "aten")
-        for strategy in dispatch.candidates(problem, own):
-            if partly or strategy == Strategy.FUSED:
-                module = dispatch.module_of(own)
-                calls[f"{OURS} {strategy.name.lower()}"] = contest.wgrad(
-                    problem, module, Choice(strategy), *operands, channels
-                )
+        module = dispatch.module_of(own)
+        for choice in dispatch.contestants(problem, n, own):
+            if not (partly or choice.strategy == Strategy.FUSED):
+                continue
+            name = f"{OURS} {choice.strategy.name.lower()}"
+            if name in calls:  # by rule it runs another way
+                name = f"{name} {'x'.join(map(str, choice.settings))}"
+            calls[name] = contest.wgrad(problem, module, choice, *operands, channels)
         return calls
 
 

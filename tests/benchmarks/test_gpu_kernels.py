@@ -11,7 +11,7 @@ from benchmarks.gpu_device import OUT_OF_MEMORY, DeviceLost
 from benchmarks.gpu_kernels import Options
 from benchmarks.shapes import Shape
 from neq_kernels import dispatch
-from neq_kernels.problem import ConvGeometry, Problem, Strategy
+from neq_kernels.problem import Choice, ConvGeometry, Problem, Strategy
 from tests.benchmarks.fake_gpu import TickingClock, lab
 
 CONV = Problem(
@@ -180,3 +180,13 @@ def test_the_layers_of_a_gpu():
     assert {s.problem.dtype for s in found} == {torch.bfloat16, torch.float32}
     assert any(s.problem.is_depthwise for s in found)
     assert max(s.problem.neurons for s in found if s.problem.geometry is None) >= 4096
+
+
+def test_every_way_of_running_the_own_kernel_has_a_name(monkeypatch):
+    """Here the CPU's kernel, which has but one, is asked for two."""
+    ways = [Choice(Strategy.DENSE), Choice(Strategy.FUSED), Choice(Strategy.FUSED, (16, 64))]
+    monkeypatch.setattr(dispatch, "contestants", lambda *_: ways)
+    half = named(rows(), 0.5)
+    assert {"neq dense", "neq fused", "neq fused 16x64"} <= set(half)
+    assert "settings" in half["neq fused 16x64"]["error"]
+    assert "error" not in half["neq fused"]
