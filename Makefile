@@ -8,7 +8,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
-BUILD_INPUTS := constraints.txt pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
+BUILD_INPUTS := constraints.txt pyproject.toml setup.py MANIFEST.in $(shell find csrc -type f 2>/dev/null)
 STAMP := $(VENV)/.neq_kernels_installed
 JOBS ?= 2
 
@@ -27,7 +27,7 @@ lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	find csrc -name '*.cpp' -o -name '*.h' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	find csrc tests/cuda_on_cpu tests/backends/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
 install: $(STAMP)
 
@@ -36,6 +36,8 @@ $(STAMP): $(BUILD_INPUTS) | $(PY)
 	$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[bench,predict,test,lint,energy]'
 	# Executes Triton kernels without a GPU. It asks for newer versions than it needs.
 	$(PY) -m pip install --quiet -c constraints.txt --no-deps --ignore-requires-python ttsem
+	# NVIDIA's headers say what the emulated instructions of CUDA do; its tools are not needed.
+	$(PY) -m pip install --quiet -c constraints.txt --no-deps nvidia-cutlass nvidia-cuda-crt nvidia-cuda-cccl
 	touch $@
 
 $(PY):

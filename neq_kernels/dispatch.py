@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from neq_kernels import contest, heuristics, tuning
-from neq_kernels.backends import aten, cpu, reference, triton
+from neq_kernels.backends import aten, cpu, cuda, reference, triton
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.machine import machine
 from neq_kernels.problem import Choice, ConvGeometry, Problem, Strategy
@@ -25,11 +25,13 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT_VARIABLE = "NEQ_KERNELS_BACKEND"
 _BACKENDS: dict[str, ModuleType] = {
     "triton": triton,
+    "cuda": cuda,
     "cpu": cpu,
     "aten": aten,
     "reference": reference,
 }
-# triton has to be asked for until it has run on a GPU.
+# These have to be asked for until they have run on a GPU; they read counts on the device.
+_FOR_GPUS: dict[str, ModuleType] = {"triton": triton, "cuda": cuda}
 _AUTOMATIC = {"cpu": ("cpu", "aten")}
 
 _forced: Strategy | None = None
@@ -62,7 +64,8 @@ def backend_for(device_type: str) -> str:
         reason = _BACKENDS[forced].unavailable()
         if reason is None and forced == "cpu" and device_type != "cpu":
             reason = f"it serves CPU tensors, got {device_type}"
-        if reason is None and forced == "triton" and not triton.serves(device_type):
+        kernels = _FOR_GPUS.get(forced)
+        if reason is None and kernels is not None and not kernels.serves(device_type):
             reason = f"it serves GPU tensors, got {device_type}"
         if reason is not None:
             raise RuntimeError(f"{ENVIRONMENT_VARIABLE}={forced}: {reason}")
@@ -131,7 +134,7 @@ def choice_for(problem: Problem, n: int, place: Place) -> Choice:
         table.put(problem, n, winner)
         table.save()
         return winner
-    rule = heuristics.strategy_on_gpu if place.backend == "triton" else heuristics.strategy
+    rule = heuristics.strategy_on_gpu if place.backend in _FOR_GPUS else heuristics.strategy
     return Choice(rule(problem, n, usable))
 
 
@@ -240,7 +243,9 @@ def linear_backward(
         else:
             choice = choice_for(problem, n, place)
     module = _BACKENDS[backend]
-    more = {"count": count, "settings": choice.settings} if backend == "triton" else {}
+    more: dict[str, Any] = {"count": count} if backend in _FOR_GPUS else {}
+    if choice.settings:
+        more["settings"] = choice.settings
     wanted = output_mask
     grad_input = None
     if active_dgrad and output_mask[0] and n < k:
@@ -288,7 +293,7 @@ def conv_backward(
     x = grad_output.new_empty(1).expand(input_size) if input is None else input
     choice, replayed = Choice(Strategy.DENSE), captured(weight)
     # The ragged selection of a group's channels is made on the host, but for own kernels.
-    ragged = geometry.groups > 1 and not weight.is_cpu and backend != "triton"
+    ragged = geometry.groups > 1 and not weight.is_cpu and backend not in _FOR_GPUS
     if replayed or (n > 0 and output_mask[1] and not ragged):
         place, problem = place_of(weight.device.type), Problem.conv(x, weight, geometry)
         if replayed:
@@ -297,7 +302,9 @@ def conv_backward(
         else:
             choice = choice_for(problem, n, place)
     module = _BACKENDS[backend]
-    more = {"count": count, "settings": choice.settings} if backend == "triton" else {}
+    more: dict[str, Any] = {"count": count} if backend in _FOR_GPUS else {}
+    if choice.settings:
+        more["settings"] = choice.settings
     wanted = output_mask
     grad_input = None
     if active_dgrad and output_mask[0] and n < k:

@@ -8,7 +8,7 @@ python=${PYTHON:-python3}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-NEQ_BUILD_SANITIZE=1 "$python" setup.py -q build_ext \
+NEQ_BUILD_CUDA=0 NEQ_BUILD_SANITIZE=1 "$python" setup.py -q build_ext \
   --build-lib "$scratch/lib" --build-temp "$scratch/temp" >"$scratch/build.log" 2>&1 ||
   { cat "$scratch/build.log" >&2; exit 1; }
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neq_kernels.backends import aten
+from neq_kernels.backends import aten, gpu
 from neq_kernels.backends.triton.tiles import (
     Tiles,
     architecture,
@@ -125,29 +125,18 @@ def linear_backward(
         count: int32[1] on the device, for the own kernel to read n from; None makes one.
         settings: of the own kernel, one of those that :func:`settings` lists; empty: by rule.
     """
-    fused = strategy == Strategy.FUSED and wanted[1] and n > 0 and grad_output.numel() > 0
-    grads = aten.linear_backward(
-        grad_output,
-        input,
-        input_size,
-        weight,
-        order,
-        n,
-        start,
-        (wanted[0], False, False) if fused else wanted,
-        Strategy.DENSE if strategy == Strategy.DENSE else Strategy.PACK,
-        sys.modules[__name__],
-    )
-    if not fused:
-        return grads
-    assert input is not None
-    from neq_kernels.backends.triton.linear_wgrad import linear_wgrad
 
-    dy = grad_output.reshape(-1, len(order))
-    x = input.reshape(len(dy), -1)
-    count = _count(n, weight.device) if count is None else count
-    tiles = Tiles.of(settings) if settings else None
-    return grads[0], *linear_wgrad(dy, x, weight, order, count, n, wanted[2], tiles=tiles)
+    def own(dy: Tensor, x: Tensor, count: Tensor) -> tuple[Tensor, Tensor | None]:
+        from neq_kernels.backends.triton.linear_wgrad import linear_wgrad
+
+        tiles = Tiles.of(settings) if settings else None
+        return linear_wgrad(dy, x, weight, order, count, n, wanted[2], tiles=tiles)
+
+    return gpu.linear_backward(
+        *(grad_output, input, input_size, weight, order, n, start, wanted, strategy, count),
+        _PRIMITIVES,
+        own,
+    )
 
 
 def conv_backward(
@@ -168,37 +157,23 @@ def conv_backward(
     Args:
         count, settings: as for :func:`linear_backward`.
     """
-    fused = strategy == Strategy.FUSED and wanted[1] and n > 0 and grad_output.numel() > 0
-    grads = aten.conv_backward(
-        grad_output,
-        input,
-        weight,
-        geometry,
-        order,
-        n,
-        (wanted[0], False, False) if fused else wanted,
-        Strategy.DENSE if strategy == Strategy.DENSE else Strategy.PACK,
-        sys.modules[__name__],
+
+    def own(dy: Tensor, x: Tensor, count: Tensor) -> tuple[Tensor, Tensor | None]:
+        like = weight if geometry.layout.blocks(weight) is not None else weight.contiguous()
+        arguments = (dy, x, like, geometry, order, count, n, wanted[2])
+        if Problem.conv(x, weight, geometry).is_depthwise:
+            from neq_kernels.backends.triton.depthwise_wgrad import depthwise_wgrad
+
+            return depthwise_wgrad(*arguments)
+        from neq_kernels.backends.triton.conv_wgrad import conv_wgrad
+
+        return conv_wgrad(*arguments, tiles=Tiles.of(settings) if settings else None)
+
+    return gpu.conv_backward(
+        *(grad_output, input, weight, geometry, order, n, wanted, strategy, count),
+        _PRIMITIVES,
+        own,
     )
-    if not fused:
-        return grads
-    problem = Problem.conv(input, weight, geometry)
-    count = _count(n, weight.device) if count is None else count
-    like = weight if geometry.layout.blocks(weight) is not None else weight.contiguous()
-    arguments = (grad_output, input, like, geometry, order, count, n, wanted[2])
-    if problem.is_depthwise:
-        from neq_kernels.backends.triton.depthwise_wgrad import depthwise_wgrad
-
-        return grads[0], *depthwise_wgrad(*arguments)
-    from neq_kernels.backends.triton.conv_wgrad import conv_wgrad
-
-    return grads[0], *conv_wgrad(*arguments, tiles=Tiles.of(settings) if settings else None)
-
-
-@functools.lru_cache(maxsize=8192)
-def _count(n: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor([n], dtype=torch.int32, device=device)
 
 
 def pack(t: Tensor, order: Tensor, n: int, dim: int) -> Tensor:
@@ -220,7 +195,7 @@ def _pack(
         return aten.pack(t, order, n, dim), None
     from neq_kernels.backends.triton.gather import gather
 
-    matrix, count = inside.reshape(-1, t.shape[dim]), _count(n, t.device)
+    matrix, count = inside.reshape(-1, t.shape[dim]), gpu.count_of(n, t.device)
     is_matrix = t.dim() == 2
     packed, sums = gather(matrix, order, count, n, transposed=is_matrix, summed=summed)
     if is_matrix:
@@ -236,7 +211,7 @@ def scatter_rows(rows: Tensor, like: Tensor, order: Tensor, n: int, layout: Neur
     from neq_kernels.backends.triton.gather import scatter
 
     out = torch.empty_like(like)
-    scatter(rows, out, order, _count(n, rows.device))
+    scatter(rows, out, order, gpu.count_of(n, rows.device))
     return out
 
 
@@ -272,3 +247,6 @@ def adam_rows_(*tensors: Sequence[Any], **settings: Any) -> None:
     from neq_kernels.backends.triton import row_steps
 
     row_steps.adam_rows_(*tensors, **settings)
+
+
+_PRIMITIVES = sys.modules[__name__]

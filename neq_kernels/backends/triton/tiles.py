@@ -95,7 +95,7 @@ def choices(
     first = _first_choice(n, c, dtype, how, arch, scattered)
     found = [first]
     if first.block_c > 64:
-        found.append(replace(first, block_c=64, warps=4))
+        found.append(replace(first, block_c=64, warps=4 if first.block_n < 128 else first.warps))
     if first.block_n > 32:
         found.append(replace(first, block_n=first.block_n // 2, warps=4))
     if first.stages > 1 and not scattered:

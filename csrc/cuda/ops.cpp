@@ -1,0 +1,269 @@
+// The private leaf ops for GPU tensors, on PyTorch's stable ABI: they allocate, decide how the work
+// is cut, and launch. neq_kernels/backends/cuda.py gives them what they serve: rows that start at
+// multiples of 16 bytes.
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "device.h"
+#include "kernels.h"
+
+namespace neq::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using IntList = std::vector<int64_t>;
+using Grads = std::tuple<Tensor, Tensor>;
+
+// Blocks for each multiprocessor: so that some compute while others wait for memory.
+constexpr int64_t kBlocksEach = 2, kPackBlocksEach = 3;
+// Each part is written and read again: its rows are to be at least so many of the tile's, and so
+// many for each active neuron.
+constexpr int64_t kLeastSteps = 4, kLeastRowsEach = 32;
+// Up to so many neurons are gathered where one tile has all columns; more are packed first.
+constexpr int64_t kMostGathered = 32, kFewRows = 16;
+
+void check(const char* operation, int code) {
+  if (code == 0) return;
+  throw std::runtime_error("neq_kernels " + std::string(operation) + ": " +
+                           cudaGetErrorString(static_cast<cudaError_t>(code)));
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int32_t dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half:
+      return neq_float16;
+    case ScalarType::BFloat16:
+      return neq_bfloat16;
+    default:
+      return neq_float32;
+  }
+}
+
+int64_t multiprocessors() {
+  int32_t count = 0;
+  check("multiprocessors", neq_cuda_multiprocessors(&count));
+  return count;
+}
+
+Tensor floats(const Tensor& like, const IntList& sizes) {
+  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+}
+
+const int64_t* order_of(const Tensor& order) { return order.const_data_ptr<int64_t>(); }
+const int32_t* count_of(const Tensor& count) { return count.const_data_ptr<int32_t>(); }
+float* floats_of(const Tensor& tensor) {
+  return tensor.defined() ? tensor.mutable_data_ptr<float>() : nullptr;
+}
+
+// Rows of a matrix, or pixels of channels_last images.
+struct Rows {
+  const Tensor& tensor;
+  int64_t count, stride;
+};
+
+Rows rows_of(const Tensor& t) {
+  if (t.dim() == 2) return {t, t.size(0), t.stride(0)};
+  return {t, t.size(0) * t.size(2) * t.size(3), t.size(1)};
+}
+
+struct Packed {
+  Tensor rows, sums;
+  int64_t stride;
+};
+
+Packed packed(const Rows& dy, const Tensor& order, const Tensor& count, int64_t most,
+              int64_t columns, bool transposed, bool summed, const OnDevice& device) {
+  const int64_t multiple = 16 / static_cast<int64_t>(dy.tensor.element_size());
+  Packed p;
+  p.stride = ceil_div(transposed ? dy.count : columns, multiple) * multiple;
+  p.rows = torch::stable::new_empty(dy.tensor, {transposed ? most : dy.count, p.stride});
+  const int64_t blocks =
+      std::min(ceil_div(dy.count, neq_cuda_pack_rows()), kPackBlocksEach * multiprocessors());
+  if (summed) p.sums = floats(dy.tensor, {blocks, most});
+  check("pack", neq_cuda_pack(dtype_of(dy.tensor), dy.tensor.const_data_ptr(), dy.stride,
+                              order_of(order), count_of(count), p.rows.mutable_data_ptr(), p.stride,
+                              floats_of(p.sums), static_cast<int32_t>(blocks), dy.count,
+                              static_cast<int32_t>(most), transposed, device.stream()));
+  return p;
+}
+
+// Parts of a sum over t rows, of which each has a multiple of the tile's.
+struct Cut {
+  int64_t parts, per_part;
+
+  Cut(int64_t t, int64_t rows, int64_t most, int64_t tiles) {
+    const int64_t wanted = ceil_div(kBlocksEach * multiprocessors(), tiles);
+    const int64_t least = std::max(kLeastSteps * rows, kLeastRowsEach * most);
+    const int64_t at_most = std::clamp(t / least, int64_t{1}, wanted);
+    per_part = ceil_div(ceil_div(t, at_most), rows) * rows;
+    parts = ceil_div(t, per_part);
+  }
+};
+
+// The whole gradient. `parts`: [parts, most, taps, columns]; `bias_parts`: [parts, most], or
+// undefined where the bias has no gradient.
+Grads finished(const Tensor& parts, const Tensor& bias_parts, const Tensor& order,
+               const Tensor& count, const Tensor& weight, const OnDevice& device) {
+  const int64_t k = order.numel(), taps = parts.size(2), columns = parts.size(3);
+  const bool wants_bias = bias_parts.defined();
+  Tensor grad = torch::stable::empty_like(weight), bias;
+  if (wants_bias) bias = torch::stable::new_empty(weight, {k});
+  // A neuron's weights lie tap by tap, or all taps of a column together.
+  const bool tap_by_tap = taps == 1 || weight.stride(1) == 1;
+  check("finish",
+        neq_cuda_finish(
+            dtype_of(parts), dtype_of(weight), parts.const_data_ptr(),
+            wants_bias ? bias_parts.const_data_ptr() : nullptr, order_of(order), count_of(count),
+            grad.mutable_data_ptr(), wants_bias ? bias.mutable_data_ptr() : nullptr, k, columns,
+            tap_by_tap ? 1 : taps, tap_by_tap ? columns : 1, static_cast<int32_t>(parts.size(0)),
+            static_cast<int32_t>(wants_bias ? bias_parts.size(0) : 0),
+            static_cast<int32_t>(parts.size(1)), static_cast<int32_t>(taps), device.stream()));
+  return {grad, bias};
+}
+
+}  // namespace
+
+// `rows`, matrix or channels_last images: the active channels side by side, [rows, at least most],
+// or transposed, [most, at least rows]; and float sums in parts, [parts, most].
+std::tuple<Tensor, Tensor> pack(const Tensor& rows, const Tensor& order, const Tensor& count,
+                                int64_t most, bool transposed, bool summed) {
+  const OnDevice device(rows);
+  const Packed p = packed(rows_of(rows), order, count, most, most, transposed, summed, device);
+  return {p.rows, p.sums};
+}
+
+// Like `like`: neurons order[:count] hold `rows`, the others are 0. A neuron's elements, a multiple
+// of 4, lie one after the other in both.
+Tensor scatter_rows(const Tensor& rows, const Tensor& like, const Tensor& order,
+                    const Tensor& count) {
+  const OnDevice device(rows);
+  Tensor out = torch::stable::empty_like(like);
+  const int64_t k = order.numel(), size = like.numel() / k;
+  check("scatter_rows",
+        neq_cuda_finish(dtype_of(rows), dtype_of(like), rows.const_data_ptr(), nullptr,
+                        order_of(order), count_of(count), out.mutable_data_ptr(), nullptr, k, size,
+                        1, size, 1, 0, static_cast<int32_t>(rows.size(0)), 1, device.stream()));
+  return out;
+}
+
+Grads linear_wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                   const Tensor& order, const Tensor& count, int64_t most, bool want_bias) {
+  const OnDevice device(weight);
+  const int32_t dtype = dtype_of(weight);
+  Rows dy = rows_of(grad_output);
+  const Rows x = rows_of(input);
+  const int64_t t = dy.count, c = input.size(1);
+  const auto tile_for = [&](bool is_packed) {
+    return neq_cuda_tile(dtype, static_cast<int32_t>(most), c, is_packed);
+  };
+  // Where several tiles share the columns, each would read dY again.
+  const bool packs = most > kMostGathered || (most <= kFewRows && c > tile_for(false).columns);
+  Packed p;
+  const void* from = grad_output.const_data_ptr();
+  if (packs) {
+    p = packed(dy, order, count, most, most, false, false, device);
+    from = p.rows.const_data_ptr();
+    dy.stride = p.stride;
+  }
+  const NeqTile tile = tile_for(packs);
+  const Cut cut(t, tile.rows, most, ceil_div(c, tile.columns) * ceil_div(most, tile.neurons));
+  Tensor parts = floats(weight, {cut.parts, most, 1, c}), bias_parts;
+  if (want_bias) bias_parts = floats(weight, {cut.parts, most});
+  check("linear_wgrad",
+        neq_cuda_linear_wgrad(dtype, from, dy.stride, input.const_data_ptr(), x.stride,
+                              order_of(order), count_of(count), floats_of(parts),
+                              floats_of(bias_parts), t, cut.per_part, c, static_cast<int32_t>(most),
+                              packs, device.stream()));
+  return finished(parts, bias_parts, order, count, weight, device);
+}
+
+// Of channels_last images.
+Grads conv_wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                 const IntList& stride, const IntList& padding, const IntList& dilation,
+                 const Tensor& order, const Tensor& count, int64_t most, bool want_bias) {
+  const OnDevice device(weight);
+  const int32_t dtype = dtype_of(weight);
+  const auto narrow = [](int64_t number) { return static_cast<int32_t>(number); };
+  Rows dy = rows_of(grad_output);
+  const int64_t t = dy.count, c = input.size(1), taps = weight.size(2) * weight.size(3);
+  const std::array<int64_t, 3> x_strides{input.stride(0), input.stride(2), input.stride(3)};
+  const bool in_one_pass = most <= kFewRows && weight.size(2) == 3 && weight.size(3) == 3 &&
+                           stride == IntList{1, 1} && dilation == IntList{1, 1};
+  if (in_one_pass) {
+    const int64_t channels = most <= kFewRows / 2 ? kFewRows / 2 : kFewRows;
+    const Packed p = packed(dy, order, count, most, channels, false, want_bias, device);
+    // Rectangles of X take the place of rows.
+    const NeqTile tile = neq_cuda_few_rows_conv_tile(dtype, c);
+    const int64_t rectangles =
+        input.size(0) * ceil_div(input.size(2), tile.neurons) * ceil_div(input.size(3), tile.rows);
+    const Cut cut(rectangles * tile.neurons * tile.rows, tile.neurons * tile.rows, most * taps,
+                  ceil_div(c, tile.columns));
+    Tensor parts = floats(weight, {cut.parts, most, taps, c});
+    const std::array<int32_t, 6> geometry{narrow(input.size(2)),       narrow(input.size(3)),
+                                          narrow(grad_output.size(2)), narrow(grad_output.size(3)),
+                                          narrow(padding[0]),          narrow(padding[1])};
+    check("few_rows_conv",
+          neq_cuda_few_rows_conv(dtype, p.rows.const_data_ptr(), narrow(p.stride),
+                                 input.const_data_ptr(), x_strides.data(), geometry.data(),
+                                 count_of(count), floats_of(parts), narrow(cut.parts), c,
+                                 narrow(input.size(0)), narrow(most), device.stream()));
+    return finished(parts, p.sums, order, count, weight, device);
+  }
+  const bool packs = most > kMostGathered;
+  Packed p;
+  const void* from = grad_output.const_data_ptr();
+  if (packs) {
+    p = packed(dy, order, count, most, most, false, false, device);
+    from = p.rows.const_data_ptr();
+    dy.stride = p.stride;
+  }
+  const NeqTile tile = neq_cuda_tile(dtype, narrow(most), c, packs);
+  const Cut cut(t, tile.rows, most,
+                ceil_div(c, tile.columns) * taps * ceil_div(most, tile.neurons));
+  Tensor parts = floats(weight, {cut.parts, most, taps, c}), bias_parts;
+  if (want_bias) bias_parts = floats(weight, {cut.parts, most});
+  const std::array<int32_t, 12> geometry{
+      narrow(input.size(2)),       narrow(input.size(3)),  narrow(grad_output.size(2)),
+      narrow(grad_output.size(3)), narrow(weight.size(2)), narrow(weight.size(3)),
+      narrow(stride[0]),           narrow(stride[1]),      narrow(padding[0]),
+      narrow(padding[1]),          narrow(dilation[0]),    narrow(dilation[1])};
+  check("conv_wgrad",
+        neq_cuda_conv_wgrad(dtype, from, dy.stride, input.const_data_ptr(), x_strides.data(),
+                            geometry.data(), order_of(order), count_of(count), floats_of(parts),
+                            floats_of(bias_parts), t, cut.per_part, c, narrow(most), packs,
+                            device.stream()));
+  return finished(parts, bias_parts, order, count, weight, device);
+}
+
+}  // namespace neq::cuda
+
+STABLE_TORCH_LIBRARY(neq_kernels_cuda, m) {
+  m.def(
+      "pack(Tensor rows, Tensor order, Tensor count, int most, bool transposed, bool summed) "
+      "-> (Tensor, Tensor)");
+  m.def("scatter_rows(Tensor rows, Tensor like, Tensor order, Tensor count) -> Tensor");
+  m.def(
+      "linear_wgrad(Tensor grad_output, Tensor input, Tensor weight, Tensor order, Tensor count, "
+      "int most, bool want_bias) -> (Tensor, Tensor)");
+  m.def(
+      "conv_wgrad(Tensor grad_output, Tensor input, Tensor weight, int[] stride, int[] padding, "
+      "int[] dilation, Tensor order, Tensor count, int most, bool want_bias) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(neq_kernels_cuda, NEQ_CUDA_KEY, m) {
+  m.impl("pack", TORCH_BOX(&neq::cuda::pack));
+  m.impl("scatter_rows", TORCH_BOX(&neq::cuda::scatter_rows));
+  m.impl("linear_wgrad", TORCH_BOX(&neq::cuda::linear_wgrad));
+  m.impl("conv_wgrad", TORCH_BOX(&neq::cuda::conv_wgrad));
+}

@@ -1,0 +1,178 @@
+"""The launchers of ``csrc/cuda`` on CPU tensors, run by the emulator."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from neq_kernels.channels import ActiveChannels
+from neq_kernels.problem import ConvGeometry
+from tests.cuda_on_cpu.emulator import MODES, Launch, Library, Mode, Run, build
+
+FOLDER = Path(__file__).parents[3] / "csrc" / "cuda"
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+SOURCES = ("wgrad", "few_rows_conv", "pack", "finish")
+
+
+def library(
+    sources: Sequence[str] = SOURCES,
+    *,
+    replace: Sequence[tuple[str, str, str]] = (),
+    checked: bool = True,
+) -> Library:
+    """Products, packing and the second pass."""
+    return build([FOLDER / f"{name}.cu" for name in sources], replace=replace, checked=checked)
+
+
+def without(*dtypes: torch.dtype) -> list[tuple[str, str, str]]:
+    """What to replace so that kernels are compiled for the other dtypes only."""
+    names = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
+    return [
+        ("dtypes.cuh", f"return call({names[d]}{{}})", "return cudaErrorInvalidValue")
+        for d in dtypes
+    ]
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.full(shape, torch.nan).to(dtype)
+
+
+def wgrad(
+    chosen: ActiveChannels,
+    grad_output: Tensor,
+    input: Tensor,
+    geometry: ConvGeometry | None = None,
+    kernel: tuple[int, int] = (1, 1),
+    *,
+    most: int | None = None,
+    parts: int = 1,
+    packed: bool = False,
+    channels_last: bool = True,
+    mode: Mode = MODES[0],
+    kernels: Library | None = None,
+) -> tuple[Tensor, Tensor, list[Launch]]:
+    """Weight and bias gradients, and the launches that they took.
+
+    Args:
+        grad_output: ``[T, K]``, or channels_last images.
+        input: ``[T, C]``, or channels_last images.
+        geometry: of a convolution with this ``kernel``.
+        most: active channels to provide for.
+        parts: of the reduction, at most.
+        packed: whether dY is packed first.
+        channels_last: how a convolution's weight lies in memory.
+    """
+    dtype = DTYPES[input.dtype]
+    order, count = chosen.order(), chosen.count("cpu")
+    most = max(1, chosen.n_active) if most is None else most
+    k, c, taps = len(chosen), input.shape[1], kernel[0] * kernel[1]
+    dy = grad_output if geometry is None else grad_output.permute(0, 2, 3, 1).flatten(0, 2)
+    assert dy.data_ptr() == grad_output.data_ptr()
+    t = len(dy)
+    multiple = 16 // input.element_size()
+    padded = -(-most // multiple) * multiple
+    names = {
+        "parts": poisoned(parts, most, taps, c),
+        "bias_parts": poisoned(parts, most),
+        "packed": poisoned(t, padded, dtype=input.dtype),
+        "grad": poisoned(k, taps * c, dtype=input.dtype),
+        "bias": poisoned(k, dtype=input.dtype),
+    }
+    kernels = kernels or library()
+    run = Run(kernels, mode, {"dy": grad_output, "x": input, "order": order, "count": count}, names)
+    launches: list[Launch] = []
+    source, stride = grad_output, k
+    if packed:
+        launches += run.call(
+            *("neq_cuda_pack", dtype, grad_output, k, order, count, names["packed"], padded, None),
+            *(2, t, most, 0, None),
+        )
+        source, stride = names["packed"], padded
+    per_part = -(-max(1, -(-t // parts)) // 32) * 32
+    about = (order, count, names["parts"], names["bias_parts"], t, per_part, c, most, int(packed))
+    if geometry is None:
+        launches += run.call(
+            "neq_cuda_linear_wgrad", dtype, source, stride, input, input.stride(0), *about, None
+        )
+    else:
+        x_strides = torch.tensor([input.stride(i) for i in (0, 2, 3)])
+        g = geometry
+        numbers = torch.tensor(
+            [
+                *(*input.shape[2:], *grad_output.shape[2:], *kernel),
+                *(*g.stride, *g.padding, *g.dilation),
+            ],
+            dtype=torch.int32,
+        )
+        launches += run.call(
+            *("neq_cuda_conv_wgrad", dtype, source, stride, input),
+            *(pointer(x_strides), pointer(numbers), *about, None),
+        )
+    strides = (1, c) if channels_last else (taps, 1)
+    launches += run.call(
+        *("neq_cuda_finish", 0, dtype, names["parts"], names["bias_parts"], order, count),
+        *(names["grad"], names["bias"], k, c, *strides),
+        *(-(-t // per_part), -(-t // per_part), most, taps, None),
+    )
+    grad = names["grad"]
+    if geometry is not None:
+        inside = grad.view(k, *kernel, c).permute(0, 3, 1, 2)
+        grad = inside if channels_last else grad.view(k, c, *kernel)
+    return grad, names["bias"], launches
+
+
+def few_rows_conv(
+    chosen: ActiveChannels,
+    grad_output: Tensor,
+    input: Tensor,
+    padding: tuple[int, int],
+    *,
+    parts: int = 1,
+    most: int = 16,
+    mode: Mode = MODES[0],
+    kernels: Library | None = None,
+) -> tuple[Tensor, Tensor, list[Launch]]:
+    """As ``wgrad``, of a 3 x 3 convolution of channels_last images in one pass."""
+    dtype, (n, c, height, width) = DTYPES[input.dtype], input.shape
+    k, t = len(chosen), grad_output.numel() // len(chosen)
+    order, count = chosen.order(), chosen.count("cpu")
+    slots = 8 if most <= 8 else 16
+    names = {
+        "parts": poisoned(parts, most, 9, c),
+        "bias_parts": poisoned(3, most),
+        "packed": poisoned(t, slots, dtype=input.dtype),
+        "grad": poisoned(k, 9 * c, dtype=input.dtype),
+        "bias": poisoned(k, dtype=input.dtype),
+    }
+    reads = {"dy": grad_output, "x": input, "order": order, "count": count}
+    run = Run(kernels or library(), mode, reads, names)
+    launches = run.call(
+        *("neq_cuda_pack", dtype, grad_output, k, order, count, names["packed"], slots),
+        *(names["bias_parts"], 3, t, most, 0, None),
+    )
+    x_strides = torch.tensor([input.stride(i) for i in (0, 2, 3)])
+    geometry = torch.tensor([height, width, *grad_output.shape[2:], *padding], dtype=torch.int32)
+    launches += run.call(
+        *("neq_cuda_few_rows_conv", dtype, names["packed"], slots, input),
+        *(pointer(x_strides), pointer(geometry), count, names["parts"], parts, c, n, most, None),
+    )
+    launches += run.call(
+        *("neq_cuda_finish", 0, dtype, names["parts"], names["bias_parts"], order, count),
+        *(names["grad"], names["bias"], k, c, 1, c, parts, 3, most, 9, None),
+    )
+    return names["grad"].view(k, 3, 3, c).permute(0, 3, 1, 2), names["bias"], launches
+
+
+def pointer(host: Tensor):
+    """Of memory that only the launcher reads."""
+    return ctypes.c_void_p(host.data_ptr())
+
+
+def images(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    made = torch.randn(*shape, generator=generator).to(dtype)
+    return made.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,196 @@
+"""Products for linear layers and convolutions, thread by thread, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from neq_kernels.problem import ConvGeometry
+from tests.backends.cuda.cases import DTYPES, few_rows_conv, images, wgrad
+from tests.backends.triton.cases import MASKS, assert_gradient, channels
+from tests.cuda_on_cpu.emulator import MODES
+
+TILES = {"few": 1, "wide": 20, "packed": 1}
+
+
+def matrices(t, k, c, dtype):
+    generator = torch.Generator().manual_seed(t + k + c)
+    return torch.randn(t, k, generator=generator).to(dtype), torch.randn(
+        t, c, generator=generator
+    ).to(dtype)
+
+
+def check_linear(t, k, c, dtype, mask, **how):
+    dy, x = matrices(t, k, c, dtype)
+    chosen = channels(k, mask)
+    grad, bias, launches = wgrad(chosen, dy, x, **how)
+    assert_gradient(grad, dy.double().t() @ x.double(), chosen, t)
+    assert_gradient(bias, dy.double().sum(0), chosen, t)
+    return launches
+
+
+def check_conv(size, k, kernel, geometry, dtype, mask, **how):
+    c = size[1]
+    x = images(*size, dtype=dtype)
+    weight = torch.zeros(k, c, *kernel, dtype=torch.float64)
+    shape = torch.nn.functional.conv2d(
+        x.double(), weight, None, geometry.stride, geometry.padding, geometry.dilation
+    ).shape
+    dy = images(*shape, dtype=dtype, seed=1)
+    chosen = channels(k, mask)
+    grad, bias, launches = wgrad(chosen, dy, x, geometry, kernel, **how)
+    _, exact, exact_bias = geometry.backward(dy.double(), x.double(), weight, (False, True, True))
+    assert_gradient(grad, exact, chosen, dy.numel() // k)
+    assert_gradient(bias, exact_bias, chosen, dy.numel() // k)
+    return launches
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["gathered", "packed"])
+@pytest.mark.parametrize("k", [16, 64, 104])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_with_every_dtype_and_mask(dtype, mask, k, packed):
+    if channels(k, mask).n_active > 32:
+        packed = True
+    check_linear(70, k, 72, dtype, mask, parts=2, packed=packed)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["gathered", "packed"])
+@pytest.mark.parametrize("k", [16, 64])
+def test_linear_whatever_runs_first(k, packed, mode):
+    check_linear(100, k, 136, torch.float16, "random", parts=3, packed=packed, mode=mode)
+    check_linear(100, k, 40, torch.float32, "random", parts=2, packed=packed, mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("t", "k", "c"), [(1, 8, 8), (16, 8, 64), (17, 24, 520), (257, 16, 16), (33, 136, 264)]
+)
+def test_ragged_shapes(t, k, c):
+    for dtype in (torch.float16, torch.float32):
+        check_linear(t, k, c, dtype, "one", parts=2)
+        check_linear(t, k, c, dtype, "random", parts=2, packed=True)
+
+
+def test_fewer_active_than_provided_for():
+    for packed in (False, True):
+        for mask in ("one", "none", "random"):
+            check_linear(50, 32, 24, torch.float16, mask, most=32, packed=packed)
+
+
+def test_nan_of_a_frozen_feature_reaches_nothing():
+    dy, x = matrices(40, 32, 24, torch.float16)
+    chosen, exact = channels(32, "random"), dy.double().t() @ x.double()
+    poisoned = dy.clone()
+    poisoned[:, chosen.frozen] = torch.nan
+    for packed in (False, True):
+        grad, bias, _ = wgrad(chosen, poisoned, x, packed=packed)
+        assert_gradient(grad, exact, chosen, 40)
+        assert_gradient(bias, dy.double().sum(0), chosen, 40)
+
+
+CONVS: dict = {
+    "plain": ((2, 8, 7, 6), (3, 3), ((1, 1), (1, 1), (1, 1))),
+    "strided": ((2, 16, 9, 8), (3, 3), ((2, 2), (1, 1), (1, 1))),
+    "pointwise": ((3, 8, 5, 5), (1, 1), ((1, 1), (0, 0), (1, 1))),
+    "dilated": ((1, 8, 9, 11), (3, 2), ((1, 2), (2, 1), (2, 3))),
+    "small images": ((40, 8, 2, 1), (3, 3), ((1, 1), (1, 1), (1, 1))),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["gathered", "packed"])
+@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_convolutions(dtype, name, packed):
+    size, kernel, (stride, padding, dilation) = CONVS[name]
+    geometry = ConvGeometry(stride, padding, dilation, False, (0, 0), 1)
+    for mask in ("one", "random", "all"):
+        check_conv(size, 24, kernel, geometry, dtype, mask, parts=2, packed=packed)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_both_layouts_of_the_weight(channels_last, mask):
+    size, kernel, (stride, padding, dilation) = CONVS["plain"]
+    geometry = ConvGeometry(stride, padding, dilation, False, (0, 0), 1)
+    how = {"parts": 3, "channels_last": channels_last}
+    check_conv(size, 16, kernel, geometry, torch.bfloat16, mask, **how)
+
+
+def test_bits_do_not_depend_on_the_order_of_threads():
+    dy, x = matrices(200, 32, 48, torch.bfloat16)
+    first, *others = [
+        wgrad(channels(32, "random"), dy, x, parts=3, mode=mode)[:2] for mode in MODES
+    ]
+    for grad, bias in others:
+        assert torch.equal(grad, first[0])
+        assert torch.equal(bias, first[1])
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["gathered", "packed"])
+def test_few_rows_are_read_and_written_once(packed):
+    """Within 1.15 of X, of the sectors of dY that hold an active neuron, and of the gradient."""
+    t, k, c = 4096, 256, (512 if not packed else 1024)
+    dy, x = matrices(t, k, c, torch.float16)
+    chosen = channels(k, "one")
+    chosen.set([3, 40, 41, 90, 133, 200, 201, 250])
+    grad, _, launches = wgrad(chosen, dy, x, parts=8, packed=packed)
+    assert_gradient(grad, dy.double().t() @ x.double(), chosen, t)
+    sectors = len({i // 16 for i in chosen.active.tolist()})
+    least = 2 * x.numel() + sectors * 32 * t + 2 * grad.numel()
+    moved = sum(launch.total.moved_bytes for launch in launches)
+    assert least <= moved <= 1.15 * least
+
+
+FEW_ROWS = {
+    "plain": ((2, 8, 7, 6), (1, 1)),
+    "no padding": ((1, 72, 9, 17), (0, 0)),
+    "wide padding": ((1, 136, 5, 3), (2, 1)),
+    "one pixel": ((3, 264, 1, 1), (1, 1)),
+}
+
+
+def check_few_rows(size, k, padding, dtype, chosen, **how):
+    geometry = ConvGeometry((1, 1), padding, (1, 1), False, (0, 0), 1)
+    n, c, height, width = size
+    x = images(*size, dtype=dtype)
+    out = (height + 2 * padding[0] - 2, width + 2 * padding[1] - 2)
+    dy = images(n, k, *out, dtype=dtype, seed=1)
+    grad, bias, launches = few_rows_conv(chosen, dy, x, padding, **how)
+    weight = torch.zeros(k, c, 3, 3, dtype=torch.float64)
+    _, exact, exact_bias = geometry.backward(dy.double(), x.double(), weight, (False, True, True))
+    assert_gradient(grad, exact, chosen, dy.numel() // k)
+    assert_gradient(bias, exact_bias, chosen, dy.numel() // k)
+    return dy, x, launches
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("name", FEW_ROWS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_rows_of_a_convolution(dtype, name, mask):
+    size, padding = FEW_ROWS[name]
+    for k in (8, 16):
+        check_few_rows(size, k, padding, dtype, channels(k, mask), parts=2, most=k)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_few_rows_of_a_convolution_whatever_runs_first(mode):
+    for dtype in (torch.float32, torch.bfloat16):
+        check_few_rows((3, 24, 10, 9), 40, (1, 1), dtype, few(40), parts=3, mode=mode)
+
+
+def few(k):
+    chosen = channels(k, "one")
+    chosen.set([1, 2, k // 2, k - 1])
+    return chosen
+
+
+def test_few_rows_of_a_convolution_read_and_write_once():
+    chosen, k = few(128), 128
+    dy, x, launches = check_few_rows(
+        (12, 256, 28, 32), k, (1, 1), torch.float16, chosen, parts=4, most=4
+    )
+    sectors = len({i // 16 for i in chosen.active.tolist()})
+    least = 2 * x.numel() + sectors * 32 * dy.numel() // k + 2 * k * 9 * 256
+    moved = sum(launch.total.moved_bytes for launch in launches)
+    assert least <= moved <= 1.15 * least, moved / least
