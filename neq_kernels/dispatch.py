@@ -31,7 +31,7 @@ _BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
 }
 # These have to be asked for until they have run on a GPU; they read counts on the device.
-_FOR_GPUS: dict[str, ModuleType] = {"triton": triton, "cuda": cuda}
+FOR_GPUS: dict[str, ModuleType] = {"triton": triton, "cuda": cuda}
 _AUTOMATIC = {"cpu": ("cpu", "aten")}
 
 _forced: Strategy | None = None
@@ -64,7 +64,7 @@ def backend_for(device_type: str) -> str:
         reason = _BACKENDS[forced].unavailable()
         if reason is None and forced == "cpu" and device_type != "cpu":
             reason = f"it serves CPU tensors, got {device_type}"
-        kernels = _FOR_GPUS.get(forced)
+        kernels = FOR_GPUS.get(forced)
         if reason is None and kernels is not None and not kernels.serves(device_type):
             reason = f"it serves GPU tensors, got {device_type}"
         if reason is not None:
@@ -134,7 +134,7 @@ def choice_for(problem: Problem, n: int, place: Place) -> Choice:
         table.put(problem, n, winner)
         table.save()
         return winner
-    rule = heuristics.strategy_on_gpu if place.backend in _FOR_GPUS else heuristics.strategy
+    rule = heuristics.strategy_on_gpu if place.backend in FOR_GPUS else heuristics.strategy
     return Choice(rule(problem, n, usable))
 
 
@@ -243,7 +243,7 @@ def linear_backward(
         else:
             choice = choice_for(problem, n, place)
     module = _BACKENDS[backend]
-    more: dict[str, Any] = {"count": count} if backend in _FOR_GPUS else {}
+    more: dict[str, Any] = {"count": count} if backend in FOR_GPUS else {}
     if choice.settings:
         more["settings"] = choice.settings
     wanted = output_mask
@@ -293,7 +293,7 @@ def conv_backward(
     x = grad_output.new_empty(1).expand(input_size) if input is None else input
     choice, replayed = Choice(Strategy.DENSE), captured(weight)
     # The ragged selection of a group's channels is made on the host, but for own kernels.
-    ragged = geometry.groups > 1 and not weight.is_cpu and backend not in _FOR_GPUS
+    ragged = geometry.groups > 1 and not weight.is_cpu and backend not in FOR_GPUS
     if replayed or (n > 0 and output_mask[1] and not ragged):
         place, problem = place_of(weight.device.type), Problem.conv(x, weight, geometry)
         if replayed:
@@ -302,7 +302,7 @@ def conv_backward(
         else:
             choice = choice_for(problem, n, place)
     module = _BACKENDS[backend]
-    more: dict[str, Any] = {"count": count} if backend in _FOR_GPUS else {}
+    more: dict[str, Any] = {"count": count} if backend in FOR_GPUS else {}
     if choice.settings:
         more["settings"] = choice.settings
     wanted = output_mask

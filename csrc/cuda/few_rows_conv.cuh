@@ -37,6 +37,7 @@ struct FewRows {
   static constexpr int kXRowsTogether = kThreads / kXVectors;
   static constexpr int kXRows = kTilePixels / kXRowsTogether;
   static constexpr int kDyCopies = (kBorderPixels * kDyVectors + kThreads - 1) / kThreads;
+  static_assert(kSharedBytes <= kMostShared);
   static_assert(kThreads % kXVectors == 0 && kTilePixels % kXRowsTogether == 0);
 };
 

@@ -111,6 +111,20 @@ struct Cut {
   }
 };
 
+// Of a convolution, as the launchers take it.
+std::array<int32_t, 12> geometry_of(const Tensor& grad_output, const Tensor& input,
+                                    const Tensor& weight, const IntList& stride,
+                                    const IntList& padding, const IntList& dilation) {
+  const std::array<int64_t, 12> numbers{input.size(2),       input.size(3),  grad_output.size(2),
+                                        grad_output.size(3), weight.size(2), weight.size(3),
+                                        stride[0],           stride[1],      padding[0],
+                                        padding[1],          dilation[0],    dilation[1]};
+  std::array<int32_t, 12> narrow{};
+  std::transform(numbers.begin(), numbers.end(), narrow.begin(),
+                 [](int64_t number) { return static_cast<int32_t>(number); });
+  return narrow;
+}
+
 // The whole gradient. `parts`: [parts, most, taps, columns]; `bias_parts`: [parts, most], or
 // undefined where the bias has no gradient.
 Grads finished(const Tensor& parts, const Tensor& bias_parts, const Tensor& order,
@@ -233,17 +247,90 @@ Grads conv_wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& w
                 ceil_div(c, tile.columns) * taps * ceil_div(most, tile.neurons));
   Tensor parts = floats(weight, {cut.parts, most, taps, c}), bias_parts;
   if (want_bias) bias_parts = floats(weight, {cut.parts, most});
-  const std::array<int32_t, 12> geometry{
-      narrow(input.size(2)),       narrow(input.size(3)),  narrow(grad_output.size(2)),
-      narrow(grad_output.size(3)), narrow(weight.size(2)), narrow(weight.size(3)),
-      narrow(stride[0]),           narrow(stride[1]),      narrow(padding[0]),
-      narrow(padding[1]),          narrow(dilation[0]),    narrow(dilation[1])};
+  const std::array<int32_t, 12> geometry =
+      geometry_of(grad_output, input, weight, stride, padding, dilation);
   check("conv_wgrad",
         neq_cuda_conv_wgrad(dtype, from, dy.stride, input.const_data_ptr(), x_strides.data(),
                             geometry.data(), order_of(order), count_of(count), floats_of(parts),
                             floats_of(bias_parts), t, cut.per_part, c, narrow(most), packs,
                             device.stream()));
   return finished(parts, bias_parts, order, count, weight, device);
+}
+
+// Of images with any strides; a channel of the weight is [1, R, S], contiguous.
+Grads depthwise_wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                      const IntList& stride, const IntList& padding, const IntList& dilation,
+                      const Tensor& order, const Tensor& count, int64_t most, bool want_bias) {
+  const OnDevice device(weight);
+  const auto narrow = [](int64_t number) { return static_cast<int32_t>(number); };
+  const auto strides_of = [](const Tensor& t) {
+    return std::array<int64_t, 4>{t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+  };
+  const int32_t dtype = dtype_of(weight);
+  const int64_t k = order.numel(), taps = weight.size(2) * weight.size(3);
+  const std::array<int32_t, 12> geometry =
+      geometry_of(grad_output, input, weight, stride, padding, dilation);
+  const std::array<int64_t, 4> dy_strides = strides_of(grad_output), x_strides = strides_of(input);
+  const NeqDepthwiseCut cut =
+      neq_cuda_depthwise_cut(dtype, geometry.data(), narrow(input.size(0)), narrow(most),
+                             input.stride(1) == 1, narrow(kBlocksEach * multiprocessors()));
+  Tensor parts = floats(weight, {cut.parts, most, taps}), bias_parts, bias;
+  if (want_bias) {
+    bias_parts = floats(weight, {cut.parts, most});
+    bias = torch::stable::new_empty(weight, {k});
+  }
+  check("depthwise_wgrad",
+        neq_cuda_depthwise_wgrad(
+            dtype, grad_output.const_data_ptr(), dy_strides.data(), input.const_data_ptr(),
+            x_strides.data(), geometry.data(), order_of(order), count_of(count), floats_of(parts),
+            floats_of(bias_parts), narrow(input.size(0)), narrow(k / input.size(1)), cut.rows,
+            cut.parts, narrow(most), device.stream()));
+  Tensor grad = torch::stable::empty_like(weight);
+  check("depthwise_finish",
+        neq_cuda_depthwise_finish(dtype, floats_of(parts), floats_of(bias_parts), order_of(order),
+                                  count_of(count), grad.mutable_data_ptr(),
+                                  want_bias ? bias.mutable_data_ptr() : nullptr, k, narrow(taps),
+                                  cut.parts, narrow(most), device.stream()));
+  return {grad, bias};
+}
+
+// Steps of the active neurons of many parameters of `first`'s dtype and device, found by the tables
+// of neq_kernels/backends/gpu.py.
+void sgd_rows_(const Tensor& first, const Tensor& addresses, const Tensor& shapes,
+               int64_t parameters, int64_t blocks, double lr, double momentum, double dampening,
+               double weight_decay, bool with_momentum, bool nesterov, bool maximize) {
+  const OnDevice device(first);
+  check("sgd_rows_",
+        neq_cuda_sgd_rows(dtype_of(first), addresses.const_data_ptr<int64_t>(),
+                          shapes.const_data_ptr<int64_t>(), static_cast<int32_t>(parameters),
+                          blocks, lr, momentum, dampening, weight_decay, with_momentum, nesterov,
+                          maximize, device.stream()));
+}
+
+void adam_rows_(const Tensor& first, const Tensor& addresses, const Tensor& shapes,
+                int64_t parameters, int64_t blocks, double lr, double beta1, double beta2,
+                double eps, double weight_decay, bool amsgrad, bool decoupled, bool maximize) {
+  const OnDevice device(first);
+  check("adam_rows_",
+        neq_cuda_adam_rows(dtype_of(first), addresses.const_data_ptr<int64_t>(),
+                           shapes.const_data_ptr<int64_t>(), static_cast<int32_t>(parameters),
+                           blocks, lr, beta1, beta2, eps, weight_decay, amsgrad, decoupled,
+                           maximize, device.stream()));
+}
+
+// double[parts, 3, k]: sums of a * b, a * a and b * b of two tensors [outer, k, inner], dense but
+// for the outer stride.
+Tensor channel_similarity(const Tensor& a, const Tensor& b, int64_t outer, int64_t k, int64_t inner,
+                          int64_t outer_stride) {
+  const OnDevice device(a);
+  const int32_t dtype = dtype_of(a);
+  const int32_t number = neq_cuda_similarity_parts(
+      dtype, outer, k, inner, static_cast<int32_t>(kBlocksEach * multiprocessors()));
+  Tensor parts = torch::stable::new_empty(a, {number, 3, k}, ScalarType::Double);
+  check("channel_similarity", neq_cuda_similarity(dtype, a.const_data_ptr(), b.const_data_ptr(),
+                                                  parts.mutable_data_ptr<double>(), outer, k, inner,
+                                                  outer_stride, number, device.stream()));
+  return parts;
 }
 
 }  // namespace neq::cuda
@@ -259,6 +346,21 @@ STABLE_TORCH_LIBRARY(neq_kernels_cuda, m) {
   m.def(
       "conv_wgrad(Tensor grad_output, Tensor input, Tensor weight, int[] stride, int[] padding, "
       "int[] dilation, Tensor order, Tensor count, int most, bool want_bias) -> (Tensor, Tensor)");
+  m.def(
+      "depthwise_wgrad(Tensor grad_output, Tensor input, Tensor weight, int[] stride, "
+      "int[] padding, int[] dilation, Tensor order, Tensor count, int most, bool want_bias) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "channel_similarity(Tensor a, Tensor b, int outer, int k, int inner, int outer_stride) "
+      "-> Tensor");
+  m.def(
+      "sgd_rows_(Tensor first, Tensor addresses, Tensor shapes, int parameters, int blocks, "
+      "float lr, float momentum, float dampening, float weight_decay, bool with_momentum, "
+      "bool nesterov, bool maximize) -> ()");
+  m.def(
+      "adam_rows_(Tensor first, Tensor addresses, Tensor shapes, int parameters, int blocks, "
+      "float lr, float beta1, float beta2, float eps, float weight_decay, bool amsgrad, "
+      "bool decoupled, bool maximize) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(neq_kernels_cuda, NEQ_CUDA_KEY, m) {
@@ -266,4 +368,8 @@ STABLE_TORCH_LIBRARY_IMPL(neq_kernels_cuda, NEQ_CUDA_KEY, m) {
   m.impl("scatter_rows", TORCH_BOX(&neq::cuda::scatter_rows));
   m.impl("linear_wgrad", TORCH_BOX(&neq::cuda::linear_wgrad));
   m.impl("conv_wgrad", TORCH_BOX(&neq::cuda::conv_wgrad));
+  m.impl("depthwise_wgrad", TORCH_BOX(&neq::cuda::depthwise_wgrad));
+  m.impl("channel_similarity", TORCH_BOX(&neq::cuda::channel_similarity));
+  m.impl("sgd_rows_", TORCH_BOX(&neq::cuda::sgd_rows_));
+  m.impl("adam_rows_", TORCH_BOX(&neq::cuda::adam_rows_));
 }

@@ -8,7 +8,7 @@
 
 namespace neq::cuda {
 
-constexpr int kPackThreads = 256, kPackRows = 32, kPackChannels = 128;
+constexpr int kPackThreads = 256, kPackRows = 16, kPackChannels = 128;
 constexpr int kPackPitch = (kPackChannels + 1) * kVectorBytes;
 constexpr int kPackShared = kPackRows * kPackPitch +
                             static_cast<int>(sizeof(Slots<kPackChannels>)) +

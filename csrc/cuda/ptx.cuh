@@ -1,5 +1,6 @@
-// The instructions that CUDA C++ has no name for. All inline PTX of the project is here; it needs
-// sm_80. g++ takes the bodies of tests/cuda_on_cpu instead, which emulate it.
+// The instructions that CUDA C++ has no name for. All inline PTX of the project is here; what needs
+// sm_80 has a plain substitute. g++ takes the bodies of tests/cuda_on_cpu instead, which emulate
+// it.
 #pragma once
 
 #ifndef __CUDACC__
@@ -11,6 +12,14 @@
 
 #include <cstdint>
 #include <type_traits>
+
+#include "before_sm_80.cuh"
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define NEQ_BEFORE_SM_80 1
+#else
+#define NEQ_BEFORE_SM_80 0
+#endif
 
 namespace neq::ptx {
 
@@ -29,21 +38,29 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
 // Starts a copy of 16 bytes past L1 and the registers; zeros instead unless `take`, and nothing is
 // read then. Both addresses are aligned to 16 bytes.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool take) {
+#if NEQ_BEFORE_SM_80
+  before_sm_80::copy_16(shared, global, take);
+#else
   const uint32_t taken = take ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                "l"(global), "r"(taken)
                : "memory");
+#endif
 }
 
 // Makes a group of the copies that this thread started since its last group.
 __device__ __forceinline__ void cp_async_commit() {
+#if !NEQ_BEFORE_SM_80
   asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
 }
 
 // Waits until at most this many of the thread's latest groups are unfinished.
 template <int kGroupsLeft>
 __device__ __forceinline__ void cp_async_wait() {
+#if !NEQ_BEFORE_SM_80
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
+#endif
 }
 
 // --- matrix fragments ----------------------------------------------------------------------------
@@ -88,6 +105,9 @@ template <class T>
 __device__ __forceinline__ void mma_16816(float (&d)[4], const uint32_t (&a)[4],
                                           const uint32_t (&b)[2]) {
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
+#if NEQ_BEFORE_SM_80
+  before_sm_80::multiply<T>(d, a, b);
+#else
   if constexpr (std::is_same_v<T, __half>) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
@@ -101,6 +121,7 @@ __device__ __forceinline__ void mma_16816(float (&d)[4], const uint32_t (&a)[4],
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
+#endif
 }
 
 // --- 16-byte accesses ----------------------------------------------------------------------------

@@ -7,13 +7,13 @@ namespace {
 
 // Of up to 16 neurons, with many columns and with few; of up to 32; and packed, of any number.
 template <class T, bool kGathered>
-using FewTile = Tile<T, kGathered, 16, 1024 / sizeof(T), 128 / sizeof(T), 16, 4>;
+using FewTile = Tile<T, kGathered, 16, 1024 / sizeof(T), 128 / sizeof(T), 16, 3>;
 template <class T, bool kGathered>
 using SmallTile = Tile<T, kGathered, 16, 64, 16, 32, 3>;
 template <class T>
-using WideTile = Tile<T, true, 32, 128, 32, 16, 4>;
+using WideTile = Tile<T, true, 32, 128, 32, 16, 3>;
 template <class T>
-using PackedTile = Tile<T, false, 64, 128, 64, 32, 3>;
+using PackedTile = Tile<T, false, 64, 128, 64, 32, sizeof(T) == 4 ? 2 : 3>;
 
 constexpr int kFew = 16;
 constexpr int64_t kFewColumns = 64;

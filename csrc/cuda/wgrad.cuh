@@ -13,12 +13,16 @@ struct MatrixRows {
 
   void set_step(int) {}
 
+  struct Tap {
+    __device__ __forceinline__ Tap(const MatrixRows&, int) {}
+  };
+
   class Cursor {
    public:
     Cursor() = default;
-    __device__ __forceinline__ Cursor(const MatrixRows& rows, int64_t t, int)
+    __device__ __forceinline__ Cursor(const MatrixRows& rows, int64_t t)
         : at_(rows.x + t * rows.stride) {}
-    __device__ __forceinline__ const T* row(const MatrixRows&) const { return at_; }
+    __device__ __forceinline__ const T* row(const MatrixRows&, const Tap&) const { return at_; }
     template <int kRows>
     __device__ __forceinline__ void advance(const MatrixRows& rows) {
       at_ += kRows * rows.stride;
@@ -46,19 +50,28 @@ struct PixelRows {
     step_n = rows / out_width / out_height;
   }
 
+  // Of output pixel (0, 0) it reads this pixel.
+  struct Tap {
+    int h, w;
+
+    __device__ __forceinline__ Tap(const PixelRows& rows, int tap) {
+      const int down = tap / rows.kernel_width;
+      h = down * rows.dilation_h - rows.padding_h;
+      w = (tap - down * rows.kernel_width) * rows.dilation_w - rows.padding_w;
+    }
+  };
+
   class Cursor {
    public:
     Cursor() = default;
-    __device__ __forceinline__ Cursor(const PixelRows& rows, int64_t t, int tap) {
+    __device__ __forceinline__ Cursor(const PixelRows& rows, int64_t t) {
       const auto pixel = static_cast<int>(t), line = pixel / rows.out_width;
       n_ = line / rows.out_height;
       p_ = line - n_ * rows.out_height;
       q_ = pixel - line * rows.out_width;
-      from_h_ = tap / rows.kernel_width * rows.dilation_h - rows.padding_h;
-      from_w_ = tap % rows.kernel_width * rows.dilation_w - rows.padding_w;
     }
-    __device__ __forceinline__ const T* row(const PixelRows& rows) const {
-      const int h = p_ * rows.stride_h + from_h_, w = q_ * rows.stride_w + from_w_;
+    __device__ __forceinline__ const T* row(const PixelRows& rows, const Tap& tap) const {
+      const int h = p_ * rows.stride_h + tap.h, w = q_ * rows.stride_w + tap.w;
       if (h < 0 || h >= rows.height || w < 0 || w >= rows.width) return nullptr;
       return rows.x + n_ * rows.image + h * rows.line + w * rows.column;
     }
@@ -78,7 +91,7 @@ struct PixelRows {
     }
 
    private:
-    int n_, p_, q_, from_h_, from_w_;
+    int n_, p_, q_;
   };
 };
 
@@ -99,7 +112,7 @@ struct Wgrad {
 
 // Blocks: x for columns and taps, y for neurons, z for parts of the rows.
 template <class Tile, class Rows>
-__global__ void __launch_bounds__(Tile::kThreads) wgrad_kernel(Wgrad<typename Tile::T, Rows> w) {
+__global__ void __launch_bounds__(Tile::kThreads, 2) wgrad_kernel(Wgrad<typename Tile::T, Rows> w) {
   using T = typename Tile::T;
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % kLanes, warp = thread / kLanes;
@@ -136,10 +149,11 @@ __global__ void __launch_bounds__(Tile::kThreads) wgrad_kernel(Wgrad<typename Ti
   const int x_vector = thread % Tile::kXVectors, x_row = thread / Tile::kXVectors;
   const int64_t x_at = first_column + x_vector * kVector<T>;
   const bool takes_x = x_at < w.c;
+  const typename Rows::Tap read_by(w.x, tap);
   typename Rows::Cursor x[Tile::kXRows];
 #pragma unroll
   for (int i = 0; i < Tile::kXRows; ++i) {
-    x[i] = typename Rows::Cursor(w.x, first + x_row + i * Tile::kXRowsTogether, tap);
+    x[i] = typename Rows::Cursor(w.x, first + x_row + i * Tile::kXRowsTogether);
   }
 
   unsigned char* const copied = shared + dy_row * Tile::kDyPitch + dy_vector * kVectorBytes;
@@ -159,7 +173,7 @@ __global__ void __launch_bounds__(Tile::kThreads) wgrad_kernel(Wgrad<typename Ti
 #pragma unroll
     for (int i = 0; i < Tile::kXRows; ++i) {
       const int row = i * Tile::kXRowsTogether;
-      const T* from = takes_x && x_row + row < left ? x[i].row(w.x) : nullptr;
+      const T* from = takes_x && x_row + row < left ? x[i].row(w.x, read_by) : nullptr;
       ptx::cp_async_16(copied_x + to + row * Tile::kXPitch, from == nullptr ? w.x.x : from + x_at,
                        from != nullptr);
       x[i].template advance<Tile::kRows>(w.x);

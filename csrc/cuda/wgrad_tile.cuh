@@ -18,6 +18,8 @@
 
 namespace neq::cuda {
 
+// What every GPU from 7.5 on has for a block, in bytes.
+constexpr int kMostShared = 64 << 10;
 // A warp's part of a tile: one fragment of neurons, and columns in fragments of 8.
 constexpr int kWarpNeurons = 16, kFragmentColumns = 8, kFragmentRows = 16;
 
@@ -47,6 +49,7 @@ struct Tile {
   static constexpr int kDyRows = (kRows + kDyRowsTogether - 1) / kDyRowsTogether;
   static constexpr int kXRowsTogether = kThreads / kXVectors;
   static constexpr int kXRows = kRows / kXRowsTogether;
+  static_assert(kSharedBytes <= kMostShared);
   static_assert(kThreads % kDyVectors == 0 && kThreads % kXVectors == 0);
   static_assert(kRows % kXRowsTogether == 0);
   static_assert(kThreads >= kNeurons && kRows % kFragmentRows == 0);

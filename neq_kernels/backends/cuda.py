@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +24,7 @@ from neq_kernels.problem import ConvGeometry, Problem, Strategy
 
 ENVIRONMENT_VARIABLE = "NEQ_KERNELS_CUDA_LIBRARY"
 _LIBRARY = Path(__file__).parent.parent / "_cuda.so"
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_LEAST_CAPABILITY = (8, 0)  # asynchronous copies and bfloat16
+_LEAST_CAPABILITY = (7, 5)
 # Rows of a matrix start at multiples of so many bytes, and pixels are numbered in 31 bits.
 _ALIGNMENT, _MOST_PIXELS = 16, 2**31
 
@@ -68,8 +68,10 @@ def strategies(problem: Problem) -> tuple[Strategy, ...]:
 
 
 def _serves(problem: Problem) -> bool:
-    if problem.dtype not in _DTYPES:
+    if problem.dtype not in gpu.DTYPES:
         return False
+    if problem.is_depthwise:
+        return True
     sizes = problem.neurons, problem.weight_size[1]
     if any(size * problem.dtype.itemsize % _ALIGNMENT for size in sizes):
         return False
@@ -130,10 +132,12 @@ def conv_backward(
 
     def own(dy: Tensor, x: Tensor, count: Tensor) -> tuple[Tensor, Tensor | None]:
         like = weight if geometry.layout.blocks(weight) is not None else weight.contiguous()
-        grads = _leaf.conv_wgrad(
-            *(_images(dy), _images(x), like, geometry.stride, geometry.padding),
-            *(geometry.dilation, order, count, n, wanted[2]),
-        )
+        numbers = (geometry.stride, geometry.padding, geometry.dilation)
+        if Problem.conv(x, weight, geometry).is_depthwise:
+            wgrad = _leaf.depthwise_wgrad
+        else:
+            wgrad, dy, x = _leaf.conv_wgrad, _images(dy), _images(x)
+        grads = wgrad(dy, x, like, *numbers, order, count, n, wanted[2])
         return grads[0], grads[1] if wanted[2] else None
 
     return gpu.conv_backward(
@@ -172,7 +176,7 @@ def _pack(
 ) -> tuple[Tensor, Tensor | None]:
     inside = t if dim == t.dim() - 1 else t.movedim(dim, -1)
     row = t.shape[dim] * t.element_size()
-    is_ours = n > 0 and t.numel() > 0 and inside.is_contiguous() and t.dtype in _DTYPES
+    is_ours = n > 0 and t.numel() > 0 and inside.is_contiguous() and t.dtype in gpu.DTYPES
     if not is_ours or row % _ALIGNMENT or t.data_ptr() % _ALIGNMENT:
         return aten.pack(t, order, n, dim), None
     matrix, count = inside.reshape(-1, t.shape[dim]), gpu.count_of(n, t.device)
@@ -190,7 +194,7 @@ def scatter_rows(rows: Tensor, like: Tensor, order: Tensor, n: int, layout: Neur
     simple = layout == NeuronLayout() and layout.blocks(like) is not None and like.numel() > 0
     size = math.prod(like.shape[1:])
     simple = simple and size % 4 == 0 and n > 0 and rows.stride() == like.stride()
-    if not simple or rows.dtype not in (torch.float32, like.dtype) or like.dtype not in _DTYPES:
+    if not simple or rows.dtype not in (torch.float32, like.dtype) or like.dtype not in gpu.DTYPES:
         return aten.scatter_rows(rows, like, order, n, layout)
     out: Tensor = _leaf.scatter_rows(rows, like, order, gpu.count_of(n, rows.device))
     return out
@@ -198,7 +202,68 @@ def scatter_rows(rows: Tensor, like: Tensor, order: Tensor, n: int, layout: Neur
 
 def channel_similarity(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """float64 ``[3, K]``: sums of ``a*b``, ``a*a``, ``b*b`` over every dimension but ``dim``."""
-    return aten.channel_similarity(a, b, dim)
+    dim, k = dim % a.dim(), a.shape[dim]
+    alike = a.dtype == b.dtype and a.dtype in gpu.DTYPES and a.stride() == b.stride()
+    channels_inside = a.movedim(dim, -1).is_contiguous()
+    if not alike or a.numel() == 0 or not (channels_inside or a.is_contiguous()):
+        return aten.channel_similarity(a, b, dim)
+    inner = 1 if channels_inside else math.prod(a.shape[dim + 1 :])
+    outer = a.numel() // (k * inner)
+    sums: Tensor = _leaf.channel_similarity(a, b, outer, k, inner, k * inner).sum(0)
+    return sums
+
+
+def steps_rows(parameter: Tensor, layout: NeuronLayout) -> bool:
+    """Whether the row steps serve this parameter; gradient and state have to lie as it does."""
+    return gpu.steps_rows(parameter, layout, "cpu" if emulated() else "cuda")
+
+
+def sgd_rows_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    orders: Sequence[Tensor],
+    n: Sequence[int],
+    blocks: Sequence[int],
+    **settings: Any,
+) -> None:
+    """``cpu.sgd_rows_``, of parameters on one device; arguments are not checked."""
+    lists = (params, grads, momentum_buffers, steps, orders)
+    number, addresses, shapes = gpu.tables(lists, n, blocks)
+    if number == 0:
+        return
+    _leaf.sgd_rows_(
+        *(params[0], addresses, shapes, len(n), number),
+        *(settings[name] for name in ("lr", "momentum", "dampening", "weight_decay")),
+        *(len(momentum_buffers) > 0, settings["nesterov"], settings["maximize"]),
+    )
+    gpu.count_write(params, momentum_buffers, steps)
+
+
+def adam_rows_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    orders: Sequence[Tensor],
+    n: Sequence[int],
+    blocks: Sequence[int],
+    **settings: Any,
+) -> None:
+    """``cpu.adam_rows_``, of parameters on one device; arguments are not checked."""
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, orders)
+    number, addresses, shapes = gpu.tables(lists, n, blocks)
+    if number == 0:
+        return
+    _leaf.adam_rows_(
+        *(params[0], addresses, shapes, len(n), number),
+        *(settings[name] for name in ("lr", "beta1", "beta2", "eps", "weight_decay")),
+        *(len(max_exp_avg_sqs) > 0, settings["decoupled"], settings["maximize"]),
+    )
+    gpu.count_write(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
 
 
 _PRIMITIVES = sys.modules[__name__]

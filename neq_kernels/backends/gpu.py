@@ -4,16 +4,26 @@ the rest."""
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from neq_kernels.backends import aten
+from neq_kernels.channels import NeuronLayout
 from neq_kernels.problem import ConvGeometry, Strategy
 
 # Of grad_output, input, count: the gradients of weight and bias.
 OwnWgrad = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Elements of a step of a block that works across neurons.
+ELEMENTS_ACROSS = 512
+# Where neurons lie side by side: what a block has of them fills the sectors that it touches.
+_LEAST_NEIGHBOURS = 8
+_MOST_WEIGHTS_OF_A_NEURON = 2**27  # what a block has is numbered in 32 bits
 
 
 def linear_backward(
@@ -94,3 +104,66 @@ def count_of(n: int, device: torch.device) -> Tensor:
     """int32[1] on the device: n."""
     with torch.inference_mode(False):
         return torch.tensor([n], dtype=torch.int32, device=device)
+
+
+# --- row steps of many parameters ----------------------------------------------------------------
+
+
+def steps_rows(parameter: Tensor, layout: NeuronLayout, device_type: str) -> bool:
+    """Whether one launch can step this parameter with others, on devices of this type; gradient and
+    state have to lie as it does."""
+    blocks = layout.blocks(parameter)
+    return (
+        parameter.device.type == device_type
+        and parameter.dtype in DTYPES
+        and blocks is not None
+        and blocks[1] * blocks[3] < _MOST_WEIGHTS_OF_A_NEURON
+    )
+
+
+def tables(
+    tensors: Sequence[Sequence[Tensor]], n: Sequence[int], blocks: Sequence[int]
+) -> tuple[int, Tensor, Tensor]:
+    """What one launch for many parameters is told, on their device.
+
+    Args:
+        tensors: lists of one tensor for each parameter; an empty one stands for addresses of 0.
+        n: active neurons of each parameter.
+        blocks: four numbers of each parameter, see ``NeuronLayout.blocks``.
+
+    Returns:
+        the number of blocks of threads; int64[parameters, lists] of addresses; and
+        int64[parameters, 6] of the number of active neurons, three of the parameter's blocks, how
+        many neurons a block of threads takes, and the first one that does.
+    """
+    device = tensors[0][0].device
+    number, shapes = _cut(tuple(n), tuple(blocks), device)
+    missing = [0] * len(n)
+    columns = [[*map(Tensor.data_ptr, some)] if some else missing for some in tensors]
+    addresses = tuple(itertools.chain.from_iterable(zip(*columns, strict=True)))
+    return number, _upload(addresses, device), shapes
+
+
+@functools.lru_cache(maxsize=64)
+def _cut(n: tuple[int, ...], blocks: tuple[int, ...], device: torch.device) -> tuple[int, Tensor]:
+    shapes: list[int] = []
+    number = 0
+    for i, n_active in enumerate(n):
+        _, outer, per_group, inner = blocks[4 * i : 4 * i + 4]
+        across = ELEMENTS_ACROSS // max(1, outer * inner)
+        at_most = max(across, -(-_LEAST_NEIGHBOURS // max(1, inner)))
+        shapes += (n_active, outer, per_group, inner, at_most, number)
+        number += -(-n_active // at_most)
+    return number, _upload(tuple(shapes), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _upload(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Equal numbers are copied once: addresses stay while the allocator repeats itself."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+
+
+def count_write(*tensors: Sequence[Tensor]) -> None:
+    """A kernel writes behind autograd's back; it must see that saved tensors went stale."""
+    torch.autograd.graph.increment_version(list(itertools.chain(*tensors)))

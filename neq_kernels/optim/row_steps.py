@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from neq_kernels import dispatch
-from neq_kernels.backends import cpu, triton
+from neq_kernels.backends import cpu
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.optim import rows
 from neq_kernels.optim.batches import Batches, RowStep, ScalarSteps
@@ -323,7 +323,8 @@ def _kernels(tensors: list[Tensor], layout: NeuronLayout) -> ModuleType:
     backend = dispatch.backend_for(kind)
     if backend == "cpu" and kind == "cpu" and first.dtype in _CPU_DTYPES:
         return cpu if layout.blocks(first) is not None else rows
-    return triton if backend == "triton" and triton.steps_rows(first, layout) else rows
+    kernels = dispatch.FOR_GPUS.get(backend)
+    return kernels if kernels is not None and kernels.steps_rows(first, layout) else rows
 
 
 def _lie_alike(a: Tensor, b: Tensor) -> bool:

@@ -29,9 +29,7 @@ from neq_kernels.backends.triton.tiles import (
 from neq_kernels.channels import NeuronLayout
 from neq_kernels.problem import ConvGeometry, Problem, Strategy
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LEAST_CAPABILITY = (8, 0)  # asynchronous copies and bfloat16
-_MOST_WEIGHTS_OF_A_NEURON = 2**27  # what a program has is numbered in 32 bits
 
 
 @functools.cache
@@ -65,7 +63,7 @@ def strategies(problem: Problem) -> tuple[Strategy, ...]:
     usable = aten.strategies(problem)
     g = problem.geometry
     is_conv2d = g is not None and len(problem.weight_size) == 4 and not g.transposed
-    if problem.dtype in _DTYPES and (g is None or is_conv2d):
+    if problem.dtype in gpu.DTYPES and (g is None or is_conv2d):
         return *usable, Strategy.FUSED
     return usable
 
@@ -191,7 +189,7 @@ def _pack(
     t: Tensor, order: Tensor, n: int, dim: int, *, summed: bool
 ) -> tuple[Tensor, Tensor | None]:
     inside = t if dim == t.dim() - 1 else t.movedim(dim, -1)
-    if n == 0 or t.numel() == 0 or not inside.is_contiguous() or t.dtype not in _DTYPES:
+    if n == 0 or t.numel() == 0 or not inside.is_contiguous() or t.dtype not in gpu.DTYPES:
         return aten.pack(t, order, n, dim), None
     from neq_kernels.backends.triton.gather import gather
 
@@ -206,7 +204,7 @@ def _pack(
 def scatter_rows(rows: Tensor, like: Tensor, order: Tensor, n: int, layout: NeuronLayout) -> Tensor:
     """A tensor like ``like``: neurons ``order[:n]`` hold ``rows``, the others are 0."""
     simple = layout == NeuronLayout() and layout.blocks(like) is not None and like.numel() > 0
-    if not simple or rows.stride()[1:] != like.stride()[1:] or rows.dtype not in _DTYPES:
+    if not simple or rows.stride()[1:] != like.stride()[1:] or rows.dtype not in gpu.DTYPES:
         return aten.scatter_rows(rows, like, order, n, layout)
     from neq_kernels.backends.triton.gather import scatter
 
@@ -217,7 +215,7 @@ def scatter_rows(rows: Tensor, like: Tensor, order: Tensor, n: int, layout: Neur
 
 def channel_similarity(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """float64 ``[3, K]``: sums of ``a*b``, ``a*a``, ``b*b`` over every dimension but ``dim``."""
-    if a.dtype not in _DTYPES or b.dtype not in _DTYPES or a.numel() == 0:
+    if a.dtype not in gpu.DTYPES or b.dtype not in gpu.DTYPES or a.numel() == 0:
         return aten.channel_similarity(a, b, dim)
     from neq_kernels.backends.triton.similarity import channel_similarity as similarity
 
@@ -226,13 +224,7 @@ def channel_similarity(a: Tensor, b: Tensor, dim: int) -> Tensor:
 
 def steps_rows(parameter: Tensor, layout: NeuronLayout) -> bool:
     """Whether the row steps serve this parameter; gradient and state have to lie as it does."""
-    blocks = layout.blocks(parameter)
-    return (
-        parameter.device.type == ("cpu" if interpreted() else "cuda")
-        and parameter.dtype in _DTYPES
-        and blocks is not None
-        and blocks[1] * blocks[3] < _MOST_WEIGHTS_OF_A_NEURON
-    )
+    return gpu.steps_rows(parameter, layout, "cpu" if interpreted() else "cuda")
 
 
 def sgd_rows_(*tensors: Sequence[Any], **settings: Any) -> None:

@@ -7,8 +7,6 @@ memory. Every neuron belongs to one program.
 from __future__ import annotations
 
 import contextlib
-import functools
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from neq_kernels.backends import gpu
+
 _ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-# Elements of a step of a program along one neuron, and across neurons. Tiles of one shape would get
-# one layout, and neurons that are not read in pieces would be read with gaps.
-_STRETCH, _ACROSS = 1024, 512
-# Where neurons lie side by side: what a program has of them fills the sectors that it touches.
-_LEAST_NEIGHBOURS = 8
+# Elements of a step of a program along one neuron. Across neurons it is another number: tiles of
+# one shape would get one layout, and neurons that are not read in pieces would be read with gaps.
+_STRETCH = 1024
 _SHAPE = tl.constexpr(6)
 
 
@@ -94,42 +92,18 @@ def launch(
 ) -> None:
     """One launch for all parameters. An empty list of ``tensors`` stands for addresses of 0."""
     first = tensors[0][0]
-    programs, shapes = _cut(tuple(n), tuple(blocks), first.device)
+    programs, addresses, shapes = gpu.tables(tensors, n, blocks)
     if programs == 0:
         return
-    missing = [0] * len(n)
-    columns = [[*map(Tensor.data_ptr, some)] if some else missing for some in tensors]
-    addresses = tuple(itertools.chain.from_iterable(zip(*columns, strict=True)))
     on_gpu = first.device.type == "cuda"
     with torch.cuda.device(first.device) if on_gpu else contextlib.nullcontext():
         kernel[(programs,)](
-            _upload(addresses, first.device),
+            addresses,
             shapes,
             len(n),
             *map(float, numbers),
             ELEMENT=_ELEMENTS[first.dtype],
             **flags,
             STRETCH=_STRETCH,
-            ACROSS=_ACROSS,
+            ACROSS=gpu.ELEMENTS_ACROSS,
         )
-
-
-@functools.lru_cache(maxsize=64)
-def _cut(n: tuple[int, ...], blocks: tuple[int, ...], device: torch.device) -> tuple[int, Tensor]:
-    """The number of programs, and int64[parameters, 6]: the number of active neurons, three of the
-    parameter's blocks, how many neurons a program takes, and the first program."""
-    shapes: list[int] = []
-    programs = 0
-    for i, n_active in enumerate(n):
-        _, outer, per_group, inner = blocks[4 * i : 4 * i + 4]
-        at_most = max(_ACROSS // max(1, outer * inner), -(-_LEAST_NEIGHBOURS // max(1, inner)))
-        shapes += (n_active, outer, per_group, inner, at_most, programs)
-        programs += -(-n_active // at_most)
-    return programs, _upload(tuple(shapes), device)
-
-
-@functools.lru_cache(maxsize=64)
-def _upload(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Equal numbers are copied once: addresses stay while the allocator repeats itself."""
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device, non_blocking=True)

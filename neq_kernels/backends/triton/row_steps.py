@@ -5,15 +5,14 @@ Numbers are computed in float32. A neuron's program alone reads and advances its
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from neq_kernels.backends import gpu
 from neq_kernels.backends.triton import many_parameters
 from neq_kernels.backends.triton.many_parameters import (
     advance,
@@ -272,7 +271,7 @@ def sgd_rows_(
         COUNTED=with_momentum and len(steps) > 0,
         NESTEROV=bool(nesterov),
     )
-    _count_write(params, momentum_buffers, steps)
+    gpu.count_write(params, momentum_buffers, steps)
 
 
 def adam_rows_(
@@ -313,13 +312,8 @@ def adam_rows_(
         -1.0 if maximize else 1.0,
         AMSGRAD=len(max_exp_avg_sqs) > 0,
     )
-    _count_write(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
+    gpu.count_write(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
 
 
 def _log(beta: float) -> float:
     return math.log(beta) if beta > 0 else -math.inf
-
-
-def _count_write(*tensors: Sequence[Tensor]) -> None:
-    # A kernel writes behind autograd's back; it must see that saved tensors went stale.
-    torch.autograd.graph.increment_version(list(itertools.chain(*tensors)))

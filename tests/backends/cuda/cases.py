@@ -11,9 +11,11 @@ from torch import Tensor
 
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.problem import ConvGeometry
-from tests.cuda_on_cpu.emulator import MODES, Launch, Library, Mode, Run, build
+from tests.cuda_on_cpu.emulator import MODES, Device, Launch, Library, Mode, Run, build
 
 FOLDER = Path(__file__).parents[3] / "csrc" / "cuda"
+# The smallest GPU's shared memory: compute capability 7.5.
+DEVICE = Device(shared_limit=64 * 1024)
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SOURCES = ("wgrad", "few_rows_conv", "pack", "finish")
 
@@ -83,7 +85,8 @@ def wgrad(
         "bias": poisoned(k, dtype=input.dtype),
     }
     kernels = kernels or library()
-    run = Run(kernels, mode, {"dy": grad_output, "x": input, "order": order, "count": count}, names)
+    reads = {"dy": grad_output, "x": input, "order": order, "count": count}
+    run = Run(kernels, mode, reads, names, DEVICE)
     launches: list[Launch] = []
     source, stride = grad_output, k
     if packed:
@@ -149,7 +152,7 @@ def few_rows_conv(
         "bias": poisoned(k, dtype=input.dtype),
     }
     reads = {"dy": grad_output, "x": input, "order": order, "count": count}
-    run = Run(kernels or library(), mode, reads, names)
+    run = Run(kernels or library(), mode, reads, names, DEVICE)
     launches = run.call(
         *("neq_cuda_pack", dtype, grad_output, k, order, count, names["packed"], slots),
         *(names["bias_parts"], 3, t, most, 0, None),

@@ -103,8 +103,8 @@ FAULTS = {
     "tap": (
         conv,
         "wgrad.cuh",
-        "tap % rows.kernel_width * rows.dilation_w",
-        "tap % rows.kernel_width",
+        "(tap - down * rows.kernel_width) * rows.dilation_w",
+        "tap - down * rows.kernel_width",
     ),
     "carry of a line": (conv, "wgrad.cuh", "        ++p_;", ""),
     "border": (conv, "wgrad.cuh", "h < 0 || h >= rows.height", "h >= rows.height"),

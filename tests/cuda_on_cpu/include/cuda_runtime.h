@@ -40,6 +40,12 @@ void __syncthreads(neq::emu::Site site = neq::emu::Site::here());
 void __syncwarp(unsigned mask = 0xffffffffu, neq::emu::Site site = neq::emu::Site::here());
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
 void __threadfence();
 unsigned __ballot_sync(unsigned mask, int predicate, neq::emu::Site site = neq::emu::Site::here());
 

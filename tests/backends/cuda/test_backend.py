@@ -1,0 +1,171 @@
+"""The backend's own host code: operators, allocation, who serves what."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from neq_kernels import dispatch
+from neq_kernels import ops as public
+from neq_kernels.backends import aten, cuda
+from neq_kernels.channels import NeuronLayout
+from neq_kernels.problem import ConvGeometry, Problem, Strategy
+from tests.backends.cuda.cases import DTYPES, images
+from tests.backends.triton.cases import MASKS, assert_gradient, channels
+
+
+def linear(t, k, c, dtype, mask, offset=0):
+    generator = torch.Generator().manual_seed(t + k + c)
+    dy, x = (torch.randn(t, n + offset, generator=generator).to(dtype)[:, offset:] for n in (k, c))
+    chosen, weight = channels(k, mask), torch.zeros(k, c, dtype=dtype)
+    active = chosen.order(), chosen.count("cpu"), chosen.host_count
+    _, grad, bias = public.linear_backward(dy, x, x.shape, weight, active, [True] * 3, False)
+    if chosen.n_active:
+        assert_gradient(grad, dy.double().t() @ x.double(), chosen, t)
+        assert_gradient(bias, dy.double().sum(0), chosen, t)
+
+
+def conv(size, k, kernel, geometry, dtype, mask, layout=torch.channels_last):
+    x, g = images(*size, dtype=dtype).contiguous(memory_format=layout), geometry
+    shape = (k, size[1] // g.groups, *kernel)
+    weight = torch.zeros(shape, dtype=dtype).contiguous(memory_format=layout)
+    out = F.conv2d(x.float(), weight.float(), None, g.stride, g.padding, g.dilation, g.groups)
+    dy = images(*out.shape, dtype=dtype, seed=1).contiguous(memory_format=layout)
+    chosen = channels(k, mask)
+    active = chosen.order(), chosen.count("cpu"), chosen.host_count
+    wanted = [False, True, True]
+    _, grad, bias = public.conv_backward(dy, x, x.shape, weight, g, active, wanted, False)
+    assert grad.stride() == weight.stride()
+    tensors = (t.double() for t in (dy, x, weight))
+    _, exact, exact_bias = geometry.backward(*tensors, wanted)
+    if chosen.n_active:
+        assert_gradient(grad, exact, chosen, dy.numel() // k)
+        assert_gradient(bias, exact_bias, chosen, dy.numel() // k)
+
+
+def geometry(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1):
+    return ConvGeometry(stride, padding, dilation, False, (0, 0), groups)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear(dtype, mask, ops):
+    with dispatch.forced_strategy(Strategy.FUSED):
+        for k, c in ((16, 72), (16, 1032), (48, 40), (128, 64)):
+            linear(150, k, c, dtype, mask)
+    assert ops.calls["linear_wgrad"] == (0 if mask in ("none", "all") else 4)
+
+
+@pytest.mark.parametrize("mask", ["one", "random", "contiguous"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_convolutions(dtype, mask, ops):
+    with dispatch.forced_strategy(Strategy.FUSED):
+        conv((2, 16, 7, 9), 24, (3, 3), geometry(), dtype, mask)
+        conv((2, 16, 7, 9), 72, (3, 3), geometry((2, 2)), dtype, mask)
+        conv((2, 16, 7, 9), 128, (1, 1), geometry(padding=(0, 0)), dtype, mask)
+        conv((3, 8, 6, 5), 16, (3, 2), geometry((1, 2), (2, 0), (2, 1)), dtype, mask)
+    assert ops.calls["conv_wgrad"] == 4
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_depthwise_convolutions(dtype, layout, ops):
+    with dispatch.forced_strategy(Strategy.FUSED):
+        for kernel, per_input in (((3, 3), 1), ((5, 3), 2)):
+            k = 12 * per_input
+            conv((2, 12, 7, 9), k, kernel, geometry(groups=12), dtype, "random", layout)
+    assert ops.calls["depthwise_wgrad"] == 2
+
+
+@pytest.mark.parametrize("mask", ["one", "random", "contiguous"])
+def test_packing_in_front_of_the_library(mask, ops):
+    with dispatch.forced_strategy(Strategy.PACK):
+        linear(150, 64, 40, torch.float32, mask)
+        conv((2, 16, 7, 9), 24, (3, 3), geometry(), torch.float32, mask)
+        conv((2, 16, 7, 9), 24, (3, 3), geometry(), torch.float32, mask, torch.contiguous_format)
+    # Neighbours are a view of a matrix, and NCHW planes are not ours.
+    assert ops.calls["pack"] == (2 if mask == "random" else 1)
+    assert ops.calls["scatter_rows"] >= 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_do_not_start_at_multiples_of_16_bytes_are_copied(dtype, ops):
+    with dispatch.forced_strategy(Strategy.FUSED):
+        for offset in (1, 3):
+            linear(70, 16, 24, dtype, "random", offset)
+    assert ops.calls["linear_wgrad"] == 2
+
+
+def test_what_the_kernels_cannot_serve_is_left_to_the_library(ops):
+    odd = Problem((32, 9), (16, 9), None, False, torch.float32)
+    nchw = Problem((2, 8, 5, 5), (16, 8, 3, 3), geometry(), False, torch.float32)
+    double = Problem((32, 8), (16, 8), None, False, torch.float64)
+    for problem in (odd, nchw, double):
+        assert Strategy.FUSED not in cuda.strategies(problem)
+    last = nchw._replace(channels_last=True)
+    assert Strategy.FUSED in cuda.strategies(last)
+    huge = last._replace(input_size=(2**27, 8, 5, 5))
+    assert Strategy.FUSED not in cuda.strategies(huge)
+    with dispatch.forced_strategy(Strategy.FUSED):
+        linear(32, 16, 9, torch.float32, "random")
+    assert ops.calls["linear_wgrad"] == 0
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_replayed_count_is_read_on_the_device(mask, ops, monkeypatch):
+    """The host believes that all are active."""
+    monkeypatch.setattr(dispatch, "_rehearsed", {})
+    with dispatch.capturable():
+        linear(70, 48, 24, torch.float16, mask)
+        conv((2, 16, 7, 9), 48, (3, 3), geometry(), torch.float16, mask)
+        conv((2, 12, 7, 9), 12, (3, 3), geometry(groups=12), torch.float16, mask)
+    assert ops.calls["linear_wgrad"] == ops.calls["conv_wgrad"] == ops.calls["depthwise_wgrad"] == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_the_librarys_product(dtype, ops):
+    chosen, like = channels(24, "random"), torch.zeros(24, 20, dtype=dtype)
+    rows = torch.randn(chosen.n_active, 20).to(dtype)
+    order, n = chosen.order(), chosen.n_active
+    out = cuda.scatter_rows(rows, like, order, n, NeuronLayout())
+    assert torch.equal(out, aten.scatter_rows(rows, like, order, n, NeuronLayout()))
+    assert ops.calls["scatter_rows"] == 1
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_channel_similarity(dtype, dim, ops):
+    a, b = torch.randn(2, 3, 24, 5, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    sums = cuda.channel_similarity(a, b, dim)
+    torch.testing.assert_close(sums, aten.channel_similarity(a, b, dim), rtol=1e-5, atol=1e-4)
+    assert ops.calls["channel_similarity"] == 1
+    last = [t.contiguous(memory_format=torch.channels_last) for t in (a, b)]
+    sums = cuda.channel_similarity(*last, 1)
+    torch.testing.assert_close(sums, aten.channel_similarity(a, b, 1), rtol=1e-5, atol=1e-4)
+    assert ops.calls["channel_similarity"] == 2
+    cuda.channel_similarity(a, last[1], 1)
+    assert ops.calls["channel_similarity"] == 2
+
+
+def test_without_the_emulator_there_is_a_reason(monkeypatch):
+    monkeypatch.delenv(cuda.ENVIRONMENT_VARIABLE, raising=False)
+    cuda.unavailable.cache_clear()
+    reason = cuda.unavailable()
+    assert reason is not None
+    if not torch.cuda.is_available():
+        assert reason in (
+            "PyTorch finds no NVIDIA GPU",
+            "the CUDA extension was not built when neq_kernels was installed",
+        )
+    monkeypatch.setattr(cuda, "_LIBRARY", cuda._LIBRARY.with_name("missing.so"))
+    cuda.unavailable.cache_clear()
+    assert cuda.unavailable() == "the CUDA extension was not built when neq_kernels was installed"
+    cuda.unavailable.cache_clear()
+
+
+def test_an_error_of_a_launch_names_the_operation(ops):
+    rows, order = torch.zeros(4, 8), torch.arange(8)
+    count = torch.tensor([1], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=r"neq_kernels pack: invalid"):
+        cuda._leaf.pack(rows, order, count, 128 * 65536, False, False)
