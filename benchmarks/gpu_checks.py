@@ -18,6 +18,7 @@ from neq_kernels.dispatch import ENVIRONMENT_VARIABLE
 
 ROOT = Path(__file__).parents[1]
 FOLDER = "tests/backends/triton"
+OF_CUDA = ("tests/backends/cuda/test_backend.py", "tests/backends/cuda/test_training.py")
 # The other tests there call Triton's kernels by name.
 OF_ANY_BACKEND = (
     f"{FOLDER}/test_capture.py",
@@ -67,9 +68,10 @@ def run(
     """All of them at once: nothing is timed.
 
     Args:
-        backends: of ``triton`` and ``aten`` those that serve here.
+        backends: of ``triton``, ``cuda`` and ``aten`` those that serve here.
     """
-    told = {"triton": "tests, NEQ_KERNELS_BACKEND=triton", "aten": "tests, default backend"}
+    told = {name: f"tests, {ENVIRONMENT_VARIABLE}={name}" for name in ("triton", "cuda")}
+    told["aten"] = "tests, default backend"
     wanted = {name: _tests(name) for name in backends} | {SELFCHECK: _self_check()}
     ended = jobs.run(wanted, deadline, check)
     found = [judge_tests(told[name], name, ended[name]) for name in backends]
@@ -87,12 +89,13 @@ def _tests(backend: str) -> Job:
         arguments += ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1))]
     environment: Mapping[str, str | None] = {
         "NEQ_TRITON_EXECUTOR": "cuda",
+        "NEQ_CUDA_EXECUTOR": "cuda",
         "TRITON_INTERPRET": None,
         ENVIRONMENT_VARIABLE: "triton" if backend == "triton" else None,
         # The tests ask for deterministic algorithms, and cuBLAS for this.
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
-    paths = [FOLDER] if backend == "triton" else OF_ANY_BACKEND
+    paths = {"triton": (FOLDER,), "cuda": OF_CUDA, "aten": OF_ANY_BACKEND}[backend]
     return Job("pytest", [*arguments, *paths], environment, ROOT)
 
 

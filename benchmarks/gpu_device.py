@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import console
 from benchmarks.interrupt import Interrupted
-from neq_kernels.backends import triton
+from neq_kernels import dispatch
 from neq_kernels.gpu_timing import Clock, CudaClock
 
 OUT_OF_MEMORY = "out of GPU memory"
@@ -32,19 +32,22 @@ class Lab:
     Attributes:
         backend: the own one that is measured.
         number: how ``nvidia-smi`` numbers the GPU, None where that cannot be told.
+        others: own backends that are measured beside it; the last one serves a GPU if nobody asks.
     """
 
     device: torch.device
     clock: Clock
     backend: str
     number: int | None = None
+    others: tuple[str, ...] = ("aten",)
 
     @classmethod
     def on_gpu(cls) -> Lab:
         """The current GPU."""
         device = torch.device("cuda", torch.cuda.current_device())
         uuid = str(torch.cuda.get_device_properties(device).uuid)
-        return cls(device, CudaClock(device), own_backends()[0], number_in_nvml(uuid))
+        first, *others = own_backends()
+        return cls(device, CudaClock(device), first, number_in_nvml(uuid), tuple(others))
 
     def survived(self, failure: Exception) -> str:
         """What to say of a provider that failed.
@@ -73,7 +76,8 @@ def found() -> bool:
 
 def own_backends() -> list[str]:
     """Those of ours that serve this GPU, the best one first."""
-    return ["triton", "aten"] if triton.unavailable() is None else ["aten"]
+    kernels = [name for name, module in dispatch.FOR_GPUS.items() if module.unavailable() is None]
+    return [*kernels, "aten"]
 
 
 def _described(failure: Exception) -> str:

@@ -132,9 +132,10 @@ class _Cells:
 
     def _backend_of(self, name: str) -> str | None:
         """Whose tests have to have passed; None for what is not ours."""
-        if name == BY_DEFAULT:
-            return "aten"
-        return self._lab.backend if name.startswith(OURS) else None
+        if not name.startswith(OURS):
+            return None
+        words = name.split()
+        return words[1] if len(words) > 1 and words[1] in self._lab.others else self._lab.backend
 
     def _chosen(self, channels: ActiveChannels) -> Strategy:
         n = channels.n_active
@@ -156,8 +157,10 @@ class _Cells:
         calls[OURS] = _layer(problem, *operands, channels, own)
         # With every channel active a layer, and all strategies but one, make the library's call.
         partly = n < problem.neurons
-        if partly and own != "aten":
-            calls[BY_DEFAULT] = _layer(problem, *operands, channels, "aten")
+        if partly:
+            for other in self._lab.others:
+                if other != own:
+                    calls[f"{OURS} {other}"] = _layer(problem, *operands, channels, other)
         module = dispatch.module_of(own)
         for choice in dispatch.contestants(problem, n, own):
             if not (partly or choice.strategy == Strategy.FUSED):

@@ -38,8 +38,8 @@ class Options:
 
 
 def backends(lab: Lab) -> tuple[str, ...]:
-    """Ours, and what serves a GPU if nobody asks for another."""
-    return tuple(dict.fromkeys((lab.backend, "aten")))
+    """Ours, the last one is what serves a GPU if nobody asks for another."""
+    return tuple(dict.fromkeys((lab.backend, *lab.others)))
 
 
 def measure(

@@ -159,11 +159,13 @@ def test_the_tests_are_told_to_use_the_gpu(monkeypatch):
         }
 
     monkeypatch.setattr(jobs, "run", run)
-    checks = gpu_checks.run(["triton", "aten"], Deadline.after(1.0))
-    assert [check.status for check in checks] == [PASSED] * 3
+    checks = gpu_checks.run(["triton", "cuda", "aten"], Deadline.after(1.0))
+    assert [check.status for check in checks] == [PASSED] * 4
     assert seen["triton"].environment["NEQ_TRITON_EXECUTOR"] == "cuda"
     assert seen["triton"].environment["NEQ_KERNELS_BACKEND"] == "triton"
     assert seen["triton"].arguments[-1] == "tests/backends/triton"
+    assert seen["cuda"].environment["NEQ_CUDA_EXECUTOR"] == "cuda"
+    assert seen["cuda"].arguments[-2:] == list(gpu_checks.OF_CUDA)
     assert seen["aten"].environment["NEQ_KERNELS_BACKEND"] is None
     for path in seen["aten"].arguments[-2:]:
         assert (gpu_checks.ROOT / path.split("::")[0]).is_file()
@@ -171,6 +173,8 @@ def test_the_tests_are_told_to_use_the_gpu(monkeypatch):
 
 
 def test_the_tests_that_are_named_exist():
+    for path in gpu_checks.OF_CUDA:
+        assert (gpu_checks.ROOT / path).is_file()
     for path in gpu_checks.OF_ANY_BACKEND:
         file, _, name = path.partition("::")
         assert f"def {name}" in (gpu_checks.ROOT / file).read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from neq_kernels.channels import ActiveChannels
 from neq_kernels.problem import ConvGeometry
 from tests.cuda_on_cpu.emulator import MODES, Device, Launch, Library, Mode, Run, build
 
+# Where the tests of the backend itself run.
+DEVICE = "cuda" if os.environ.get("NEQ_CUDA_EXECUTOR") == "cuda" else "cpu"
 FOLDER = Path(__file__).parents[3] / "csrc" / "cuda"
 # The smallest GPU's shared memory: compute capability 7.5.
-DEVICE = Device(shared_limit=64 * 1024)
+SMALLEST = Device(shared_limit=64 * 1024)
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SOURCES = ("wgrad", "few_rows_conv", "pack", "finish")
 
@@ -86,7 +89,7 @@ def wgrad(
     }
     kernels = kernels or library()
     reads = {"dy": grad_output, "x": input, "order": order, "count": count}
-    run = Run(kernels, mode, reads, names, DEVICE)
+    run = Run(kernels, mode, reads, names, SMALLEST)
     launches: list[Launch] = []
     source, stride = grad_output, k
     if packed:
@@ -152,7 +155,7 @@ def few_rows_conv(
         "bias": poisoned(k, dtype=input.dtype),
     }
     reads = {"dy": grad_output, "x": input, "order": order, "count": count}
-    run = Run(kernels or library(), mode, reads, names, DEVICE)
+    run = Run(kernels or library(), mode, reads, names, SMALLEST)
     launches = run.call(
         *("neq_cuda_pack", dtype, grad_output, k, order, count, names["packed"], slots),
         *(names["bias_parts"], 3, t, most, 0, None),

@@ -1,17 +1,20 @@
-"""The backend itself, on CPU tensors: its library with the emulator in the place of a GPU."""
+"""The backend itself. CPU tensors go to its library with the emulator in the place of a GPU; where
+``NEQ_CUDA_EXECUTOR=cuda`` says so, as ``benchmarks/gpu_checks.py`` does, a GPU's to the real."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
+import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from neq_kernels import dispatch
 from neq_kernels.backends import cuda
 from tests import oracle
-from tests.backends.cuda.cases import FOLDER
+from tests.backends.cuda.cases import DEVICE, FOLDER
 from tests.cuda_on_cpu.emulator import build
 
 
@@ -31,8 +34,20 @@ class CountedOps:
         return counted
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """By default PyTorch allows TF32 in convolutions."""
+    setting = torch.backends.cudnn.conv
+    before, setting.fp32_precision = setting.fp32_precision, "ieee"
+    yield
+    setting.fp32_precision = before
+
+
 @pytest.fixture(scope="session")
-def emulated_library() -> str:
+def emulated_library() -> str | None:
+    """None where a GPU is there to run the library."""
+    if DEVICE == "cuda":
+        return None
     sources = [*sorted(FOLDER.glob("*.cu")), FOLDER / "ops.cpp"]
     library = build(
         sources,
@@ -46,13 +61,14 @@ def emulated_library() -> str:
 
 @pytest.fixture
 def ops(emulated_library, monkeypatch) -> Iterator[CountedOps]:
-    """CPU tensors are served by the CUDA kernels."""
-    monkeypatch.setenv(cuda.ENVIRONMENT_VARIABLE, emulated_library)
+    """Tensors of ``DEVICE`` are served by the CUDA kernels."""
+    if emulated_library is not None:
+        monkeypatch.setenv(cuda.ENVIRONMENT_VARIABLE, emulated_library)
     counted = CountedOps(cuda._leaf)
     monkeypatch.setattr(cuda, "_leaf", counted)
     cuda.unavailable.cache_clear()
     dispatch.forget_choices()
-    with oracle.forced_backend("cuda"):
+    with oracle.forced_backend("cuda"), full_precision():
         yield counted
     cuda.unavailable.cache_clear()
     dispatch.forget_choices()

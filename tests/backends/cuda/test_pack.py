@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.backends.cuda.cases import DEVICE, DTYPES, library, poisoned
+from tests.backends.cuda.cases import DTYPES, SMALLEST, library, poisoned
 from tests.backends.triton.cases import MASKS, assert_gradient, channels
 from tests.cuda_on_cpu.emulator import MODES, Run
 
@@ -23,7 +23,7 @@ def pack(rows, chosen, *, most=None, transposed=False, blocks=2, mode=MODES[0], 
         mode,
         {"rows": rows, "order": order, "count": count},
         {"packed": packed, "sums": sums},
-        DEVICE,
+        SMALLEST,
     )
     launches = run.call(
         *("neq_cuda_pack", dtype, rows, k, order, count, packed, stride, sums, blocks, t, most),

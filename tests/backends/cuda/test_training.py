@@ -15,6 +15,7 @@ from neq_kernels import dispatch
 from neq_kernels.layers import named_neuron_layers
 from neq_kernels.problem import Strategy
 from tests import oracle
+from tests.backends.cuda.cases import DEVICE
 from tests.backends.triton.test_training import masks
 
 STEPS = 3
@@ -63,9 +64,8 @@ OPTIMIZERS = {
 def test_training_equals_the_references(strategy, optimizer, ops):
     """The reference: in float64, by PyTorch's operators alone."""
     plain = neq.convert(network().double())
-    model = neq.convert(copy.deepcopy(neq.revert(plain)).float()).to(
-        memory_format=torch.channels_last
-    )
+    model = neq.convert(copy.deepcopy(neq.revert(plain)).float())
+    model = model.to(DEVICE, memory_format=torch.channels_last)
     plain = neq.convert(plain)
     make, settings = OPTIMIZERS[optimizer]
     both = [(m, make(m.parameters(), **settings)) for m in (plain, model)]
@@ -74,7 +74,8 @@ def test_training_equals_the_references(strategy, optimizer, ops):
     images, _ = batch(STEPS)
     with oracle.forced_backend("reference"):
         exact = neq.NEqController(plain, [images.double()])
-    controller = neq.NEqController(model, [images.contiguous(memory_format=torch.channels_last)])
+    last = {"device": DEVICE, "memory_format": torch.channels_last}
+    controller = neq.NEqController(model, [images.to(**last)])
     for step in range(STEPS):
         images, labels = batch(step)
         for m, each in both:
@@ -85,8 +86,7 @@ def test_training_equals_the_references(strategy, optimizer, ops):
             F.cross_entropy(plain(images.double()), labels).backward()
             both[0][1].step()
         with dispatch.forced_strategy(strategy):
-            last = images.contiguous(memory_format=torch.channels_last)
-            F.cross_entropy(model(last), labels).backward()
+            F.cross_entropy(model(images.to(**last)), labels.to(DEVICE)).backward()
         for _, layer in named_neuron_layers(model):
             for parameter in layer.parameters():
                 assert parameter.grad is None or not parameter.grad[layer.channels.frozen].any()
@@ -94,16 +94,16 @@ def test_training_equals_the_references(strategy, optimizer, ops):
             if theirs.grad is None:
                 assert ours.grad is None or not ours.grad.any()
                 continue
-            difference = oracle.largest(ours.grad.double() - theirs.grad)
+            difference = oracle.largest(ours.grad.double().cpu() - theirs.grad)
             assert difference < 1e-4 * max(1, oracle.largest(theirs.grad))
         both[1][1].step()
         for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-            assert oracle.largest(ours.double() - theirs) < 1e-4
+            assert oracle.largest(ours.double().cpu() - theirs) < 1e-4
         with oracle.forced_backend("reference"):
             exact.step()
         controller.step()
         for name, phi in exact.state_dict()["phi"].items():
-            assert oracle.largest(controller.state_dict()["phi"][name] - phi) < 1e-4
+            assert oracle.largest(controller.state_dict()["phi"][name].cpu() - phi) < 1e-4
     kernels = {
         Strategy.FUSED: ("linear_wgrad", "conv_wgrad", "depthwise_wgrad"),
         Strategy.PACK: ("pack", "scatter_rows"),
