@@ -26,7 +26,6 @@ from neq_kernels.problem import Problem, Strategy
 
 NAME = "gpu_kernels"
 SHARES = (1.0, 0.5, 0.25, 0.1, 0.02)
-BY_DEFAULT = f"{OURS} aten"
 # Of float32 that a tensor core reads: ten bits of fraction.
 TF32_ROUNDING = 2.0**-10
 COLUMNS = (

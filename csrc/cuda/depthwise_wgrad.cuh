@@ -13,6 +13,7 @@
 #include "elements.cuh"
 #include "ptx.cuh"
 #include "slots.cuh"
+#include "stretch.cuh"
 
 namespace neq::cuda {
 
@@ -236,31 +237,6 @@ __global__ void __launch_bounds__(kDepthwiseThreads, Taps::kStripBlocks)
 
 // --- pixels innermost ----------------------------------------------------------------------------
 
-// Neighbours of global memory in shared memory: each lies in its 16 bytes as it does there.
-template <class T>
-struct Run {
-  const T* from;
-  int count;
-
-  static constexpr __host__ __device__ int vectors(int count) { return count / kVector<T> + 2; }
-
-  __device__ __forceinline__ int shift() const {
-    return static_cast<int>(reinterpret_cast<uintptr_t>(from) % kVectorBytes / sizeof(T));
-  }
-
-  // Starts a copy of what lies in one vector.
-  __device__ __forceinline__ void copy(T* to, int vector) const {
-    const int at = vector * kVector<T>, begin = at - shift();
-    if (begin >= 0 && begin + kVector<T> <= count) {
-      ptx::cp_async_16(to + at, from + begin, true);
-      return;
-    }
-    for (int i = begin < 0 ? -begin : 0; i < kVector<T> && begin + i < count; ++i) {
-      to[at + i] = from[begin + i];
-    }
-  }
-};
-
 // A band of one channel of an image; rows of X outside of the image are left out.
 template <class Taps>
 struct Band {
@@ -282,7 +258,7 @@ struct Band {
          x_rows * d.width};
   }
 
-  Run<T> dy, x;
+  Stretch<T> dy, x;
   int rows, x_rows, above;
 };
 
@@ -297,8 +273,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, Taps::kPlaneBlocks)
   if (first >= smaller(*d.count, d.most)) return;
   const auto neuron = static_cast<int>(d.order[first]);
   const UnitsOfPart units(d);
-  const int dy_vectors = Run<T>::vectors(d.rows * d.out_width);
-  const int x_vectors = Run<T>::vectors(smaller(Taps::reach(d.rows), d.height) * d.width);
+  const int dy_vectors = Stretch<T>::most_vectors(d.rows * d.out_width);
+  const int x_vectors = Stretch<T>::most_vectors(smaller(Taps::reach(d.rows), d.height) * d.width);
   auto* const shared_dy = reinterpret_cast<T*>(ptx::dynamic_shared());
   T* const shared_x = shared_dy + d.together * dy_vectors * kVector<T>;
 

@@ -9,6 +9,7 @@
 
 #include "elements.cuh"
 #include "ptx.cuh"
+#include "stretch.cuh"
 
 namespace neq::cuda {
 
@@ -139,32 +140,6 @@ __global__ void __launch_bounds__(kSimilarityThreads, 2) similarity_rows_kernel(
 
 // --- channels outside ----------------------------------------------------------------------------
 
-// Neighbours of global memory in shared memory: each lies in its 16 bytes as it does there.
-template <class T>
-struct Stretch {
-  const T* from;
-  int count;
-
-  __device__ __forceinline__ int shift() const {
-    return static_cast<int>(reinterpret_cast<uintptr_t>(from) % kVectorBytes / sizeof(T));
-  }
-
-  // Starts the copy, by all threads.
-  __device__ __forceinline__ void copy(T* to) const {
-    const int vectors = (shift() + count + kVector<T> - 1) / kVector<T>;
-    for (int i = static_cast<int>(threadIdx.x); i < vectors; i += kSimilarityThreads) {
-      const int at = i * kVector<T>, begin = at - shift();
-      if (begin >= 0 && begin + kVector<T> <= count) {
-        ptx::cp_async_16(to + at, from + begin, true);
-      } else {
-        for (int j = begin < 0 ? -begin : 0; j < kVector<T> && begin + j < count; ++j) {
-          to[at + j] = from[begin + j];
-        }
-      }
-    }
-  }
-};
-
 template <class T>
 constexpr int kStretchRoom = kPiece<T> + 2 * kVector<T>;
 template <class T>
@@ -197,8 +172,12 @@ __global__ void __launch_bounds__(kSimilarityThreads) similarity_planes_kernel(S
   const auto copy = [&](int64_t step) {
     if (step < end) {
       const auto from = stretches(step);
-      from.a.copy(stage(step));
-      from.b.copy(stage(step) + kStretchRoom<T>);
+      for (int i = thread; i < from.a.vectors(); i += kSimilarityThreads) {
+        from.a.copy(stage(step), i);
+      }
+      for (int i = thread; i < from.b.vectors(); i += kSimilarityThreads) {
+        from.b.copy(stage(step) + kStretchRoom<T>, i);
+      }
     }
     ptx::cp_async_commit();
   };

@@ -298,7 +298,7 @@ FAULTS = {
     "missing barrier": (BARRIER + COMPUTE, COMPUTE),
     "tile overwritten": (BARRIER + NEXT_TILE, NEXT_TILE),
     "wrong shift": (SHIFTED + " + band.x.shift()", SHIFTED),
-    "border of a run": ("begin + kVector<T> <= count", "begin < count"),
+    "border of a stretch": ("begin + kVector<T> <= count", "begin < count"),
     "any: missing tap": ("tap >= taps ||", "tap >= taps - 1 ||"),
     "any: wrong image": ("all_x + image * d.x_strides.image;", "all_x;"),
     "frozen not zeroed": ("if (i < *f.count) {", "if (true) {"),
@@ -307,7 +307,8 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_caught(fault):
-    kernels = library(*FEW_KERNELS, ("depthwise_wgrad.cuh", *FAULTS[fault]))
+    file = "stretch.cuh" if fault == "border of a stretch" else "depthwise_wgrad.cuh"
+    kernels = library(*FEW_KERNELS, (file, *FAULTS[fault]))
     with pytest.raises((AssertionError, EmulationError)):
         check_faults(kernels)
 
