@@ -25,8 +25,8 @@ using Grads = std::tuple<Tensor, Tensor>;
 
 // Blocks for each multiprocessor: so that some compute while others wait for memory.
 constexpr int64_t kBlocksEach = 2, kPackBlocksEach = 3;
-// Each part is written and read again: its rows are to be at least so many of the tile's, and so
-// many for each active neuron.
+// Each part is written and read again, and each block finds its neurons first: rows are to be at
+// least so many of the tile's, and so many for each active neuron.
 constexpr int64_t kLeastSteps = 4, kLeastRowsEach = 32;
 // Up to so many neurons are gathered where one tile has all columns; more are packed first.
 constexpr int64_t kMostGathered = 32, kFewRows = 16;
@@ -88,8 +88,8 @@ Packed packed(const Rows& dy, const Tensor& order, const Tensor& count, int64_t 
   Packed p;
   p.stride = ceil_div(transposed ? dy.count : columns, multiple) * multiple;
   p.rows = torch::stable::new_empty(dy.tensor, {transposed ? most : dy.count, p.stride});
-  const int64_t blocks =
-      std::min(ceil_div(dy.count, neq_cuda_pack_rows()), kPackBlocksEach * multiprocessors());
+  const int64_t blocks = std::min(ceil_div(dy.count, kLeastSteps * neq_cuda_pack_rows()),
+                                  kPackBlocksEach * multiprocessors());
   if (summed) p.sums = floats(dy.tensor, {blocks, most});
   check("pack", neq_cuda_pack(dtype_of(dy.tensor), dy.tensor.const_data_ptr(), dy.stride,
                               order_of(order), count_of(count), p.rows.mutable_data_ptr(), p.stride,

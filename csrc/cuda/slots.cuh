@@ -27,7 +27,9 @@ __device__ __forceinline__ void find_slots(const int64_t* order, int neurons,
   const bool exists = i < neurons;
   const int64_t neuron = exists ? order[i] : 0;
   const int64_t vector = neuron / kVector<T>;
-  const bool leads = exists && (i == 0 || order[i - 1] / kVector<T> != vector);
+  int64_t before = __shfl_sync(kAllLanes, static_cast<int>(vector), lane - 1);
+  if (exists && lane == 0 && i > 0) before = order[i - 1] / kVector<T>;
+  const bool leads = exists && (i == 0 || before != vector);
   const unsigned leaders = __ballot_sync(kAllLanes, leads);
   if (i < kNeurons && lane == 0) slots.leaders[i / kLanes] = __popc(leaders);
   __syncthreads();

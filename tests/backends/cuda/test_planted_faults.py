@@ -91,8 +91,8 @@ FAULTS = {
     "slot of a new vector": (
         GATHERED,
         "slots.cuh",
-        "i == 0 || order[i - 1] / kVector<T> != vector",
-        "i == 0 || order[i - 1] / kVector<T> + 1 < vector",
+        "i == 0 || before != vector",
+        "i == 0 || before + 1 < vector",
     ),
     "barrier after the slots": (
         GATHERED,

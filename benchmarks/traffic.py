@@ -1,0 +1,149 @@
+"""What every CUDA C++ kernel moves, counted thread by thread on the CPU: no GPU is needed.
+
+>>> python -m benchmarks.traffic
+>>> python -m benchmarks.traffic --operations pack --out runs/bench
+>>> python -m benchmarks.traffic --publish    # the table of benchmarks/results
+
+The operators of the CUDA backend run on the emulator of the tests, which lies in ``tests/``: from
+the root of a checkout only. They cut the work as on an H100 of 132 multiprocessors. The shapes are
+small, because every access of every thread is looked at; a larger reduction gives each block more
+rows, and what is moved beside the operands weighs less.
+
+``moved``: the distinct 32-byte sectors of every request of a warp, without caches. ``least``: every
+sector of the operands that is needed read once, the result written once (benchmarks/traffic_cases
+says of each operation which these are). ``indices``: the part of what is moved that only says which
+neurons are active and where tensors lie; on a GPU almost all of it comes from a cache. Bytes per
+request: what the lanes of a warp ask for together, 512 at most. An operation fails that moves more
+than its gate times the least, or whose result is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks import console, counted
+from benchmarks.record import Record, Row
+from benchmarks.traffic_cases import OPERATIONS, Case, cases
+
+RESULTS = Path(__file__).parent / "results" / "traffic.csv"
+# What an operation may move, of the least; the others multiply tile by tile, and read their
+# operands again for every tile.
+GATES = {
+    "pack": 1.1,
+    "pack transposed": 1.1,
+    "linear few rows": 1.15,
+    "conv few rows": 1.15,
+    "depthwise nhwc": 1.25,
+    "depthwise nchw": 1.25,
+}
+COLUMNS = (
+    ("operation", -15),
+    ("dtype", -8),
+    ("shape", -20),
+    ("active", -10),
+    ("moved, KB", 9),
+    ("least, KB", 9),
+    ("ratio", 6),
+    ("gate", 4),
+    ("indices", 7),
+    ("requests", 8),
+    ("bytes each", 10),
+)
+
+
+def rows(operations: Sequence[str]) -> Iterator[Row]:
+    """One row per case of these operations."""
+    return (row(case) for case in cases() if case.operation in operations)
+
+
+def row(case: Case) -> Row:
+    """What a case moves, and whether that is too much."""
+    outcome = case.run(case)
+    moved = sum(launch.bytes for launch in outcome.launches)
+    requests = sum(launch.requests for launch in outcome.launches)
+    ratio, gate = moved / outcome.least_bytes, GATES.get(case.operation)
+    fails = [] if outcome.is_right else ["wrong"]
+    if gate is not None and ratio > gate:
+        fails.append("moves too much")
+    return {
+        "operation": case.operation,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "shape": case.shape,
+        "active": case.active,
+        "neurons": case.neurons,
+        "inputs": case.inputs,
+        "kernel": case.kernel,
+        "side": case.side,
+        "share": case.active / case.neurons,
+        "moved_bytes": moved,
+        "least_bytes": outcome.least_bytes,
+        "ratio": ratio,
+        "gate": "" if gate is None else gate,
+        "index_bytes": sum(launch.index_bytes for launch in outcome.launches),
+        "requests": requests,
+        "bytes_per_request": sum(launch.asked_bytes for launch in outcome.launches) / requests,
+        "launches": "; ".join(map(str, outcome.launches)),
+        "fails": ", ".join(fails),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.traffic",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder (%(default)s)")
+    parser.add_argument(
+        "--operations",
+        nargs="+",
+        choices=OPERATIONS,
+        default=list(OPERATIONS),
+        metavar="OPERATION",
+        help=", ".join(OPERATIONS),
+    )
+    parser.add_argument("--publish", action="store_true", help=f"copy the table to {RESULTS.name}")
+    given = parser.parse_args(arguments)
+    reason = counted.unavailable()
+    if reason is not None:
+        print(f"error: {reason}", file=sys.stderr)
+        return console.USER_ERROR
+    started = time.perf_counter()
+    with Record(given.out, "traffic", {"operations": given.operations, **counted.H100}) as record:
+        table = console.Table(COLUMNS)
+        for each in rows(given.operations):
+            record.add(each)
+            _print(table, each)
+    if given.publish:
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(record.path.with_suffix(".csv"), RESULTS)
+    failed = [each for each in record.rows if each["fails"]]
+    seconds = time.perf_counter() - started
+    print(f"{len(record.rows)} operations in {seconds:.0f} s, {len(failed)} fail")
+    return console.WRONG_RESULT if failed else 0
+
+
+def _print(table: console.Table, row: Row) -> None:
+    table.line(
+        [
+            *(row[name] for name in ("operation", "dtype", "shape")),
+            f"{row['active']} of {row['neurons']}",
+            f"{row['moved_bytes'] / 1e3:.0f}",
+            f"{row['least_bytes'] / 1e3:.0f}",
+            f"{row['ratio']:.3f}",
+            f"{row['gate']}",
+            f"{row['index_bytes'] / row['moved_bytes']:.1%}",
+            f"{row['requests']}",
+            f"{row['bytes_per_request']:.0f}",
+        ],
+        console.red(row["fails"]),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
