@@ -35,7 +35,7 @@ KERNELS = Path("csrc/cuda")
 OBJECTS = Path("build/cuda")
 USUAL_HOME = Path("/usr/local/cuda")
 # One of each generation: code for 8.0 also runs on 8.6, 8.7 and 8.9, and so on.
-DEFAULT_ARCHS = (80, 90, 100, 120)
+DEFAULT_ARCHS = (75, 80, 90, 100, 120)
 LEAST_ARCH = 75
 NO_COMPILER = (
     "warning: neq_kernels: no C++ compiler found, so the package is installed without its C++ "

@@ -168,11 +168,7 @@ def inspect_cubin(
     Raises:
         ValueError: there is no such kernel, or there are several to choose from.
     """
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        listing = _tool("nvdisasm", "-c", file.name)
+    usage, listing = _usage_and_code(cubin)
     kernels = {each["name"]: each for each in _USAGE.finditer(usage)}
     if (kernel is None and len(kernels) != 1) or (kernel is not None and kernel not in kernels):
         wanted = "one kernel" if kernel is None else f"kernel {kernel}"
@@ -196,6 +192,27 @@ def inspect_cubin(
     )
 
 
+def kernels_in(cubin: bytes) -> list[str]:
+    """Their names, mangled in C++."""
+    return [each["name"] for each in _USAGE.finditer(_usage_and_code(cubin)[0])]
+
+
+def extract_cubins(file: Path) -> list[bytes]:
+    """All that are in an object file or a library."""
+    with tempfile.TemporaryDirectory() as folder:
+        _tool("cuobjdump", "--extract-elf", "all", str(file.absolute()), folder=folder)
+        return [path.read_bytes() for path in sorted(Path(folder).iterdir())]
+
+
+@functools.lru_cache(maxsize=4)
+def _usage_and_code(cubin: bytes) -> tuple[str, str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        return usage, _tool("nvdisasm", "-c", file.name)
+
+
 def _code_of(kernel: str, listing: str) -> list[str]:
     """Its section: what follows its label, up to the next section."""
     lines = (line for line in listing.splitlines() if line.strip())
@@ -212,9 +229,10 @@ def _binary(name: str) -> str:
     return str(path)
 
 
-def _tool(name: str, *arguments: str) -> str:
+def _tool(name: str, *arguments: str, folder: str | None = None) -> str:
     command = [_binary(name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
+    return done.stdout
 
 
 # --- AMD -----------------------------------------------------------------------------------------

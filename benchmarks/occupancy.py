@@ -42,6 +42,7 @@ class Multiprocessor:
 # Not counted: scalar registers of gfx942, and tensor memory of sm_100.
 _KIB = 1 << 10
 MULTIPROCESSORS = {
+    "sm_75": Multiprocessor(4, 8, 512, 8, 16, 64 * _KIB, 256, 0, 64 * _KIB),
     "sm_80": Multiprocessor(4, 16, 512, 8, 32, 164 * _KIB, 128, _KIB, 163 * _KIB),
     "sm_90": Multiprocessor(4, 16, 512, 8, 32, 228 * _KIB, 128, _KIB, 227 * _KIB),
     "sm_100": Multiprocessor(4, 16, 512, 8, 32, 228 * _KIB, 128, _KIB, 227 * _KIB),

@@ -1,4 +1,4 @@
-"""Every Triton kernel, compiled for GPUs that are not there: what the compiler made of it.
+"""Every kernel in Triton and CUDA C++, compiled for GPUs that are not there: what comes of it.
 
 Nothing is timed. A kernel fails that spills registers, of which not one program fits on a
 multiprocessor, or that multiplies matrices without a tensor core; the main loop's share of
@@ -17,9 +17,9 @@ import argparse
 import functools
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,10 +28,10 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks import console
+from benchmarks import console, cuda_launches, cuda_targets
 from benchmarks.ahead_of_time import TARGETS, Compiled, Launch, compile_for, recorded
 from benchmarks.dense_product import product
-from benchmarks.occupancy import occupancy
+from benchmarks.gate import judged
 from benchmarks.record import Record, Row
 from neq_kernels.backends.triton import conv_wgrad, linear_wgrad, row_steps, tiles
 from neq_kernels.backends.triton.depthwise_wgrad import depthwise_wgrad
@@ -55,7 +55,10 @@ SGD = {
     "sgd counted nesterov": (True, True, True),
 }
 ADAM = {"adam": False, "adam amsgrad": True}
+ALL_TARGETS = list(dict.fromkeys([*cuda_targets.TARGETS, *TARGETS]))
 PRODUCTS = ("wgrad_kernel", "product_kernel")
+# What kernels do that have not one case alone.
+JOBS = {"gather_kernel": "pack", "scatter_kernel": "finish", "add_parts_kernel": "finish"}
 # Of the dense product's share of tensor-core instructions, for what does not gather as it
 # multiplies.
 LEAST_SHARE = 0.9
@@ -244,8 +247,10 @@ def _row(case: Case, launch: Launch, target: str) -> Row:
         "kernel": f"{launch.kernel.__module__.rpartition('.')[2]}.{launch.name}",
         "case": case.name,
         "dtype": str(case.dtype).removeprefix("torch."),
+        "job": JOBS.get(launch.name, case.name.split()[0]),
         "target": target,
-        "triton": triton.__version__,
+        "language": "triton",
+        "compiler": f"triton {triton.__version__}",
     }
     try:
         compiled = compile_for(launch, TARGETS[target])
@@ -259,32 +264,6 @@ def _row(case: Case, launch: Launch, target: str) -> Row:
     about["tile"] = " ".join(words + ["packed"] * tile.packed)
     least = LEAST_SHARE if tile.packed else 0.0
     return about | judged(compiled, target, plain, least)
-
-
-def judged(
-    compiled: Compiled, target: str, plain: Compiled | None = None, least_share: float = 0.0
-) -> Row:
-    """What the compiler made of a kernel, and what of it fails.
-
-    Args:
-        plain: of a product of matrices: a dense one of the same tile.
-        least_share: of the dense product's share of tensor-core instructions in the main loop.
-    """
-    resident = occupancy(target, compiled.registers, compiled.shared, compiled.warps)
-    row = asdict(compiled) | {"occupancy": resident}
-    fails = []
-    if compiled.spills:
-        fails.append("spills")
-    if not resident:
-        fails.append("does not fit")
-    if plain is not None:
-        row["share"] = compiled.tensor_core / max(1, compiled.loop)
-        row["dense_share"] = plain.tensor_core / max(1, plain.loop)
-        if plain.tensor_core and not compiled.tensor_core:
-            fails.append("no tensor core")
-        elif row["share"] < least_share * row["dense_share"]:
-            fails.append("slow main loop")
-    return row | {"fails": ", ".join(fails)}
 
 
 def _tiles_of(launch: Launch) -> Tiles:
@@ -308,33 +287,85 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--targets", nargs="+", choices=ALL_TARGETS, default=ALL_TARGETS)
+    parser.add_argument("--languages", nargs="+", choices=LANGUAGES, help="default: all there are")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder (%(default)s)")
     parser.add_argument("--publish", action="store_true", help=f"copy the table to {RESULTS.name}")
     args = parser.parse_args(arguments)
+    languages = args.languages or list(LANGUAGES)
+    why = cuda_launches.unavailable() if "cuda" in languages else None
+    if why is not None:
+        if args.languages:
+            parser.error(f"--languages cuda: {why}")
+        print(f"without the kernels in CUDA C++: {why}")
+        languages.remove("cuda")
     table = console.Table(COLUMNS)
-    settings = {"targets": args.targets}
+    settings = {"targets": args.targets, "languages": languages}
     with Record(args.out, "targets", settings) as record:
-        for row in rows(args.targets):
-            record.add(row)
-            _print(table, row)
+        for language in languages:
+            of, known = LANGUAGES[language]
+            for row in of([target for target in args.targets if target in known]):
+                record.add(row)
+                _print(table, row)
     if args.publish:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(record.path.with_suffix(".csv"), RESULTS)
     failed = [row for row in record.rows if row.get("error") or row["fails"]]
+    _summarize(record.rows)
     print(f"{len(record.rows)} compilations, {len(failed)} fail")
     return console.WRONG_RESULT if failed else 0
 
 
 def _print(table: console.Table, row: Row) -> None:
-    names = ("kernel", "case", "tile", "dtype", "target")
-    if "error" in row:
-        table.line([*(row.get(name, "") for name in names), *[""] * 7], console.red(row["error"]))
+    names = [row.get(name, "") for name in ("kernel", "case", "tile", "dtype", "target")]
+    if "registers" not in row:
+        needs = f"needs {row['needs']}" if "needs" in row else ""
+        table.line([*names, *[""] * 7], needs or console.red(row.get("error") or row["fails"]))
         return
     shares = [f"{row[s]:.2f}" if s in row else "" for s in ("share", "dense_share")]
     figures = [str(row[name]) for name in ("registers", "spills", "shared")]
     cells = [*figures, f"{row['occupancy']:.2f}", str(row["loop"]), *shares]
-    table.line([*(row.get(name, "") for name in names), *cells], console.red(row["fails"]))
+    table.line([*names, *cells], console.red(row["fails"]))
+
+
+def _summarize(found: Sequence[Row]) -> None:
+    """Both languages side by side, for what both do."""
+    groups: dict[tuple[str, str, str], dict[str, list[Row]]] = {}
+    for row in found:
+        if "registers" in row:
+            dtype = "float32" if row["dtype"] == "float32" else "half"
+            of = groups.setdefault((row["job"], dtype, row["target"]), {})
+            of.setdefault(row["language"], []).append(row)
+    both = {key: of for key, of in groups.items() if len(of) > 1}
+    if not both:
+        return
+    print("\nFrom the least to the most of all kernels with this job:")
+    columns = [(name, 10) for name in ("kernels", "registers", "occupancy", "tensor", "async")]
+    table = console.Table((("job", -12), ("dtype", -8), ("target", -8), ("by", -8), *columns))
+    for key in sorted(both, key=lambda key: (key[0], key[1], ALL_TARGETS.index(key[2]))):
+        for language, its in both[key].items():
+            shares = [row["share"] for row in its if "share" in row]
+            table.line(
+                [
+                    *(*key, language, str(len(its))),
+                    _range([row["registers"] for row in its]),
+                    _range([row["occupancy"] for row in its]),
+                    _range(shares) if shares else "",
+                    _range([row["asynchronous"] for row in its]),
+                ]
+            )
+    print()
+
+
+def _range(numbers: Sequence[float]) -> str:
+    ends = [f"{n:.2f}" if isinstance(n, float) else str(n) for n in (min(numbers), max(numbers))]
+    return "-".join(dict.fromkeys(ends))
+
+
+LANGUAGES: dict[str, tuple[Callable[[Sequence[str]], Iterator[Row]], Iterable[str]]] = {
+    "triton": (lambda targets: rows(targets), TARGETS),
+    "cuda": (cuda_targets.rows, cuda_targets.TARGETS),
+}
 
 
 if __name__ == "__main__":

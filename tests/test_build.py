@@ -178,7 +178,13 @@ def test_an_nvcc_that_does_not_work_is_none(build, monkeypatch, tmp_path):
 
 def test_an_old_nvcc_is_none(build, monkeypatch, tmp_path):
     nvcc = Path(toolkit_in(tmp_path))
-    nvcc.write_text(nvcc.read_text().replace("80", "70").replace("90", "72").replace("100", "73"))
+    nvcc.write_text(
+        nvcc.read_text()
+        .replace("75", "70")
+        .replace("80", "71")
+        .replace("90", "72")
+        .replace("100", "73")
+    )
     monkeypatch.setenv("CUDACXX", str(nvcc))
     assert build.find_toolkit().startswith(f"{nvcc} is too old (CUDA 11 ")
 
@@ -208,9 +214,9 @@ def test_bad_archs(build, text):
 
 def test_archs_are_those_that_nvcc_knows(build, monkeypatch):
     toolkit = build.Toolkit("nvcc", "", "", (50, 75, 80, 86, 90, 100, 103))
-    assert build.find_archs(toolkit) == [80, 90, 100]
+    assert build.find_archs(toolkit) == [75, 80, 90, 100]
     monkeypatch.setenv("NEQ_CUDA_ARCHS", " ")
-    assert build.find_archs(toolkit) == [80, 90, 100]
+    assert build.find_archs(toolkit) == [75, 80, 90, 100]
     monkeypatch.setenv("NEQ_CUDA_ARCHS", "8.6;103")
     assert build.find_archs(toolkit) == [86, 103]
     for arch in ("50", "120"):

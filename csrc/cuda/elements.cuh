@@ -29,7 +29,7 @@ __device__ __forceinline__ __nv_bfloat16 from_float(float value) {
 }
 
 template <class N>
-__device__ __forceinline__ N smaller(N a, N b) {
+__host__ __device__ __forceinline__ N smaller(N a, N b) {
   return a < b ? a : b;
 }
 

@@ -37,6 +37,11 @@ KIB = 1024
         # 40 KiB and the system's 1 KiB, four times in 164 KiB; one byte more takes 128 more.
         ("sm_80", 16, 40 * KIB, 4, 16),
         ("sm_80", 16, 40 * KIB + 1, 4, 12),
+        # 8 warps per partition, and 64 KiB.
+        ("sm_75", 64, 0, 4, 32),
+        ("sm_75", 65, 0, 4, 28),
+        ("sm_75", 32, 64 * KIB, 8, 8),
+        ("sm_75", 32, 64 * KIB + 1, 8, 0),
         # 163 KiB are the most on sm_80, 227 KiB from sm_90 on.
         ("sm_80", 16, 163 * KIB, 4, 4),
         ("sm_80", 16, 163 * KIB + 1, 4, 0),
@@ -82,21 +87,23 @@ CALCULATOR = """
 
 extern "C" int blocks(int major, int shared_per_sm, int registers, int shared, int threads) {
   cudaOccDeviceProp device;
+  const int reserved = major == 7 ? 0 : 1024;
   device.computeMajor = major;
+  device.computeMinor = major == 7 ? 5 : 0;
   device.maxThreadsPerBlock = 1024;
-  device.maxThreadsPerMultiprocessor = 2048;
+  device.maxThreadsPerMultiprocessor = major == 7 ? 1024 : 2048;
   device.regsPerBlock = device.regsPerMultiprocessor = 65536;
   device.warpSize = 32;
   device.sharedMemPerBlock = 48 << 10;
   device.sharedMemPerMultiprocessor = shared_per_sm;
-  device.sharedMemPerBlockOptin = shared_per_sm - 1024;
-  device.reservedSharedMemPerBlock = 1024;
+  device.sharedMemPerBlockOptin = shared_per_sm - reserved;
+  device.reservedSharedMemPerBlock = reserved;
   device.numSms = 1;
   cudaOccFuncAttributes kernel;
   kernel.maxThreadsPerBlock = 1024;
   kernel.numRegs = registers;
   kernel.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
-  kernel.maxDynamicSharedSizeBytes = shared_per_sm - 1024;
+  kernel.maxDynamicSharedSizeBytes = shared_per_sm - reserved;
   kernel.numBlockBarriers = 1;
   cudaOccDeviceState state;
   cudaOccResult result;
@@ -120,7 +127,7 @@ def nvidias_calculator(tmp_path_factory):
     return ctypes.CDLL(str(library)).blocks
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("target", ["sm_75", "sm_80", "sm_90", "sm_100"])
 def test_nvidias_own_calculator_agrees(target, nvidias_calculator):
     major, shared_per_sm = int(target[3:]) // 10, MULTIPROCESSORS[target].shared
     shared = [0, 1, 1024, 4000, 34816, 50_000, 100_000, 163 * KIB, 163 * KIB + 1, 227 * KIB]
