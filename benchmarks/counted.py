@@ -133,14 +133,19 @@ def _library() -> Any:
         raise RuntimeError(reason)
     from tests.cuda_on_cpu.build import build
 
-    registered = ("STABLE_TORCH_LIBRARY(", "STABLE_TORCH_LIBRARY_IMPL(")
+    impl = "STABLE_TORCH_LIBRARY_IMPL(neq_kernels_cuda, "
+    registered = (
+        "STABLE_TORCH_LIBRARY(neq_kernels_cuda,",
+        f"{impl}NEQ_CUDA_KEY,",
+        f"{impl}CompositeExplicitAutograd,",
+    )
     library = build(
         [*sorted(KERNELS.glob("*.cu")), KERNELS / "ops.cpp"],
         defines={"NEQ_CUDA_ON_CPU": 1, "TORCH_TARGET_VERSION": "0x020a000000000000"},
         replace=[
             ("ops.cpp", '#include "kernels.h"', ALLOCATIONS.read_text()),
             ("dtypes.cuh", "return call(__half{})", "return cudaErrorInvalidValue"),
-            *(("ops.cpp", f"{r}neq_kernels_cuda,", f"{r}{NAMESPACE},") for r in registered),
+            *(("ops.cpp", r, r.replace("neq_kernels_cuda", NAMESPACE)) for r in registered),
         ],
         flags=[f"-isystem{path}" for path in include_paths()],
         links=[*(f"-L{path}" for path in library_paths()), "-ltorch_cpu"],

@@ -148,6 +148,9 @@ Grads finished(const Tensor& parts, const Tensor& bias_parts, const Tensor& orde
 
 }  // namespace
 
+// Of the current GPU; throws where the driver cannot run the kernels.
+int64_t number_of_multiprocessors() { return multiprocessors(); }
+
 // `rows`, matrix or channels_last images: the active channels side by side, [rows, at least most],
 // or transposed, [most, at least rows]; and float sums in parts, [parts, most].
 std::tuple<Tensor, Tensor> pack(const Tensor& rows, const Tensor& order, const Tensor& count,
@@ -336,6 +339,7 @@ Tensor channel_similarity(const Tensor& a, const Tensor& b, int64_t outer, int64
 }  // namespace neq::cuda
 
 STABLE_TORCH_LIBRARY(neq_kernels_cuda, m) {
+  m.def("multiprocessors() -> int");
   m.def(
       "pack(Tensor rows, Tensor order, Tensor count, int most, bool transposed, bool summed) "
       "-> (Tensor, Tensor)");
@@ -361,6 +365,10 @@ STABLE_TORCH_LIBRARY(neq_kernels_cuda, m) {
       "adam_rows_(Tensor first, Tensor addresses, Tensor shapes, int parameters, int blocks, "
       "float lr, float beta1, float beta2, float eps, float weight_decay, bool amsgrad, "
       "bool decoupled, bool maximize) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(neq_kernels_cuda, CompositeExplicitAutograd, m) {
+  m.impl("multiprocessors", TORCH_BOX(&neq::cuda::number_of_multiprocessors));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(neq_kernels_cuda, NEQ_CUDA_KEY, m) {

@@ -149,7 +149,7 @@ constexpr int kSimilarityShared =
 // Blocks: x for channels, y for parts. A part is some steps: each is a piece of the block's
 // channels at one outer index.
 template <class T>
-__global__ void __launch_bounds__(kSimilarityThreads) similarity_planes_kernel(Similarity<T> s) {
+__global__ void __launch_bounds__(kSimilarityThreads, 4) similarity_planes_kernel(Similarity<T> s) {
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t first_channel = static_cast<int64_t>(blockIdx.x) * s.together;
   const int channels = static_cast<int>(smaller<int64_t>(s.together, s.k - first_channel));

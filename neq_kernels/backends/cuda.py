@@ -46,8 +46,9 @@ def unavailable() -> str | None:
             return f"expected a GPU of compute capability {needed} or newer, got {got}"
     try:
         torch.ops.load_library(library or str(_LIBRARY))
-    except OSError as error:
-        return f"the CUDA extension cannot be loaded: {error}"
+        _leaf.multiprocessors()
+    except (OSError, RuntimeError) as error:  # a file, or a driver, that does not fit
+        return f"the CUDA extension cannot be used: {error}"
     return None
 
 

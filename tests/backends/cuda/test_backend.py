@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -169,6 +171,19 @@ def test_without_the_emulator_there_is_a_reason(monkeypatch):
     monkeypatch.setattr(cuda, "_LIBRARY", cuda._LIBRARY.with_name("missing.so"))
     cuda.unavailable.cache_clear()
     assert cuda.unavailable() == "the CUDA extension was not built when neq_kernels was installed"
+    cuda.unavailable.cache_clear()
+
+
+def test_a_driver_that_cannot_run_the_kernels_is_a_reason(ops, monkeypatch):
+    def refused():
+        raise RuntimeError("neq_kernels multiprocessors: CUDA driver version is insufficient")
+
+    monkeypatch.setattr(cuda, "_leaf", SimpleNamespace(multiprocessors=refused))
+    cuda.unavailable.cache_clear()
+    reason = cuda.unavailable()
+    if DEVICE == "cpu":
+        assert reason is not None
+        assert reason.startswith("the CUDA extension cannot be used: neq_kernels multiproc")
     cuda.unavailable.cache_clear()
 
 
