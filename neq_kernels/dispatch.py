@@ -292,15 +292,16 @@ def conv_backward(
     # Where only the input's shape matters (dgrad alone), nothing is allocated for it.
     x = grad_output.new_empty(1).expand(input_size) if input is None else input
     choice, replayed = Choice(Strategy.DENSE), captured(weight)
-    # The ragged selection of a group's channels is made on the host, but for own kernels.
-    ragged = geometry.groups > 1 and not weight.is_cpu and backend not in FOR_GPUS
-    if replayed or (n > 0 and output_mask[1] and not ragged):
+    if replayed or (n > 0 and output_mask[1]):
         place, problem = place_of(weight.device.type), Problem.conv(x, weight, geometry)
         if replayed:
             choice = _replayed_choice(problem, place, output_mask, active_dgrad)
             n = k
         else:
             choice = choice_for(problem, n, place)
+            # How many channels each group has to pack would have to be asked of the GPU.
+            if choice.strategy == Strategy.PACK and geometry.groups > 1 and not weight.is_cpu:
+                choice = Choice(Strategy.DENSE)
     module = _BACKENDS[backend]
     more: dict[str, Any] = {"count": count} if backend in FOR_GPUS else {}
     if choice.settings:

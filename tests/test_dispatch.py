@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from neq_kernels import dispatch, heuristics
-from neq_kernels.backends import cpu, triton
-from neq_kernels.problem import Problem, Strategy
+from neq_kernels.backends import aten, cpu, triton
+from neq_kernels.problem import ConvGeometry, Problem, Strategy
 from tests import oracle
 
 
@@ -105,3 +105,22 @@ def test_packing_makes_no_convolution_that_corrupts_the_heap(backend, kind):
 def test_a_gpu_packs_where_that_moves_less_than_it_spares(inputs, n, expected):
     problem = Problem((8192, inputs), (4096, inputs), None, False, torch.bfloat16)
     assert heuristics.strategy_on_gpu(problem, n, tuple(Strategy)) == expected
+
+
+@pytest.mark.parametrize(("groups", "expected"), [(1, Strategy.PACK), (2, Strategy.DENSE)])
+def test_off_the_cpu_the_channels_of_groups_are_not_counted_to_pack_them(
+    groups, expected, monkeypatch
+):
+    """That would wait for the GPU. Here in its place: tensors without data."""
+    used = []
+    monkeypatch.setattr(dispatch, "backend_for", lambda device_type: "aten")
+    monkeypatch.setattr(
+        aten, "conv_backward", lambda *arguments: (used.append(arguments[-1]), [None] * 3)[1]
+    )
+    geometry = ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), groups)
+    x, dy = (torch.empty(2, 8, 5, 5, device="meta") for _ in range(2))
+    weight = torch.empty(8, 8 // groups, 3, 3, device="meta")
+    order, count = torch.arange(8), torch.tensor([2])
+    with dispatch.forced_strategy(Strategy.PACK):
+        dispatch.conv_backward(dy, x, x.shape, weight, geometry, order, count, 2, [True] * 3, False)
+    assert used == [expected]
