@@ -6,6 +6,7 @@ Works on every device and needs no compiler. The primitives at the top have fast
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -85,6 +86,11 @@ def channel_similarity(a: Tensor, b: Tensor, dim: int) -> Tensor:
     if not dims:
         return torch.stack([a * b, a * a, b * b])
     return torch.stack([(a * b).sum(dims), (a * a).sum(dims), (b * b).sum(dims)])
+
+
+def count_write(*tensors: Sequence[Tensor]) -> None:
+    """A kernel writes behind autograd's back; it must see that saved tensors went stale."""
+    torch.autograd.graph.increment_version(list(itertools.chain(*tensors)))
 
 
 def rounded_up(n: int, k: int) -> int:

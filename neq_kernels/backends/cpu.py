@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -316,7 +315,7 @@ def sgd_rows_(
         nesterov,
         maximize,
     )
-    _count_write(params, momentum_buffers, steps)
+    aten.count_write(params, momentum_buffers, steps)
 
 
 def adam_rows_(
@@ -366,9 +365,4 @@ def adam_rows_(
         decoupled,
         maximize,
     )
-    _count_write(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
-
-
-def _count_write(*tensors: Sequence[Tensor]) -> None:
-    # The leaf ops write behind autograd's back; it must see that saved tensors went stale.
-    torch.autograd.graph.increment_version(list(itertools.chain(*tensors)))
+    aten.count_write(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)

@@ -239,7 +239,7 @@ def sgd_rows_(
         *(settings[name] for name in ("lr", "momentum", "dampening", "weight_decay")),
         *(len(momentum_buffers) > 0, settings["nesterov"], settings["maximize"]),
     )
-    gpu.count_write(params, momentum_buffers, steps)
+    aten.count_write(params, momentum_buffers, steps)
 
 
 def adam_rows_(
@@ -264,7 +264,7 @@ def adam_rows_(
         *(settings[name] for name in ("lr", "beta1", "beta2", "eps", "weight_decay")),
         *(len(max_exp_avg_sqs) > 0, settings["decoupled"], settings["maximize"]),
     )
-    gpu.count_write(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
+    aten.count_write(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
 
 
 _PRIMITIVES = sys.modules[__name__]

@@ -162,8 +162,3 @@ def _upload(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """Equal numbers are copied once: addresses stay while the allocator repeats itself."""
     with torch.inference_mode(False):
         return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
-
-
-def count_write(*tensors: Sequence[Tensor]) -> None:
-    """A kernel writes behind autograd's back; it must see that saved tensors went stale."""
-    torch.autograd.graph.increment_version(list(itertools.chain(*tensors)))

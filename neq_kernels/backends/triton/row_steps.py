@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from neq_kernels.backends import gpu
+from neq_kernels.backends import aten
 from neq_kernels.backends.triton import many_parameters
 from neq_kernels.backends.triton.many_parameters import (
     advance,
@@ -271,7 +271,7 @@ def sgd_rows_(
         COUNTED=with_momentum and len(steps) > 0,
         NESTEROV=bool(nesterov),
     )
-    gpu.count_write(params, momentum_buffers, steps)
+    aten.count_write(params, momentum_buffers, steps)
 
 
 def adam_rows_(
@@ -312,7 +312,7 @@ def adam_rows_(
         -1.0 if maximize else 1.0,
         AMSGRAD=len(max_exp_avg_sqs) > 0,
     )
-    gpu.count_write(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
+    aten.count_write(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
 
 
 def _log(beta: float) -> float:

@@ -16,31 +16,18 @@ from neq_kernels.layers import named_neuron_layers
 from neq_kernels.problem import Strategy
 from tests import oracle
 from tests.backends.cuda.cases import DEVICE
-from tests.backends.triton.test_training import masks
+from tests.backends.triton.test_training import Block, masks
 
 STEPS = 3
 
 
-class Block(nn.Module):
-    def __init__(self, c: int, k: int, stride: int, groups: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(c, k, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(k, k, 3, 1, 1, groups=groups, bias=False)
-        # With a bias before them gradients that are zero but for rounding would steer Adam.
-        self.norm1, self.norm2 = nn.BatchNorm2d(k), nn.BatchNorm2d(k)
-        self.shortcut = nn.Conv2d(c, k, 1, stride, bias=False)
-
-    def forward(self, x):
-        out = self.norm1(self.conv1(x)).relu()
-        return (self.norm2(self.conv2(out)) + self.shortcut(x)).relu()
-
-
 def network() -> nn.Module:
     torch.manual_seed(0)
+    # With a bias in front of a norm gradients that are zero but for rounding would steer Adam.
     return nn.Sequential(
         nn.Conv2d(4, 8, 3, padding=1),
-        Block(8, 40, 2, 1),
-        Block(40, 24, 1, 24),
+        Block(8, 40, 2, 1, bias=False),
+        Block(40, 24, 1, 24, bias=False),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(24, 8),

@@ -23,10 +23,10 @@ SERVED = ("sgd_rows_", "channel_similarity")
 
 
 class Block(nn.Module):
-    def __init__(self, c: int, k: int, stride: int, groups: int) -> None:
+    def __init__(self, c: int, k: int, stride: int, groups: int, bias: bool = True) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(c, k, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(k, k, 3, 1, 1, groups=groups)
+        self.conv2 = nn.Conv2d(k, k, 3, 1, 1, groups=groups, bias=bias)
         self.norm1, self.norm2 = nn.BatchNorm2d(k), nn.BatchNorm2d(k)
         self.shortcut = nn.Conv2d(c, k, 1, stride, bias=False)
 
