@@ -32,7 +32,8 @@ class Lab:
     Attributes:
         backend: the own one that is measured.
         number: how ``nvidia-smi`` numbers the GPU, None where that cannot be told.
-        others: own backends that are measured beside it; the last one serves a GPU if nobody asks.
+        others: own backends that are measured beside it; the last one serves a GPU where
+            none was proved right.
     """
 
     device: torch.device

@@ -140,7 +140,7 @@ class _Cells:
         n = channels.n_active
         if n == len(channels):
             return Strategy.DENSE
-        place = dispatch.Place(self._lab.backend, "cuda", 0)
+        place = dispatch.Place((self._lab.backend,), "cuda", 0)
         return dispatch.choice_for(self._problem, n, place).strategy
 
     def _calls(self, channels: ActiveChannels) -> dict[str, Call]:
@@ -160,8 +160,7 @@ class _Cells:
             for other in self._lab.others:
                 if other != own:
                     calls[f"{OURS} {other}"] = _layer(problem, *operands, channels, other)
-        module = dispatch.module_of(own)
-        for choice in dispatch.contestants(problem, n, own):
+        for choice, module in dispatch.contestants(problem, n, (own,)).items():
             if not (partly or choice.strategy == Strategy.FUSED):
                 continue
             name = f"{OURS} {choice.strategy.name.lower()}"

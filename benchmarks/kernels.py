@@ -110,8 +110,8 @@ def _providers(
     if options.strategies:
         calls |= {f"{OURS} {s.name.lower()}": by(s) for s in usable}
     if options.tuned:
-        possible = [Choice(strategy) for strategy in usable]
-        winner = contest.fastest(problem, n, module, possible, seconds=options.seconds / 2)
+        possible = dispatch.contestants(problem, n, (backend,))
+        winner = contest.fastest(problem, n, possible, seconds=options.seconds / 2)
         calls[TUNED] = by(winner.strategy)
     return calls
 
@@ -143,7 +143,7 @@ def _ours(
     if call is None:
         place = dispatch.place_of("cpu")
         choice = dispatch.choice_for(problem, channels.n_active, place)
-        module = dispatch.module_of(place.backend)
+        module = place.module(choice)
         return contest.wgrad(problem, module, choice, grad_output, input, weight, channels)
 
     def ours() -> Tensor:

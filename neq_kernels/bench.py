@@ -56,7 +56,8 @@ def layer_times(
     if not layers:
         raise ValueError("model: expected linear layers or convolutions, got none that ran")
     place, dense = dispatch.place_of("cpu"), Choice(Strategy.DENSE)
-    module = dispatch.module_of(place.backend)
+    backend = place.backends[0]
+    module = dispatch.module_of(backend)
     for problem in dict.fromkeys(layers.values()):
         names = tuple(name for name, other in layers.items() if other == problem)
         tensors = contest.operands(problem)
@@ -66,7 +67,7 @@ def layer_times(
             channels = contest.spread(n, k)
             calls = {
                 strategy: contest.wgrad(problem, module, Choice(strategy), *tensors, channels)
-                for strategy in dispatch.candidates(problem, place.backend)
+                for strategy in dispatch.candidates(problem, backend)
             }
             whole = contest.wgrad(problem, module, dense, *tensors, everything)
             samples = contest.in_turns({**calls, None: whole}, seconds)

@@ -307,7 +307,8 @@ def _chosen_backends() -> tuple[dict[str, list[str]], str]:
     chosen: dict[str, list[str]] = {}
     try:
         for device in selfcheck.device_types():
-            chosen.setdefault(dispatch.backend_for(device), []).append(device)
+            for name in dispatch.backends_for(device):
+                chosen.setdefault(name, []).append(device)
     except (ValueError, RuntimeError) as error:
         return chosen, str(error)
     return chosen, ""
@@ -331,15 +332,19 @@ def _energy_rows() -> list[list[str]]:
 
 
 def _self_check() -> bool:
-    passed = True
+    """Whether everything is right; kernels for GPUs that are serve from now on."""
+    checks = []
     for check in selfcheck.run_apart():
-        passed &= check.passed
+        checks.append(check)
         verdict = "ok" if check.passed else f"FAILED in {len(check.failures)}"
         where = f"{check.backend} on {check.device}"
         print(_table([[check.op, where, f"{check.cases} cases", verdict]], CHECK_WIDTHS))
         for failure in check.failures[:SHOWN_FAILURES]:
             print(f"    {failure}")
-    return passed
+    if "cuda" in selfcheck.device_types():
+        right = " and ".join(selfcheck.prove(checks)) or "none"
+        print(f"\nOwn kernels that serve on this GPU from now on: {right}")
+    return all(check.passed for check in checks)
 
 
 def _table(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from types import ModuleType
 from typing import TypeVar
 
@@ -22,13 +22,15 @@ Name = TypeVar("Name", bound=Hashable)
 
 # A strategy must beat PyTorch's own kernel by more than the noise.
 _MARGIN = 0.95
+# What a gradient may differ from the library's, of its largest element: rounding is far below it, a
+# wrong element mostly far above.
+_DISAGREEMENT = 0.02
 
 
 def fastest(
     problem: Problem,
     n: int,
-    backend: ModuleType,
-    candidates: Sequence[Choice],
+    candidates: Mapping[Choice, ModuleType],
     device: torch.device | str = "cpu",
     seconds: float = 0.05,
     clock: Clock | None = None,
@@ -38,35 +40,48 @@ def fastest(
     Args:
         problem: random values of its shapes are made and thrown away.
         n: 1 to K active channels.
-        backend: the module of ``neq_kernels.backends`` that computes.
-        candidates: choices it has for this problem. One with settings that cannot run is passed
-            over with a warning.
+        candidates: choices for this problem, and the module of ``neq_kernels.backends`` that
+            computes each. An own kernel of a GPU that cannot run, or is wrong, is passed over with
+            a warning.
         device: where to measure.
         seconds: to spend, if one round of all candidates does not take longer.
         clock: of a GPU, where caches are emptied before each call; None makes one.
     """
     if len(candidates) == 1:
-        return candidates[0]
+        return next(iter(candidates))
     dy, x, weight = operands(problem, device)
     channels = spread(n, problem.neurons)
-    calls: dict[Choice, Callable[[], Tensor]] = {}
-    for choice in candidates:
-        call = wgrad(problem, backend, choice, dy, x, weight, channels)
-        if choice.settings:
-            try:
-                call()
-            except Exception as error:  # whatever a compiler or a launch has to say
-                logger.warning("%s is passed over: %s", choice, error)
-                continue
-        calls[choice] = call
-    if torch.device(device).type == "cpu":
-        samples = in_turns(calls, seconds)
-    else:
+    on_gpu = torch.device(device).type != "cpu"
+    calls: dict[Choice, Callable[[], Tensor]] = {
+        choice: wgrad(problem, module, choice, dy, x, weight, channels)
+        for choice, module in candidates.items()
+    }
+    if on_gpu:
+        calls = _right(calls)
         samples = cold_times(calls, clock or CudaClock(device), seconds)
+    else:
+        samples = in_turns(calls, seconds)
     medians = {choice: sorted(times)[len(times) // 2] for choice, times in samples.items()}
     if Choice(Strategy.DENSE) in medians:
         medians[Choice(Strategy.DENSE)] *= _MARGIN
     return min(medians, key=lambda choice: medians[choice])
+
+
+def _right(calls: Mapping[Choice, Callable[[], Tensor]]) -> dict[Choice, Callable[[], Tensor]]:
+    """Those that run and agree with the library."""
+    expected = calls[Choice(Strategy.DENSE)]()
+    allowed = _DISAGREEMENT * expected.abs().max()
+    found = {}
+    for choice, call in calls.items():
+        try:
+            off = (call() - expected).abs().max()
+            if not off <= allowed:
+                raise ArithmeticError(f"its gradient is off by {off:.2e}, allowed {allowed:.2e}")
+        except Exception as error:  # whatever a compiler or a launch has to say
+            logger.warning("%s is passed over: %s", choice, error)
+            continue
+        found[choice] = call
+    return found
 
 
 def wgrad(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from neq_kernels import contest, heuristics, tuning
+from neq_kernels import contest, heuristics, proofs, tuning
 from neq_kernels.backends import aten, cpu, cuda, reference, triton
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.machine import machine
@@ -30,9 +30,9 @@ _BACKENDS: dict[str, ModuleType] = {
     "aten": aten,
     "reference": reference,
 }
-# These have to be asked for until they have run on a GPU; they read counts on the device.
-FOR_GPUS: dict[str, ModuleType] = {"triton": triton, "cuda": cuda}
-_AUTOMATIC = {"cpu": ("cpu", "aten")}
+# They read counts on the device, and serve by themselves where they were proved right. The one that
+# is preferred where nothing was measured comes first.
+FOR_GPUS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton}
 
 _forced: Strategy | None = None
 _rehearsing = False
@@ -48,8 +48,9 @@ def backends() -> list[tuple[str, str | None]]:
 
 
 @functools.cache
-def backend_for(device_type: str) -> str:
-    """The backend that serves tensors of this device type.
+def backends_for(device_type: str) -> tuple[str, ...]:
+    """The backends that serve tensors of this device type, the preferred one first: one for the
+    CPU, or by name; for a GPU those that were proved right on it, and ``aten``.
 
     Raises:
         ValueError: ``NEQ_KERNELS_BACKEND`` names no backend.
@@ -61,21 +62,35 @@ def backend_for(device_type: str) -> str:
             raise ValueError(
                 f"{ENVIRONMENT_VARIABLE}: expected one of {sorted(_BACKENDS)}, got {forced!r}"
             )
-        reason = _BACKENDS[forced].unavailable()
-        if reason is None and forced == "cpu" and device_type != "cpu":
-            reason = f"it serves CPU tensors, got {device_type}"
-        kernels = FOR_GPUS.get(forced)
-        if reason is None and kernels is not None and not kernels.serves(device_type):
-            reason = f"it serves GPU tensors, got {device_type}"
+        reason = why_not(forced, device_type)
         if reason is not None:
             raise RuntimeError(f"{ENVIRONMENT_VARIABLE}={forced}: {reason}")
-        return forced
-    for name in _AUTOMATIC.get(device_type, ("aten",)):
-        reason = _BACKENDS[name].unavailable()
+        return (forced,)
+    if device_type == "cpu":
+        reason = cpu.unavailable()
         if reason is None:
-            return name
-        logger.warning("backend %s is not used for %s tensors: %s", name, device_type, reason)
-    raise AssertionError("aten is always available")
+            return ("cpu",)
+        logger.warning("backend cpu is not used for cpu tensors: %s", reason)
+        return ("aten",)
+    proved = proofs.proved() or () if device_type == "cuda" else ()
+    able = [name for name in FOR_GPUS if name in proved and why_not(name, device_type) is None]
+    return (*able, "aten")
+
+
+def why_not(backend: str, device_type: str) -> str | None:
+    """None where a backend can serve tensors of this device type, else the reason why not."""
+    reason: str | None = _BACKENDS[backend].unavailable()
+    if reason is None and backend == "cpu" and device_type != "cpu":
+        reason = f"it serves CPU tensors, got {device_type}"
+    kernels = FOR_GPUS.get(backend)
+    if reason is None and kernels is not None and not kernels.serves(device_type):
+        reason = f"it serves GPU tensors, got {device_type}"
+    return reason
+
+
+def backend_for(device_type: str) -> str:
+    """The first of :func:`backends_for`."""
+    return backends_for(device_type)[0]
 
 
 def module_of(backend: str) -> ModuleType:
@@ -91,58 +106,73 @@ def candidates(problem: Problem, backend: str) -> tuple[Strategy, ...]:
     return usable
 
 
-def contestants(problem: Problem, n: int, backend: str) -> tuple[Choice, ...]:
-    """The strategies among which this backend has a choice, with every way of running them."""
-    found: list[Choice] = []
-    for strategy in candidates(problem, backend):
-        if strategy == Strategy.FUSED and backend == "triton":
-            found += [Choice(strategy, each) for each in triton.settings(problem, n)]
-        else:
-            found.append(Choice(strategy))
-    return tuple(found)
+def contestants(problem: Problem, n: int, backends: tuple[str, ...]) -> Mapping[Choice, ModuleType]:
+    """Every way of computing a weight gradient that one of these backends has, and by whom; the
+    library's own kernel once."""
+    found: dict[Choice, ModuleType] = {}
+    for backend in backends:
+        name = backend if len(backends) > 1 else ""
+        for strategy in candidates(problem, backend):
+            settings: tuple[tuple[int, ...], ...] = ((),)
+            if strategy == Strategy.FUSED and backend == "triton":
+                settings = triton.settings(problem, n)
+            for each in settings:
+                choice = Choice(strategy, each, "" if strategy == Strategy.DENSE else name)
+                found.setdefault(choice, _BACKENDS[backend])
+    return found
 
 
 class Place(NamedTuple):
-    """Where and by whom something is computed; ``threads`` are 0 on a GPU."""
+    """Where and by whom something is computed: ``backends`` as :func:`backends_for` names them;
+    ``threads`` are 0 on a GPU."""
 
-    backend: str
+    backends: tuple[str, ...]
     device_type: str
     threads: int
+
+    def module(self, choice: Choice) -> ModuleType:
+        """That of the backend which serves."""
+        return _BACKENDS[choice.backend or self.backends[0]]
 
 
 def place_of(device_type: str) -> Place:
     """Where tensors of this device type are worked on now."""
     threads = torch.get_num_threads() if device_type == "cpu" else 0
-    return Place(backend_for(device_type), device_type, threads)
+    return Place(backends_for(device_type), device_type, threads)
 
 
 @functools.lru_cache(maxsize=8192)
 def choice_for(problem: Problem, n: int, place: Place) -> Choice:
     """How the weight gradient of ``n`` active channels is computed."""
-    usable = candidates(problem, place.backend)
+    usable = {each: candidates(problem, each) for each in place.backends}
+    every = tuple(dict.fromkeys(strategy for some in usable.values() for strategy in some))
+
+    def by_rule(strategy: Strategy) -> Choice:
+        if strategy == Strategy.DENSE or len(usable) == 1:
+            return Choice(strategy)
+        return Choice(strategy, (), next(b for b, some in usable.items() if strategy in some))
+
     if _forced is not None:
-        return Choice(_forced if _forced in usable else usable[0])
-    if len(usable) == 1 or n == 0:
-        return Choice(usable[0])
+        return by_rule(_forced if _forced in every else every[0])
+    if len(every) == 1 or n == 0:
+        return by_rule(every[0])
     table = table_for(place)
     winner = table.get(problem, n)
-    if winner is not None and _serves(winner, problem, n, place):
+    possible = contestants(problem, n, place.backends)
+    if (
+        winner is not None
+        and winner.strategy in every
+        and (winner in possible or winner == by_rule(winner.strategy))
+    ):
         return winner
     if tuning.measures_on_the_fly():
-        module, possible = _BACKENDS[place.backend], contestants(problem, n, place.backend)
-        winner = contest.fastest(problem, n, module, possible, place.device_type)
+        winner = contest.fastest(problem, n, possible, place.device_type)
         table.put(problem, n, winner)
         table.save()
         return winner
-    rule = heuristics.strategy_on_gpu if place.backend in FOR_GPUS else heuristics.strategy
-    return Choice(rule(problem, n, usable))
-
-
-def _serves(choice: Choice, problem: Problem, n: int, place: Place) -> bool:
-    """Whether a choice from a table can be made here."""
-    if not choice.settings:
-        return choice.strategy in candidates(problem, place.backend)
-    return choice in contestants(problem, n, place.backend)
+    on_gpu = place.device_type == "cuda" or not FOR_GPUS.keys().isdisjoint(place.backends)
+    rule = heuristics.strategy_on_gpu if on_gpu else heuristics.strategy
+    return by_rule(rule(problem, n, every))
 
 
 @functools.cache
@@ -150,7 +180,7 @@ def table_for(place: Place) -> tuning.TuningTable:
     """The table of winners measured in such a place."""
     about = machine()
     measured_with: dict[str, Any] = {
-        "backend": place.backend,
+        "backend": " ".join(place.backends),
         "torch": about.torch,
         "neq_kernels": __version__,
     }
@@ -158,12 +188,12 @@ def table_for(place: Place) -> tuning.TuningTable:
         measured_with |= {
             "cpu": about.cpu,
             "instructions": about.instructions,
-            "kernels": cpu.capability() if place.backend == "cpu" else None,
+            "kernels": cpu.capability() if "cpu" in place.backends else None,
             "threads": place.threads,
         }
     else:
         measured_with["accelerator"] = about.accelerator
-    if place.backend == "triton":
+    if "triton" in place.backends:
         measured_with["triton"] = triton.version()
     return tuning.TuningTable(tuning.directory(), measured_with)
 
@@ -228,22 +258,21 @@ def linear_backward(
         RuntimeError: ``active_dgrad`` while a CUDA graph is captured.
     """
     k = weight.shape[0]
-    backend = backend_for(weight.device.type)
-    if backend == "reference":
+    place = place_of(weight.device.type)
+    if place.backends == ("reference",):
         return reference.linear_backward(
             grad_output, input, input_size, weight, order, n, output_mask, active_dgrad
         )
     choice, replayed = Choice(Strategy.DENSE), captured(weight)
     if replayed or (0 < n < k and (output_mask[1] or output_mask[2])):
-        place = place_of(weight.device.type)
         problem = Problem.linear(grad_output.numel() // max(1, k), weight)
         if replayed:
             choice = _replayed_choice(problem, place, output_mask, active_dgrad)
             n, start = k, -1
         else:
             choice = choice_for(problem, n, place)
-    module = _BACKENDS[backend]
-    more: dict[str, Any] = {"count": count} if backend in FOR_GPUS else {}
+    module = place.module(choice)
+    more: dict[str, Any] = {"count": count} if module in FOR_GPUS.values() else {}
     if choice.settings:
         more["settings"] = choice.settings
     wanted = output_mask
@@ -284,8 +313,8 @@ def conv_backward(
         RuntimeError: ``active_dgrad`` while a CUDA graph is captured.
     """
     k = grad_output.shape[1]
-    backend = backend_for(weight.device.type)
-    if backend == "reference":
+    place = place_of(weight.device.type)
+    if place.backends == ("reference",):
         return reference.conv_backward(
             grad_output, input, input_size, weight, geometry, order, n, output_mask, active_dgrad
         )
@@ -293,7 +322,7 @@ def conv_backward(
     x = grad_output.new_empty(1).expand(input_size) if input is None else input
     choice, replayed = Choice(Strategy.DENSE), captured(weight)
     if replayed or (n > 0 and output_mask[1]):
-        place, problem = place_of(weight.device.type), Problem.conv(x, weight, geometry)
+        problem = Problem.conv(x, weight, geometry)
         if replayed:
             choice = _replayed_choice(problem, place, output_mask, active_dgrad)
             n = k
@@ -302,8 +331,8 @@ def conv_backward(
             # How many channels each group has to pack would have to be asked of the GPU.
             if choice.strategy == Strategy.PACK and geometry.groups > 1 and not weight.is_cpu:
                 choice = Choice(Strategy.DENSE)
-    module = _BACKENDS[backend]
-    more: dict[str, Any] = {"count": count} if backend in FOR_GPUS else {}
+    module = place.module(choice)
+    more: dict[str, Any] = {"count": count} if module in FOR_GPUS.values() else {}
     if choice.settings:
         more["settings"] = choice.settings
     wanted = output_mask
@@ -389,12 +418,15 @@ def _replayed_choice(
             'grad_input: expected "exact" while a CUDA graph is captured, got "active", which '
             "would go on propagating from the channels that are active now"
         )
-    if not output_mask[1] or Strategy.FUSED not in candidates(problem, place.backend):
+    with_own = [b for b in place.backends if Strategy.FUSED in candidates(problem, b)]
+    if not output_mask[1] or not with_own:
         return Choice(Strategy.DENSE)
     key = problem, place, bool(output_mask[2])
     if _rehearsing:
         choice = choice_for(problem, problem.neurons, place)
-        _rehearsed[key] = choice if choice.strategy == Strategy.FUSED else Choice(Strategy.FUSED)
+        if choice.strategy != Strategy.FUSED:
+            choice = Choice(Strategy.FUSED, (), with_own[0] if len(place.backends) > 1 else "")
+        _rehearsed[key] = choice
     elif key not in _rehearsed:
         logger.warning(
             "a CUDA graph is captured densely for %s: its kernels were not loaded; warm up within "

@@ -89,7 +89,7 @@ def circumstances(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[A
         weight.dtype,
         None if bias is None else bias.dtype,
         get_num_threads(),
-        dispatch.backend_for("cpu"),
+        dispatch.backends_for("cpu"),
         dispatch.revision,
     )
 

@@ -31,11 +31,13 @@ class Strategy(IntEnum):
 
 
 class Choice(NamedTuple):
-    """A strategy, and for the own kernel of a backend that has several ways of running it the
-    ``settings`` that say which; empty: the one that goes by rule."""
+    """A strategy, for the own kernel of a backend that has several ways of running it the
+    ``settings`` that say which (empty: the one that goes by rule), and where several backends serve
+    the name of the one that does."""
 
     strategy: Strategy
     settings: tuple[int, ...] = ()
+    backend: str = ""
 
 
 @dataclass(frozen=True)

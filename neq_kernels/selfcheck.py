@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import Any
@@ -16,14 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neq_kernels import dispatch, functional, ops
+from neq_kernels import dispatch, functional, ops, proofs
 from neq_kernels.backends import cpu
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.optim import rows
 from neq_kernels.optim.batches import Batches, RowStep
+from neq_kernels.problem import Strategy
+
+logger = logging.getLogger(__name__)
 
 ORACLE = "reference"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLOAT64_TOLERANCE = 1e-12
 SEED = 2022
 
@@ -41,6 +47,11 @@ class Check:
     @property
     def passed(self) -> bool:
         return not self.failures
+
+    @property
+    def about(self) -> tuple[str, str, str]:
+        """Op, backend and device."""
+        return self.op, self.backend, self.device
 
 
 @dataclass(frozen=True)
@@ -61,14 +72,20 @@ class Case:
         return self.weight[1] * groups if transposed else self.weight[0]
 
 
+OPS = (
+    *("linear_backward", "conv_backward", "channel_similarity"),
+    *("SGD row step", "Adam row step", "AdamW row step"),
+)
 LINEAR_CASES = (
     Case("linear", (5, 7), (6, 7), None),
     Case("linear, 3 dimensions", (2, 3, 16), (32, 16), None),
+    Case("linear, wide", (600, 72), (160, 72), None),
 )
 CONV_CASES = (
     Case("conv 3x3", (2, 5, 9, 8), (6, 5, 3, 3), {"padding": 1}),
     Case("conv 3x3, channels_last", (2, 5, 9, 8), (6, 5, 3, 3), {"padding": 1}, True),
     Case("conv 3x3, stride 2", (2, 16, 9, 9), (16, 16, 3, 3), {"stride": 2, "padding": 1}),
+    Case("conv 3x3, wide", (3, 24, 13, 12), (80, 24, 3, 3), {"padding": 1}, True),
     Case("conv 1x1, channels_last", (2, 8, 6, 6), (12, 8, 1, 1), {}, True),
     Case("conv, dilated", (1, 4, 11, 11), (6, 4, 3, 3), {"dilation": 2, "padding": "same"}),
     Case("conv, grouped", (2, 6, 8, 8), (9, 2, 3, 3), {"groups": 3, "padding": 1}),
@@ -79,6 +96,10 @@ CONV_CASES = (
         (8, 1, 5, 5),
         {"groups": 8, "padding": 2},
         True,
+    ),
+    Case("conv, depthwise, wide", (3, 48, 19, 17), (48, 1, 3, 3), {"groups": 48}),
+    Case(
+        "conv, depthwise, wide, channels_last", (3, 48, 19, 17), (48, 1, 3, 3), {"groups": 48}, True
     ),
     Case("conv 1d", (2, 4, 13), (6, 4, 3), {"stride": 2}),
     Case("conv 3d", (2, 3, 5, 6, 4), (6, 3, 2, 3, 2), {"padding": 1}),
@@ -102,16 +123,13 @@ LAYOUTS = (
     ("transposed", (4, 6, 3, 3), NeuronLayout(1, axis=1), False),
     ("transposed, grouped", (4, 3, 3, 3), NeuronLayout(2, axis=1), False),
 )
-OPTIMIZERS: tuple[tuple[str, type[torch.optim.Optimizer], dict[str, Any]], ...] = (
-    ("SGD", torch.optim.SGD, {"lr": 0.1}),
-    (
-        "SGD",
-        torch.optim.SGD,
-        {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
-    ),
-    ("SGD", torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "maximize": True}),
-    ("Adam", torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.01, "amsgrad": True}),
-    ("AdamW", torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
+OPTIMIZERS: tuple[tuple[type[torch.optim.Optimizer], dict[str, Any]], ...] = (
+    (torch.optim.SGD, {"lr": 0.1}),
+    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}),
+    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "maximize": True}),
+    # Float16 cannot hold the usual eps.
+    (torch.optim.Adam, {"lr": 0.01, "eps": 1e-4, "weight_decay": 0.01, "amsgrad": True}),
+    (torch.optim.AdamW, {"lr": 0.01, "eps": 1e-4, "weight_decay": 0.1}),
 )
 
 
@@ -134,8 +152,32 @@ def run_apart() -> Iterator[Check]:
         yield Check(f"check {n + 1}, the rest", "any", "any", 0, (reason,))
 
 
+def prove(checks: Iterable[Check] | None = None) -> tuple[str, ...]:
+    """The backends for GPUs that are right on this one; they serve by themselves from now on, here
+    and in later processes.
+
+    Args:
+        checks: the outcome of :func:`run`; None runs them apart.
+    """
+    checks = list(run_apart() if checks is None else checks)
+    for failed in (check for check in checks if not check.passed):
+        logger.warning("%s of %s on %s is wrong: %s", *failed.about, failed.failures[0])
+    on_gpu = [check for check in checks if check.device == "cuda" or check.backend == "any"]
+    right = tuple(
+        name
+        for name in dispatch.FOR_GPUS
+        if {check.op for check in on_gpu if check.backend == name} == set(OPS)
+        and all(check.passed for check in on_gpu if check.backend in (name, "any"))
+    )
+    proofs.keep(right)
+    dispatch.backends_for.cache_clear()
+    dispatch.forget_choices()
+    return right
+
+
 def run() -> Iterator[Check]:
-    """Check every op on every backend that serves a device of this machine. Takes seconds.
+    """Check every op on every backend that serves a device of this machine. Takes seconds; minutes
+    where Triton compiles for the first time.
 
     Random state, the choice of backend and PyTorch's float32 precision are left as they were.
     """
@@ -166,8 +208,8 @@ def _full_precision() -> Iterator[None]:
 
 def served() -> Iterator[tuple[str, str]]:
     """Every (backend, device type) of this machine but the oracle itself."""
-    for (backend, reason), device in itertools.product(dispatch.backends(), device_types()):
-        if reason is None and backend != ORACLE and _serves(backend, device):
+    for (backend, _), device in itertools.product(dispatch.backends(), device_types()):
+        if backend != ORACLE and dispatch.why_not(backend, device) is None:
             yield backend, device
 
 
@@ -181,23 +223,14 @@ def forced(backend: str) -> Iterator[None]:
     """Within it, everything is served by ``backend``."""
     before = os.environ.get(dispatch.ENVIRONMENT_VARIABLE)
     os.environ[dispatch.ENVIRONMENT_VARIABLE] = backend
-    dispatch.backend_for.cache_clear()
+    dispatch.backends_for.cache_clear()
     try:
         yield
     finally:
         del os.environ[dispatch.ENVIRONMENT_VARIABLE]
         if before is not None:
             os.environ[dispatch.ENVIRONMENT_VARIABLE] = before
-        dispatch.backend_for.cache_clear()
-
-
-def _serves(backend: str, device: str) -> bool:
-    with forced(backend):
-        try:
-            dispatch.backend_for(device)
-        except RuntimeError:
-            return False
-    return True
+        dispatch.backends_for.cache_clear()
 
 
 def _masks(k: int) -> dict[str, list[int]]:
@@ -213,12 +246,17 @@ def _masks(k: int) -> dict[str, list[int]]:
 def _gradients(op: str, cases: Sequence[Case], backend: str, device: str) -> Check:
     failures = []
     n = 0
-    for case, dtype in itertools.product(cases, DTYPES):
-        for mask, active in _masks(case.n_channels).items():
-            n += 1
-            problem = _wrong_gradient(case, dtype, active, backend, device)
-            if problem:
-                failures.append(f"{case.name}, {dtype}, active: {mask}: {problem}")
+    is_for_gpus = backend in dispatch.FOR_GPUS
+    # Which strategy goes by rule depends on the size of a layer, and these are small.
+    for strategy in (Strategy.PACK, Strategy.FUSED) if is_for_gpus else (None,):
+        by_strategy = nullcontext() if strategy is None else dispatch.forced_strategy(strategy)
+        with by_strategy:
+            for case, dtype in itertools.product(cases, GPU_DTYPES if is_for_gpus else DTYPES):
+                for mask, active in _masks(case.n_channels).items():
+                    n += 1
+                    problem = _wrong_gradient(case, dtype, active, backend, device)
+                    if problem:
+                        failures.append(f"{case.name}, {dtype}, active: {mask}: {problem}")
     return Check(op, backend, device, n, tuple(failures))
 
 
@@ -226,7 +264,7 @@ def _wrong_gradient(
     case: Case, dtype: torch.dtype, active: list[int], backend: str, device: str
 ) -> str:
     """Empty if the three gradients are right. The error allowed is twice that of PyTorch's dense
-    gradient in the same dtype, and one rounding."""
+    gradient in the same dtype, one rounding, and what float32 sums differ by in another order."""
     torch.manual_seed(SEED)
     channels = ActiveChannels(case.n_channels)
     channels.set(active)
@@ -240,11 +278,13 @@ def _wrong_gradient(
     with forced(ORACLE):
         exact = _backward(case, [leaf.double().cpu() for leaf in leaves], channels, dtype)
         stock = _backward(case, leaves, channels, dtype)
+    summands = math.prod(case.input) // case.input[-1 if case.conv is None else 1]
+    sums = torch.finfo(torch.float32).eps * summands**0.5
     for name, got, same_dtype, want in zip(
         ("input", "weight", "bias"), ours, stock, exact, strict=True
     ):
         # In float64 PyTorch is the oracle and has no error of its own to compare with.
-        rounding = FLOAT64_TOLERANCE if dtype == torch.float64 else torch.finfo(dtype).eps
+        rounding = FLOAT64_TOLERANCE if dtype == torch.float64 else torch.finfo(dtype).eps + sums
         allowed = 2 * _distance(same_dtype, want) + rounding * _largest(want)
         off = _distance(got, want)
         if not off <= allowed:
@@ -310,24 +350,30 @@ def _similarity(backend: str, device: str) -> Check:
 
 
 def _row_steps() -> Iterator[Check]:
-    """Row steps in float64 against torch's own optimizers, frozen rows bit for bit."""
-    served: list[tuple[str, ModuleType]] = [("torch", rows)]
+    """Row steps against torch's own optimizers, frozen rows bit for bit."""
+    steppers: list[tuple[str, ModuleType, str]] = [("torch", rows, "cpu")]
     if cpu.unavailable() is None:
-        served.append(("cpu", cpu))
-    for (backend, module), name in itertools.product(served, ("SGD", "Adam", "AdamW")):
+        steppers.append(("cpu", cpu, "cpu"))
+    for backend, device in served():
+        if backend in dispatch.FOR_GPUS:
+            steppers.append((backend, dispatch.FOR_GPUS[backend], device))
+    for (backend, module, device), name in itertools.product(steppers, ("SGD", "Adam", "AdamW")):
         failures = []
         n = 0
-        for (kind, optimizer, options), layout in itertools.product(OPTIMIZERS, LAYOUTS):
-            if kind != name:
-                continue
+        is_for_gpus = backend in dispatch.FOR_GPUS
+        dtypes = GPU_DTYPES if is_for_gpus else (torch.float64,)
+        kinds = [(kind, options) for kind, options in OPTIMIZERS if kind.__name__ == name]
+        for (kind, options), layout, dtype in itertools.product(kinds, LAYOUTS, dtypes):
             label, shape, where, channels_last = layout
-            parameter = _leaf(shape, torch.float64, "cpu", channels_last)
+            parameter = _leaf(shape, dtype, device, channels_last)
+            if is_for_gpus and not module.steps_rows(parameter, where):
+                continue
             for mask, active in _masks(where.n_neurons(parameter)).items():
                 n += 1
-                problem = _wrong_step(module, optimizer, options, parameter, where, active)
+                problem = _wrong_step(module, kind, options, parameter, where, active)
                 if problem:
-                    failures.append(f"{label}, {options}, active: {mask}: {problem}")
-        yield Check(f"{name} row step", backend, "cpu", n, tuple(failures))
+                    failures.append(f"{label}, {dtype}, {options}, active: {mask}: {problem}")
+        yield Check(f"{name} row step", backend, device, n, tuple(failures))
 
 
 def _wrong_step(
@@ -338,26 +384,34 @@ def _wrong_step(
     layout: NeuronLayout,
     active: list[int],
 ) -> str:
+    """Empty if three steps are right. The error allowed is as for gradients."""
     channels = ActiveChannels(layout.n_neurons(start))
     channels.set(active)
     ours, theirs = start.clone(), torch.nn.Parameter(start.clone())
-    stock = optimizer([theirs], **options)
+    exact = torch.nn.Parameter(start.to(torch.float64, copy=True))
+    stock, in_float64 = optimizer([theirs], **options), optimizer([exact], **options)
     step = _row_step(module, stock, ours, channels, layout)
     torch.manual_seed(SEED)
     try:
         for _ in range(3):
             theirs.grad = torch.randn_like(theirs)
+            exact.grad = theirs.grad.double()
             step(theirs.grad.clone())
             stock.step()
+            in_float64.step()
     except Exception as error:  # as above
         return f"{type(error).__name__}: {error}"
-    moved = layout.gather(ours, channels.active)
-    want = layout.gather(theirs.detach(), channels.active)
-    off = _distance(moved, want)
-    if not off <= FLOAT64_TOLERANCE * max(_largest(want), 1.0):
-        return f"active rows off by {off:.2e}"
-    held = layout.gather(ours, channels.frozen)
-    if not torch.equal(held, layout.gather(start, channels.frozen)):
+    moving, held = (index.to(start.device) for index in (channels.active, channels.frozen))
+    got, same_dtype, want = (
+        layout.gather(tensor.detach(), moving) for tensor in (ours, theirs, exact)
+    )
+    is_float64 = start.dtype == torch.float64
+    rounding = FLOAT64_TOLERANCE if is_float64 else torch.finfo(start.dtype).eps
+    allowed = 2 * _distance(same_dtype, want) + rounding * max(_largest(want), 1.0)
+    off = _distance(got, want)
+    if not off <= allowed:
+        return f"active rows off by {off:.2e}, allowed {allowed:.2e}"
+    if not torch.equal(layout.gather(ours, held), layout.gather(start, held)):
         return "frozen rows moved"
     return ""
 
@@ -370,7 +424,8 @@ def _row_step(
     layout: NeuronLayout,
 ) -> Callable[[Tensor], None]:
     group = stock.param_groups[0]
-    steps = torch.zeros(len(channels), dtype=torch.int64)
+    device = parameter.device
+    steps = torch.zeros(len(channels), dtype=torch.int64, device=device)
     shared = {name: group[name] for name in ("lr", "weight_decay", "maximize")}
     state: tuple[Tensor | None, ...]
     if isinstance(stock, torch.optim.SGD):
@@ -385,7 +440,7 @@ def _row_step(
         largest = torch.zeros_like(parameter) if group["amsgrad"] else None
         state = mean, square, largest, steps
         function = "adam_rows_"
-    row_step = RowStep(parameter, state, channels.order(), channels.n_active, layout, module)
+    row_step = RowStep(parameter, state, channels.order(device), channels.n_active, layout, module)
     batches = Batches(function, [row_step])
 
     def step(grad: Tensor) -> None:

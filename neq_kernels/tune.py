@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from neq_kernels import contest, dispatch
+from neq_kernels import contest, dispatch, proofs, selfcheck
 from neq_kernels.convert import revert
 from neq_kernels.gpu_timing import CudaClock
 from neq_kernels.layers import unwrap
@@ -33,7 +33,8 @@ def tune(
 
     From then on the layers use them: in this process, and in later ones on the same kind of GPU, or
     of CPU with the same number of threads. Weight gradients of another shape, and numbers of active
-    channels that were not measured, go by heuristics as before.
+    channels that were not measured, go by heuristics as before. On a GPU those own kernels take
+    part that the self-check of ``neq doctor`` found right there; where it never ran it runs first.
 
     Args:
         model: converted or not; it is not changed. On the CPU or on one GPU.
@@ -60,8 +61,11 @@ def tune(
     if not layers:
         raise ValueError("model: expected linear layers or convolutions, got none that ran")
     device = devices.pop()
+    if device.type == "cuda" and proofs.proved() is None:
+        logger.info("checking the kernels on this GPU, once")
+        selfcheck.prove()
     place = dispatch.place_of(device.type)
-    table, module = dispatch.table_for(place), dispatch.module_of(place.backend)
+    table = dispatch.table_for(place)
     clock = None if device.type == "cpu" else CudaClock(device)
     winners: dict[Problem, dict[int, Choice]] = {}
     for name, problem in layers.items():
@@ -71,8 +75,7 @@ def tune(
             n: contest.fastest(
                 problem,
                 n,
-                module,
-                dispatch.contestants(problem, n, place.backend),
+                dispatch.contestants(problem, n, place.backends),
                 device,
                 seconds,
                 clock,

@@ -61,7 +61,7 @@ class TuningTable:
 
     def __init__(self, folder: Path | None, measured_with: Mapping[str, Any]) -> None:
         self._measured_with = dict(measured_with)
-        self._path = None if folder is None else folder / _file_name(self._measured_with)
+        self._path = None if folder is None else folder / file_name("tuning", self._measured_with)
         self._winners: dict[str, Choice] = {}
         if self._path is not None:
             self._read(self._path)
@@ -85,17 +85,7 @@ class TuningTable:
         text = json.dumps(
             {"format": _FORMAT, "measured_with": self._measured_with, **self.state_dict()}, indent=1
         )
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", dir=self._path.parent, suffix=".tmp", delete=False
-            ) as file:
-                file.write(text)
-            os.replace(file.name, self._path)
-        except OSError as error:
-            logger.warning("the tuning table is not saved: %s", error)
-            return None
-        return self._path
+        return self._path if write_whole(self._path, text) else None
 
     def state_dict(self) -> dict[str, Any]:
         """The winners, for a checkpoint: JSON types only."""
@@ -123,13 +113,28 @@ class TuningTable:
             logger.warning("the tuning table %s is ignored: %s", path, error)
 
 
+def write_whole(path: Path, text: str) -> bool:
+    """Write a file, whole or not at all; False where that is not possible (a warning says why)."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            file.write(text)
+        os.replace(file.name, path)
+    except OSError as error:
+        logger.warning("%s is not saved: %s", path.name, error)
+        return False
+    return True
+
+
 def _written(choice: Choice) -> str:
-    return " ".join([choice.strategy.name, *(str(int(setting)) for setting in choice.settings)])
+    name = ":".join(filter(None, [choice.backend, choice.strategy.name]))
+    return " ".join([name, *(str(int(setting)) for setting in choice.settings)])
 
 
 def _read(text: str) -> Choice:
     name, *settings = text.split()
-    return Choice(Strategy[name], tuple(map(int, settings)))
+    backend, _, strategy = name.rpartition(":")
+    return Choice(Strategy[strategy], tuple(map(int, settings)), backend)
 
 
 def parsed(state: Mapping[str, Any]) -> dict[str, Choice]:
@@ -166,6 +171,7 @@ def measures_on_the_fly() -> bool:
     return choice == "1"
 
 
-def _file_name(measured_with: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(measured_with, sort_keys=True).encode()).hexdigest()
-    return f"tuning-{digest[:16]}.json"
+def file_name(kind: str, about: Mapping[str, Any]) -> str:
+    """Of a file of this kind that holds for what ``about`` says."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    return f"{kind}-{digest[:16]}.json"

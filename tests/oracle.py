@@ -42,7 +42,7 @@ def forced_backend(name: str) -> Iterator[None]:
     name, _, strategy = name.partition("-")
     before = os.environ.get(dispatch.ENVIRONMENT_VARIABLE)
     os.environ[dispatch.ENVIRONMENT_VARIABLE] = name
-    dispatch.backend_for.cache_clear()
+    dispatch.backends_for.cache_clear()
     forced = dispatch.forced_strategy(Strategy[strategy]) if strategy else contextlib.nullcontext()
     try:
         with forced:
@@ -51,7 +51,7 @@ def forced_backend(name: str) -> Iterator[None]:
         del os.environ[dispatch.ENVIRONMENT_VARIABLE]
         if before is not None:
             os.environ[dispatch.ENVIRONMENT_VARIABLE] = before
-        dispatch.backend_for.cache_clear()
+        dispatch.backends_for.cache_clear()
 
 
 # --- masks ---------------------------------------------------------------------------------------

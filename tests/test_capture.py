@@ -17,7 +17,7 @@ BEFORE, AFTER = [True, True, False, False, False, True], [False, True, True, Tru
 @pytest.fixture
 def _captured(monkeypatch):
     monkeypatch.setattr(dispatch, "captured", lambda tensor: True)
-    monkeypatch.setattr(dispatch, "backend_for", lambda device_type: "aten")
+    monkeypatch.setattr(dispatch, "backends_for", lambda device_type: ("aten",))
 
 
 def replayed(before, after):

@@ -67,7 +67,7 @@ def test_doctor_says_which_backend_serves_and_why_others_do_not(neq, checks, mon
     checks(PASSED)
     reported = [("cpu", "the extension was not built"), ("aten", None), ("reference", None)]
     monkeypatch.setattr(dispatch, "backends", lambda: reported)
-    monkeypatch.setattr(dispatch, "backend_for", lambda device: "aten")
+    monkeypatch.setattr(dispatch, "backends_for", lambda device: ("aten",))
     code, out, _ = neq("doctor")
     assert code == 0
     assert "cpu        cannot be used: the extension was not built" in out
@@ -77,7 +77,7 @@ def test_doctor_says_which_backend_serves_and_why_others_do_not(neq, checks, mon
 
 def test_doctor_reports_a_forced_backend_that_does_not_exist(neq, monkeypatch):
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "abacus")
-    dispatch.backend_for.cache_clear()
+    dispatch.backends_for.cache_clear()
     code, out, _ = neq("doctor")
     assert code == 1
     assert "expected one of" in out

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from neq_kernels import dispatch, heuristics
-from neq_kernels.backends import aten, cpu, triton
+from neq_kernels import dispatch, heuristics, proofs
+from neq_kernels.backends import aten, cpu, cuda, triton
 from neq_kernels.problem import ConvGeometry, Problem, Strategy
 from tests import oracle
 
@@ -25,19 +25,19 @@ def test_the_extension_is_built():
 
 def test_the_best_usable_backend_serves(monkeypatch):
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
-    dispatch.backend_for.cache_clear()
+    dispatch.backends_for.cache_clear()
     assert dispatch.backend_for("cpu") == ("cpu" if cpu.unavailable() is None else "aten")
     assert dispatch.backend_for("meta") == "aten"
-    dispatch.backend_for.cache_clear()
+    dispatch.backends_for.cache_clear()
 
 
 def test_a_missing_extension_falls_back_and_says_so_once(monkeypatch, caplog):
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(cpu, "unavailable", lambda: "it is missing on purpose")
-    dispatch.backend_for.cache_clear()
+    dispatch.backends_for.cache_clear()
     for _ in range(3):
         assert dispatch.backend_for("cpu") == "aten"
-    dispatch.backend_for.cache_clear()
+    dispatch.backends_for.cache_clear()
     assert [r.message for r in caplog.records] == [
         "backend cpu is not used for cpu tensors: it is missing on purpose"
     ]
@@ -56,6 +56,26 @@ def test_a_forced_backend_that_cannot_serve_raises(monkeypatch):
     monkeypatch.undo()
     with oracle.forced_backend("cudnn"), pytest.raises(ValueError, match="got 'cudnn'"):
         dispatch.backend_for("cpu")
+
+
+def test_a_gpu_is_served_by_what_was_proved_on_it(monkeypatch):
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "emulated", lambda: False)
+    monkeypatch.setattr(triton, "unavailable", lambda: "it is missing on purpose")
+    for proved, expected in (
+        (None, ("aten",)),
+        ((), ("aten",)),
+        (("cuda", "triton"), ("cuda", "aten")),
+        (("triton",), ("aten",)),
+    ):
+        monkeypatch.setattr(proofs, "proved", lambda proved=proved: proved)
+        dispatch.backends_for.cache_clear()
+        assert dispatch.backends_for("cuda") == expected
+        assert dispatch.backend_for("cuda") == expected[0]
+        assert dispatch.place_of("cuda").backends == expected
+        assert dispatch.backends_for("meta") == ("aten",)
+    dispatch.backends_for.cache_clear()
 
 
 OVERRUN = """
@@ -113,7 +133,7 @@ def test_off_the_cpu_the_channels_of_groups_are_not_counted_to_pack_them(
 ):
     """That would wait for the GPU. Here in its place: tensors without data."""
     used = []
-    monkeypatch.setattr(dispatch, "backend_for", lambda device_type: "aten")
+    monkeypatch.setattr(dispatch, "backends_for", lambda device_type: ("aten",))
     monkeypatch.setattr(
         aten, "conv_backward", lambda *arguments: (used.append(arguments[-1]), [None] * 3)[1]
     )

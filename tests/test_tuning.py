@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import neq_kernels as neq
-from neq_kernels import contest, dispatch, tuning
+from neq_kernels import contest, dispatch, proofs, selfcheck, tuning
 from neq_kernels.backends import aten
 from neq_kernels.problem import Choice, ConvGeometry, Problem, Strategy
 from neq_kernels.tuning import TuningTable, count_bucket, key
@@ -130,7 +132,7 @@ def test_a_checkpoint_brings_exactly_its_own_winners():
 
 def test_dispatch_follows_the_table():
     place = dispatch.place_of("cpu")
-    for choice in dispatch.contestants(CONV, 4, place.backend):
+    for choice in dispatch.contestants(CONV, 4, place.backends):
         dispatch.table_for(place).put(CONV, 4, choice)
         dispatch.forget_choices()
         assert dispatch.choice_for(CONV, 4, place) == choice
@@ -144,15 +146,16 @@ def test_a_winner_that_cannot_serve_is_not_used():
 
 
 def test_winners_of_the_cpu_are_none_of_a_gpu():
-    cpu, gpu = dispatch.place_of("cpu"), dispatch.Place("triton", "cuda", 0)
+    cpu, gpu = dispatch.place_of("cpu"), dispatch.Place(("triton",), "cuda", 0)
     dispatch.table_for(cpu).put(CONV, 4, PACK)
     assert dispatch.table_for(gpu).get(CONV, 4) is None
-    assert dispatch.table_for(gpu._replace(backend="aten")).get(CONV, 4) is None
+    assert dispatch.table_for(gpu._replace(backends=("aten",))).get(CONV, 4) is None
 
 
 def test_settings_are_followed_where_the_kernel_has_them():
-    place = dispatch.Place("triton", "cuda", 0)
-    ways = [choice for choice in dispatch.contestants(LINEAR, 9, "triton") if choice.settings]
+    place = dispatch.Place(("triton",), "cuda", 0)
+    possible = dispatch.contestants(LINEAR, 9, place.backends)
+    ways = [choice for choice in possible if choice.settings]
     assert len(ways) > 1
     for choice in (*ways, FUSED):
         dispatch.table_for(place).put(LINEAR, 9, choice)
@@ -161,6 +164,40 @@ def test_settings_are_followed_where_the_kernel_has_them():
     dispatch.table_for(place).put(LINEAR, 9, Choice(Strategy.FUSED, (1, 2, 3)))
     dispatch.forget_choices()
     assert dispatch.choice_for(LINEAR, 9, place).settings == ()
+
+
+GPU = dispatch.Place(("cuda", "triton", "aten"), "cuda", 0)
+# Rows that no 16-byte vectors make up: the CUDA kernels do not serve them.
+UNALIGNED = Problem((32, 9), (16, 9), None, False, torch.float16)
+
+
+def test_on_a_gpu_the_table_says_which_backend_serves():
+    possible = dispatch.contestants(LINEAR, 9, GPU.backends)
+    assert [c.backend for c in possible if c.strategy == Strategy.PACK] == list(GPU.backends)
+    assert {c.backend for c in possible if c.strategy == Strategy.FUSED} == {"cuda", "triton"}
+    assert [c for c in possible if c.strategy == Strategy.DENSE] == [Choice(Strategy.DENSE)]
+    for choice, module in possible.items():
+        dispatch.table_for(GPU).put(LINEAR, 9, choice)
+        dispatch.table_for(GPU).load_state_dict(dispatch.table_for(GPU).state_dict())
+        dispatch.forget_choices()
+        assert dispatch.choice_for(LINEAR, 9, GPU) == choice
+        assert GPU.module(choice) is module
+    for stranger in ("cpu", "cublas"):
+        choice = Choice(Strategy.FUSED, (), stranger)
+        dispatch.table_for(GPU).put(LINEAR, 9, choice)
+        dispatch.forget_choices()
+        assert dispatch.choice_for(LINEAR, 9, GPU) != choice
+
+
+def test_where_nothing_was_measured_the_first_backend_that_can_serves():
+    chosen = dispatch.choice_for(LINEAR, 9, GPU)
+    assert chosen == Choice(Strategy.FUSED, (), "cuda")
+    assert dispatch.choice_for(UNALIGNED, 9, GPU) == Choice(Strategy.FUSED, (), "triton")
+    wide = Problem((8192, 4096), (4096, 4096), None, False, torch.bfloat16)
+    assert dispatch.choice_for(wide, 400, GPU) == Choice(Strategy.PACK, (), "cuda")
+    assert dispatch.choice_for(wide, 4000, GPU) == Choice(Strategy.DENSE)
+    alone = GPU._replace(backends=("triton",))
+    assert dispatch.choice_for(LINEAR, 9, alone) == FUSED
 
 
 def test_tune_measures_every_layer_and_keeps_the_winners(own_folder):
@@ -226,19 +263,16 @@ def test_the_contest_runs_every_candidate(problem):
                 dy, x, size, weight, order, n, start, wanted, Strategy.PACK, aten
             )
 
-    candidates = [Choice(strategy) for strategy in Strategy]
-    assert contest.fastest(problem, 4, Backend(), candidates, seconds=0.001) in candidates
+    candidates = {Choice(strategy): Backend() for strategy in Strategy}
+    assert contest.fastest(problem, 4, candidates, seconds=0.001) in candidates
     assert set(ran) == set(Strategy)
 
 
 class WithSettings:
-    """A backend whose kernel runs two ways of three; the second cannot be launched."""
+    """A backend whose kernel runs four ways: the second cannot be launched, the last one, which
+    would be fastest, is wrong."""
 
-    ways = (
-        Choice(Strategy.FUSED, (1,)),
-        Choice(Strategy.FUSED, (2,)),
-        Choice(Strategy.FUSED, (3,)),
-    )
+    ways = tuple(Choice(Strategy.FUSED, (number,)) for number in (1, 2, 3, 4))
 
     def __init__(self, clock):
         self._clock = clock
@@ -246,8 +280,9 @@ class WithSettings:
     def linear_backward(self, *arguments, settings=()):
         if settings == (2,):
             raise RuntimeError("out of shared memory")
-        self._clock.now += {(): 5.0, (1,): 3.0, (3,): 1.0}[settings]
-        return (None, torch.zeros(1), None)
+        self._clock.now += {(): 5.0, (1,): 3.0, (3,): 1.0, (4,): 0.5}[settings]
+        gradient = torch.arange(1.0, 9.0)
+        return (None, gradient if settings != (4,) else gradient.roll(1), None)
 
 
 class FakeClock:
@@ -269,15 +304,18 @@ class FakeClock:
         pass
 
 
-def test_on_a_gpu_ways_compete_on_a_clock_and_the_impossible_is_passed_over(monkeypatch, caplog):
+def test_on_a_gpu_ways_compete_on_a_clock_and_the_wrong_is_passed_over(monkeypatch, caplog):
     clock = FakeClock()
-    candidates = [Choice(Strategy.DENSE), *WithSettings.ways]
+    backend = WithSettings(clock)
+    candidates = dict.fromkeys([Choice(Strategy.DENSE), *WithSettings.ways], backend)
     monkeypatch.setattr(contest, "operands", lambda problem, device: [torch.zeros(2, 2)] * 3)
     monkeypatch.setattr(contest.ActiveChannels, "order", lambda self, device=None: None)
-    winner = contest.fastest(LINEAR, 4, WithSettings(clock), candidates, "cuda", 0.1, clock)
+    winner = contest.fastest(LINEAR, 4, candidates, "cuda", 0.1, clock)
     assert winner == Choice(Strategy.FUSED, (3,))
     assert clock.flushed > 0
     assert "out of shared memory" in caplog.text
+    assert "(4,)" in caplog.text
+    assert "its gradient is off by 7.00e+00" in caplog.text
 
 
 def test_states_of_all_tables_are_kept_and_checked_before_any_is_used(monkeypatch):
@@ -309,3 +347,23 @@ def test_every_round_of_a_contest_has_an_order_of_its_own():
     orders = ["".join(seen[i : i + 3]) for i in range(3, 123, 3)]
     assert {"".join(sorted(order)) for order in orders} == {"abc"}
     assert len(set(orders)) == 6
+
+
+@pytest.mark.parametrize("proved", [None, ()])
+def test_tune_checks_the_kernels_of_a_gpu_where_that_was_never_done(monkeypatch, proved):
+    """On parameters without data, of a GPU that is not there."""
+    module = importlib.import_module("neq_kernels.tune")
+    checked, measured = [], []
+    monkeypatch.setattr(proofs, "proved", lambda: proved)
+    monkeypatch.setattr(selfcheck, "prove", lambda: checked.append(True))
+    monkeypatch.setattr(module, "problems_of", lambda *_: {"0": LINEAR})
+    monkeypatch.setattr(module, "CudaClock", lambda device: None)
+    monkeypatch.setattr(
+        contest, "fastest", lambda p, n, possible, *_: (measured.append(n), next(iter(possible)))[1]
+    )
+    with FakeTensorMode():
+        model = nn.Sequential(nn.Linear(8, 16, device="cuda"))
+        winners = neq.tune(model, shares=[0.5])
+    assert winners == {"0": {8: Choice(Strategy.DENSE)}}
+    assert measured == [8]
+    assert checked == ([True] if proved is None else [])

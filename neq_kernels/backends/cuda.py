@@ -1,8 +1,8 @@
 """CUDA C++ kernels: own products where few rows are active, packing in front of the library's.
 
 Executed thread by thread on the CPU by the tests and compiled by nvcc; not yet run on a GPU, so
-they have to be asked for. ``NEQ_KERNELS_CUDA_LIBRARY`` names another build to load: the emulator's
-serves CPU tensors.
+they serve one by themselves where ``neq doctor`` found them right (see ``proofs``).
+``NEQ_KERNELS_CUDA_LIBRARY`` names another build to load: the emulator's serves CPU tensors.
 """
 
 from __future__ import annotations

@@ -184,7 +184,8 @@ def test_the_layers_of_a_gpu():
 
 def test_every_way_of_running_the_own_kernel_has_a_name(monkeypatch):
     """Here the CPU's kernel, which has but one, is asked for two."""
-    ways = [Choice(Strategy.DENSE), Choice(Strategy.FUSED), Choice(Strategy.FUSED, (16, 64))]
+    names = [Choice(Strategy.DENSE), Choice(Strategy.FUSED), Choice(Strategy.FUSED, (16, 64))]
+    ways = dict.fromkeys(names, dispatch.module_of("cpu"))
     monkeypatch.setattr(dispatch, "contestants", lambda *_: ways)
     half = named(rows(), 0.5)
     assert {"neq dense", "neq fused", "neq fused 16x64"} <= set(half)

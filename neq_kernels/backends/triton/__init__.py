@@ -1,7 +1,8 @@
 """Triton kernels for GPUs: own products where few rows are active, gathers for the library's, steps
 of optimizers.
 
-Compiled and executed without a GPU by the tests; not yet run on one, so they have to be asked for.
+Compiled and executed without a GPU by the tests; not yet run on one, so they serve it by themselves
+where ``neq doctor`` found them right (see ``proofs``).
 With ``TRITON_INTERPRET=1`` they serve CPU tensors, by Triton's own interpreter, very slowly.
 """
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from neq_kernels import dispatch
+from neq_kernels import dispatch, selfcheck
 from neq_kernels import ops as public
 from neq_kernels.backends import aten, cuda
 from neq_kernels.channels import NeuronLayout
@@ -192,3 +192,15 @@ def test_an_error_of_a_launch_names_the_operation(ops):
     count = torch.tensor([1], dtype=torch.int32, device=DEVICE)
     with pytest.raises(RuntimeError, match=r"neq_kernels pack: invalid"):
         cuda._leaf.pack(rows, order, count, 128 * 65536, False, False)
+
+
+def test_the_self_check_runs_and_finds_every_kernel_right(ops, monkeypatch):
+    """It is what lets the backend serve a GPU by itself."""
+    monkeypatch.setattr(selfcheck, "served", lambda: iter([("cuda", DEVICE)]))
+    checks = [check for check in selfcheck.run() if check.backend == "cuda"]
+    assert {check.op for check in checks} == set(selfcheck.OPS)
+    assert [failure for check in checks for failure in check.failures] == []
+    assert set(ops.calls) - {"multiprocessors"} == {
+        *("linear_wgrad", "conv_wgrad", "depthwise_wgrad", "pack", "scatter_rows"),
+        *("channel_similarity", "sgd_rows_", "adam_rows_"),
+    }
