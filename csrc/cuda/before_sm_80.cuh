@@ -14,6 +14,13 @@ __device__ __forceinline__ void copy_16(void* shared, const void* global, bool t
   *static_cast<uint4*>(shared) = take ? *static_cast<const uint4*>(global) : make_uint4(0, 0, 0, 0);
 }
 
+__device__ __forceinline__ void copy_up_to_16(void* shared, const void* global, int bytes) {
+  if (bytes == 16) return copy_16(shared, global, true);
+  auto* const to = static_cast<uint16_t*>(shared);
+  const auto* const from = static_cast<const uint16_t*>(global);
+  for (int i = 0; i < 8; ++i) to[i] = 2 * i < bytes ? from[i] : uint16_t{0};
+}
+
 __device__ __forceinline__ float2 to_floats(uint32_t pair, __half) {
   return __half22float2(reinterpret_cast<const __half2&>(pair));
 }

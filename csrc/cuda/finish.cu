@@ -11,6 +11,7 @@ extern "C" int neq_cuda_finish(int32_t from, int32_t dtype, const void* parts,
   using namespace neq::cuda;
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
+    if (c * taps >= int64_t{1} << 31) return cudaErrorInvalidValue;
     const auto finish = [&](auto part) {
       using From = decltype(part);
       const Finish<From, T> f{static_cast<const From*>(parts),
@@ -20,17 +21,17 @@ extern "C" int neq_cuda_finish(int32_t from, int32_t dtype, const void* parts,
                               static_cast<T*>(grad),
                               static_cast<T*>(bias),
                               k,
-                              c,
                               c_stride,
                               tap_stride,
+                              static_cast<int>(c),
+                              static_cast<int>(c * taps),
                               number_of_parts,
                               number_of_bias_parts,
-                              most,
-                              taps};
-      const int64_t threads = k * (c * taps / kFinishColumns);
+                              most};
+      const int64_t threads = k * (f.row_size / kFinishColumns);
       return launch(finish_kernel<From, T>,
                     dim3(static_cast<unsigned>(ceil_div(threads, kFinishThreads))), kFinishThreads,
-                    0, stream, f);
+                    kFinishShared, stream, f);
     };
     // Parts are float, or rows that a library computed in the gradient's own dtype.
     if (from == neq_float32) return finish(float{});

@@ -49,21 +49,27 @@ int neq_cuda_conv_wgrad(int32_t dtype, const void* dy, int64_t dy_stride, const 
                         const int32_t* count, float* parts, float* bias_parts, int64_t t,
                         int64_t t_per_part, int64_t c, int32_t most, int32_t packed, void* stream);
 
-// What neq_cuda_few_rows_conv will choose: `neurons` lines and `rows` columns of pixels.
-NeqTile neq_cuda_few_rows_conv_tile(int32_t dtype, int64_t columns);
+// What a block of neq_cuda_few_rows_conv takes of X at a time: lines, columns of pixels, channels.
+struct NeqRectangle {
+  int32_t height, width, channels;
+};
 
-// The same of a 3 x 3 convolution without stride or dilation, in one pass over X, for at most 16
-// neurons: dY is packed, [pixels, channels] with 8 or 16 channels. `geometry`: height, width,
-// out_height, out_width, padding_h, padding_w. All `most_parts` parts are written, some maybe with
-// zeros.
-int neq_cuda_few_rows_conv(int32_t dtype, const void* dy, int32_t channels, const void* x,
-                           const int64_t* x_strides, const int32_t* geometry, const int32_t* count,
-                           float* parts, int32_t most_parts, int64_t c, int32_t images,
-                           int32_t most, void* stream);
+// Of images of this width with c channels.
+NeqRectangle neq_cuda_few_rows_conv_rectangle(int32_t dtype, int64_t c, int32_t width);
+
+// The same of a 3 x 3 convolution without stride or dilation, and with a padding of at most 2, in
+// one pass over X, for at most 16 neurons. `order` is null where dY comes from neq_cuda_pack.
+// `sizes`: height, width, out_height, out_width, padding_h, padding_w. All `most_parts` parts
+// are written, some maybe with zeros.
+int neq_cuda_few_rows_conv(int32_t dtype, const void* dy, int64_t dy_stride, const void* x,
+                           const int64_t* x_strides, const int32_t* sizes, const int64_t* order,
+                           const int32_t* count, float* parts, float* bias_parts,
+                           int32_t most_parts, int64_t c, int32_t images, int32_t most,
+                           void* stream);
 
 // grad[order[i]] = sum over parts, in order, for i < count; 0 for the others of k. Where c is what
-// a tap has, a neuron's element (tap, c) lies at tap * tap_stride + c * c_stride of its row. c is a
-// multiple of 4. `from` is the dtype of the parts.
+// a tap has, a neuron's element (tap, c) lies at tap * tap_stride + c * c_stride of its row, which
+// has fewer than 2**31. c is a multiple of 4. `from` is the dtype of the parts.
 int neq_cuda_finish(int32_t from, int32_t dtype, const void* parts, const void* bias_parts,
                     const int64_t* order, const int32_t* count, void* grad, void* bias, int64_t k,
                     int64_t c, int64_t c_stride, int64_t tap_stride, int32_t number_of_parts,
@@ -93,14 +99,15 @@ struct NeqDepthwiseCut {
 NeqDepthwiseCut neq_cuda_depthwise_cut(int32_t dtype, const int32_t* geometry, int32_t images,
                                        int32_t most, int32_t channels_inside, int32_t blocks);
 
-// parts[part, i, tap] and bias_parts[part, i] (or null) of a 2d convolution whose channel order[i]
-// reads channel order[i] / per_input of X. Strides are those of image, channel, row and column,
-// `geometry` is that of neq_cuda_conv_wgrad. All parts are written, some maybe with zeros.
+// parts[part, i, tap] and bias_parts[part, i] (or null) of a 2d convolution whose X has `channels`
+// channels, each read by k / channels neighbours of the k of dY. Strides are those of image,
+// channel, row and column, `geometry` is that of neq_cuda_conv_wgrad. All parts are written, some
+// maybe with zeros.
 int neq_cuda_depthwise_wgrad(int32_t dtype, const void* dy, const int64_t* dy_strides,
                              const void* x, const int64_t* x_strides, const int32_t* geometry,
                              const int64_t* order, const int32_t* count, float* parts,
-                             float* bias_parts, int32_t images, int32_t per_input, int32_t rows,
-                             int32_t number_of_parts, int32_t most, void* stream);
+                             float* bias_parts, int32_t images, int32_t k, int32_t channels,
+                             int32_t rows, int32_t number_of_parts, int32_t most, void* stream);
 
 // grad[order[i], tap] and bias[order[i]] (or null) = the sum of the parts, in order, for i < count;
 // 0 for the others of k.

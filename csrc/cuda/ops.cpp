@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -30,6 +31,11 @@ constexpr int64_t kBlocksEach = 2, kPackBlocksEach = 3;
 constexpr int64_t kLeastSteps = 4, kLeastRowsEach = 32;
 // Up to so many neurons are gathered where one tile has all columns; more are packed first.
 constexpr int64_t kMostGathered = 32, kFewRows = 16;
+// Padding that a convolution in one pass may have.
+constexpr int64_t kMostPadding = 2;
+// Where several tiles of a convolution in one pass share the columns, each reads dY again: neurons
+// times tiles up to which that moves less than packing does.
+constexpr int64_t kMostReadings = 8;
 
 void check(const char* operation, int code) {
   if (code == 0) return;
@@ -50,9 +56,17 @@ int32_t dtype_of(const Tensor& tensor) {
   }
 }
 
+// Of the current device; the driver is asked once for each of the first so many devices.
 int64_t multiprocessors() {
-  int32_t count = 0;
+  constexpr int kRemembered = 64;
+  static std::array<std::atomic<int32_t>, kRemembered> counts{};
+  int device = 0;
+  check("multiprocessors", cudaGetDevice(&device));
+  const bool is_remembered = device < kRemembered;
+  int32_t count = is_remembered ? counts[device].load(std::memory_order_relaxed) : 0;
+  if (count != 0) return count;
   check("multiprocessors", neq_cuda_multiprocessors(&count));
+  if (is_remembered) counts[device].store(count, std::memory_order_relaxed);
   return count;
 }
 
@@ -216,34 +230,36 @@ Grads conv_wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& w
   const int64_t t = dy.count, c = input.size(1), taps = weight.size(2) * weight.size(3);
   const std::array<int64_t, 3> x_strides{input.stride(0), input.stride(2), input.stride(3)};
   const bool in_one_pass = most <= kFewRows && weight.size(2) == 3 && weight.size(3) == 3 &&
-                           stride == IntList{1, 1} && dilation == IntList{1, 1};
-  if (in_one_pass) {
-    const int64_t channels = most <= kFewRows / 2 ? kFewRows / 2 : kFewRows;
-    const Packed p = packed(dy, order, count, most, channels, false, want_bias, device);
-    // Rectangles of X take the place of rows.
-    const NeqTile tile = neq_cuda_few_rows_conv_tile(dtype, c);
-    const int64_t rectangles =
-        input.size(0) * ceil_div(input.size(2), tile.neurons) * ceil_div(input.size(3), tile.rows);
-    const Cut cut(rectangles * tile.neurons * tile.rows, tile.neurons * tile.rows, most * taps,
-                  ceil_div(c, tile.columns));
-    Tensor parts = floats(weight, {cut.parts, most, taps, c});
-    const std::array<int32_t, 6> geometry{narrow(input.size(2)),       narrow(input.size(3)),
-                                          narrow(grad_output.size(2)), narrow(grad_output.size(3)),
-                                          narrow(padding[0]),          narrow(padding[1])};
-    check("few_rows_conv",
-          neq_cuda_few_rows_conv(dtype, p.rows.const_data_ptr(), narrow(p.stride),
-                                 input.const_data_ptr(), x_strides.data(), geometry.data(),
-                                 count_of(count), floats_of(parts), narrow(cut.parts), c,
-                                 narrow(input.size(0)), narrow(most), device.stream()));
-    return finished(parts, p.sums, order, count, weight, device);
-  }
-  const bool packs = most > kMostGathered;
+                           stride == IntList{1, 1} && dilation == IntList{1, 1} &&
+                           padding[0] <= kMostPadding && padding[1] <= kMostPadding;
+  const NeqRectangle rectangle = neq_cuda_few_rows_conv_rectangle(dtype, c, narrow(input.size(3)));
+  const int64_t column_tiles = ceil_div(c, rectangle.channels);
+  const bool packs =
+      in_one_pass ? column_tiles > 1 && column_tiles * most > kMostReadings : most > kMostGathered;
   Packed p;
   const void* from = grad_output.const_data_ptr();
   if (packs) {
     p = packed(dy, order, count, most, most, false, false, device);
     from = p.rows.const_data_ptr();
     dy.stride = p.stride;
+  }
+  if (in_one_pass) {
+    // Rectangles of X take the place of rows.
+    const int64_t pixels = int64_t{rectangle.height} * rectangle.width;
+    const int64_t rectangles = input.size(0) * ceil_div(input.size(2), rectangle.height) *
+                               ceil_div(input.size(3), rectangle.width);
+    const Cut cut(rectangles * pixels, pixels, most * taps, column_tiles);
+    Tensor parts = floats(weight, {cut.parts, most, taps, c}), bias_parts;
+    if (want_bias) bias_parts = floats(weight, {cut.parts, most});
+    const std::array<int32_t, 6> sizes{narrow(input.size(2)),       narrow(input.size(3)),
+                                       narrow(grad_output.size(2)), narrow(grad_output.size(3)),
+                                       narrow(padding[0]),          narrow(padding[1])};
+    check("few_rows_conv",
+          neq_cuda_few_rows_conv(dtype, from, dy.stride, input.const_data_ptr(), x_strides.data(),
+                                 sizes.data(), packs ? nullptr : order_of(order), count_of(count),
+                                 floats_of(parts), floats_of(bias_parts), narrow(cut.parts), c,
+                                 narrow(input.size(0)), narrow(most), device.stream()));
+    return finished(parts, bias_parts, order, count, weight, device);
   }
   const NeqTile tile = neq_cuda_tile(dtype, narrow(most), c, packs);
   const Cut cut(t, tile.rows, most,
@@ -286,8 +302,8 @@ Grads depthwise_wgrad(const Tensor& grad_output, const Tensor& input, const Tens
         neq_cuda_depthwise_wgrad(
             dtype, grad_output.const_data_ptr(), dy_strides.data(), input.const_data_ptr(),
             x_strides.data(), geometry.data(), order_of(order), count_of(count), floats_of(parts),
-            floats_of(bias_parts), narrow(input.size(0)), narrow(k / input.size(1)), cut.rows,
-            cut.parts, narrow(most), device.stream()));
+            floats_of(bias_parts), narrow(input.size(0)), narrow(k), narrow(input.size(1)),
+            cut.rows, cut.parts, narrow(most), device.stream()));
   Tensor grad = torch::stable::empty_like(weight);
   check("depthwise_finish",
         neq_cuda_depthwise_finish(dtype, floats_of(parts), floats_of(bias_parts), order_of(order),

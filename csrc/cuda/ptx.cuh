@@ -35,16 +35,24 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
 
 // --- asynchronous copies -------------------------------------------------------------------------
 
-// Starts a copy of 16 bytes past L1 and the registers; zeros instead unless `take`, and nothing is
-// read then. Both addresses are aligned to 16 bytes.
+// Starts a copy of 16 bytes past L1 and the registers: only the first `bytes` (a multiple of 2) are
+// read, the others become zeros. Both addresses are aligned to 16 bytes.
+__device__ __forceinline__ void cp_async_up_to_16(void* shared, const void* global, int bytes) {
+#if NEQ_BEFORE_SM_80
+  before_sm_80::copy_up_to_16(shared, global, bytes);
+#else
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(global), "r"(bytes)
+               : "memory");
+#endif
+}
+
+// All of them, or zeros instead unless `take`.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool take) {
 #if NEQ_BEFORE_SM_80
   before_sm_80::copy_16(shared, global, take);
 #else
-  const uint32_t taken = take ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
-               "l"(global), "r"(taken)
-               : "memory");
+  cp_async_up_to_16(shared, global, take ? 16 : 0);
 #endif
 }
 

@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kSimilarityThreads, 4) similarity_planes_kerne
     struct Both {
       Stretch<T> a, b;
     };
-    return Both{{s.a + offset, count}, {s.b + offset, count}};
+    return Both{{s.a, s.a + offset, count}, {s.b, s.b + offset, count}};
   };
   auto* const shared = reinterpret_cast<T*>(ptx::dynamic_shared());
   const auto stage = [&](int64_t step) {

@@ -7,9 +7,10 @@
 namespace neq::cuda {
 
 // In shared memory each lies in its 16 bytes as it does in global memory: the first one `shift()`
-// elements from the start.
+// elements from the start. Before it lies whatever precedes it in the tensor.
 template <class T>
 struct Stretch {
+  const T* tensor;
   const T* from;
   int count;
 
@@ -26,15 +27,16 @@ struct Stretch {
     return (shift() + count + kVector<T> - 1) / kVector<T>;
   }
 
-  // Starts a copy of what lies in one vector.
+  // Starts a copy of what lies in one vector. Only where the tensor itself begins within a vector
+  // are elements copied one by one.
   __device__ __forceinline__ void copy(T* to, int vector) const {
     const int at = vector * kVector<T>, begin = at - shift();
-    if (begin >= 0 && begin + kVector<T> <= count) {
-      ptx::cp_async_16(to + at, from + begin, true);
-      return;
-    }
-    for (int i = begin < 0 ? -begin : 0; i < kVector<T> && begin + i < count; ++i) {
-      to[at + i] = from[begin + i];
+    const int elements = smaller(count - begin, kVector<T>);
+    if (elements <= 0) return;
+    if (from - tensor + begin >= 0) {
+      ptx::cp_async_up_to_16(to + at, from + begin, elements * static_cast<int>(sizeof(T)));
+    } else {
+      for (int i = -begin; i < elements; ++i) to[at + i] = from[begin + i];
     }
   }
 };

@@ -270,6 +270,16 @@ def test_targets_of_copies_are_not_touched_before_the_wait(mode):
     assert_fails("unfinished copy", text, mode, "touch_copy", 2, x=x, out=out)
 
 
+def test_copies_read_no_more_than_they_are_told_to(mode):
+    x, out = torch.randn(6), zeros(8, torch.float32)
+    for bytes in (8, 4, 0):
+        run(mode, "copy_some", bytes, x=x, out=out)
+        expected = torch.zeros(2, 4)
+        expected[0, : bytes // 4], expected[1, : bytes // 4] = x[: bytes // 4], x[4:][: bytes // 4]
+        assert torch.equal(out.view(2, 4), expected)
+    assert_fails("out of bounds", "cp_async_up_to_16", mode, "copy_some", 12, x=x, out=out)
+
+
 def test_tensors_are_those_of_the_run():
     probes, x = library("probes.cu"), torch.zeros(64)
     first, _second = Run(probes, writes={"x": x}), Run(probes, writes={"x": x})

@@ -131,48 +131,6 @@ def wgrad(
     return grad, names["bias"], launches
 
 
-def few_rows_conv(
-    chosen: ActiveChannels,
-    grad_output: Tensor,
-    input: Tensor,
-    padding: tuple[int, int],
-    *,
-    parts: int = 1,
-    most: int = 16,
-    mode: Mode = MODES[0],
-    kernels: Library | None = None,
-) -> tuple[Tensor, Tensor, list[Launch]]:
-    """As ``wgrad``, of a 3 x 3 convolution of channels_last images in one pass."""
-    dtype, (n, c, height, width) = DTYPES[input.dtype], input.shape
-    k, t = len(chosen), grad_output.numel() // len(chosen)
-    order, count = chosen.order(), chosen.count("cpu")
-    slots = 8 if most <= 8 else 16
-    names = {
-        "parts": poisoned(parts, most, 9, c),
-        "bias_parts": poisoned(3, most),
-        "packed": poisoned(t, slots, dtype=input.dtype),
-        "grad": poisoned(k, 9 * c, dtype=input.dtype),
-        "bias": poisoned(k, dtype=input.dtype),
-    }
-    reads = {"dy": grad_output, "x": input, "order": order, "count": count}
-    run = Run(kernels or library(), mode, reads, names, SMALLEST)
-    launches = run.call(
-        *("neq_cuda_pack", dtype, grad_output, k, order, count, names["packed"], slots),
-        *(names["bias_parts"], 3, t, most, 0, None),
-    )
-    x_strides = torch.tensor([input.stride(i) for i in (0, 2, 3)])
-    geometry = torch.tensor([height, width, *grad_output.shape[2:], *padding], dtype=torch.int32)
-    launches += run.call(
-        *("neq_cuda_few_rows_conv", dtype, names["packed"], slots, input),
-        *(pointer(x_strides), pointer(geometry), count, names["parts"], parts, c, n, most, None),
-    )
-    launches += run.call(
-        *("neq_cuda_finish", 0, dtype, names["parts"], names["bias_parts"], order, count),
-        *(names["grad"], names["bias"], k, c, 1, c, parts, 3, most, 9, None),
-    )
-    return names["grad"].view(k, 3, 3, c).permute(0, 3, 1, 2), names["bias"], launches
-
-
 def pointer(host: Tensor):
     """Of memory that only the launcher reads."""
     return ctypes.c_void_p(host.data_ptr())

@@ -123,6 +123,13 @@ def test_what_the_kernels_cannot_serve_is_left_to_the_library(ops):
     assert ops.calls["linear_wgrad"] == 0
 
 
+@pytest.mark.parametrize(("inputs", "padding"), [(24, 1), (320, 1), (24, 2), (24, 3)])
+def test_few_rows_of_a_convolution(inputs, padding, ops):
+    """Packed where several tiles of columns would read dY; padding of 3 goes by taps."""
+    conv((2, inputs, 6, 5), 16, (3, 3), geometry(padding=(padding, 2)), torch.bfloat16, "random")
+    assert ops.calls["conv_wgrad"] == 1
+
+
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_replayed_count_is_read_on_the_device(mask, ops, monkeypatch):
     """The host believes that all are active."""

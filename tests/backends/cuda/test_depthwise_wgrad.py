@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.problem import ConvGeometry
-from tests.backends.cuda.cases import DTYPES, FOLDER, pointer, poisoned
+from tests.backends.cuda.cases import DTYPES, FOLDER, SMALLEST, pointer, poisoned
 from tests.backends.triton.cases import MASKS, assert_gradient, channels
 from tests.backends.triton.test_conv_wgrad import LAYOUTS, geometry, operands
 from tests.cuda_on_cpu.emulator import MODES, EmulationError, Launch, Library, Mode, Run, build
@@ -68,13 +68,13 @@ def wgrad(
     }
     bias_parts, bias = (writes[name] if how.bias else None for name in ("bias_parts", "bias"))
     reads = {"dy": dy, "x": x, "order": order, "count": count}
-    run = Run(how.kernels or library(), how.mode, reads, writes)
+    run = Run(how.kernels or library(), how.mode, reads, writes, SMALLEST)
     dy_strides, x_strides = torch.tensor(dy.stride()), torch.tensor(x.stride())
     sizes, dtype = numbers(dy, x, kernel, g), DTYPES[x.dtype]
     launches = run.call(
         *("neq_cuda_depthwise_wgrad", dtype, dy, pointer(dy_strides), x, pointer(x_strides)),
-        *(pointer(sizes), order, count, writes["parts"], bias_parts, len(x), k // x.shape[1]),
-        *(rows, parts, most, None),
+        *(pointer(sizes), order, count, writes["parts"], bias_parts, len(x), k),
+        *(x.shape[1], rows, parts, most, None),
     )
     launches += run.call(
         *("neq_cuda_depthwise_finish", dtype, writes["parts"], bias_parts, order, count),
@@ -104,17 +104,21 @@ def kernel_of(launches: list[Launch]) -> str:
     return launches[0].kernel.split("_kernel")[0].split("depthwise_")[1]
 
 
-EXPECTED = {"nchw": "planes", "nhwc": "strips"}
+def expected(layout: str, dtype: torch.dtype, *numbers: int) -> str:
+    """The kernel of 3 x 3 and the like, of so many channels."""
+    vector = 16 // torch.empty(0, dtype=dtype).element_size()
+    is_odd = any(number % vector != 0 for number in numbers)
+    return "planes" if layout == "nchw" else "any" if is_odd else "rows"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_mask_and_layout(dtype, mask, layout):
-    for c, k in ((20, 20), (7, 14)):
+    for c, k in ((24, 24), (8, 16), (7, 14)):
         g = geometry(padding=(1, 1), groups=c)
         launches = check((2, c, k, (5, 9), (3, 3)), g, mask, dtype, layout, parts=2)
-        assert kernel_of(launches) == EXPECTED[layout]
+        assert kernel_of(launches) == expected(layout, dtype, c, k)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -122,11 +126,11 @@ def test_every_dtype_mask_and_layout(dtype, mask, layout):
 @pytest.mark.parametrize("side", [3, 5, 7])
 def test_kernels_and_strides_of_their_own(side, stride, layout):
     for padding in ((side // 2,) * 2, (0, 1), (side - 1, side + 1)):
-        g = geometry((stride, stride), padding, groups=4)
+        g = geometry((stride, stride), padding, groups=8)
         for size in ((9, 20), (13, 7)):
-            problem = (3, 4, 4, size, (side, side))
+            problem = (3, 8, 8, size, (side, side))
             launches = check(problem, g, "random", torch.float16, layout, rows=3, parts=2)
-            assert kernel_of(launches) == EXPECTED[layout]
+            assert kernel_of(launches) == expected(layout, torch.float16, 8)
         check(problem, g, "all", torch.float32, layout)
 
 
@@ -151,11 +155,12 @@ def test_any_other_geometry(name, layout):
 
 
 RAGGED = {
-    "one pixel": (5, 3, 3, (1, 1), (3, 3)),
-    "small images": (21, 4, 4, (3, 2), (3, 3)),
-    "wide": (1, 2, 2, (3, 141), (3, 3)),
-    "many neurons": (1, 70, 70, (4, 5), (3, 3)),
-    "tall": (1, 33, 33, (20, 3), (3, 3)),
+    "one pixel": (5, 8, 8, (1, 1), (3, 3)),
+    "small images": (21, 8, 8, (3, 2), (3, 3)),
+    "wide": (1, 8, 8, (3, 141), (3, 3)),
+    "many neurons": (1, 72, 72, (4, 5), (3, 3)),
+    "tall": (1, 40, 40, (20, 3), (3, 3)),
+    "odd channels": (2, 33, 33, (5, 3), (3, 3)),
 }
 
 
@@ -172,18 +177,69 @@ def test_ragged_shapes(name, layout):
 def test_strides_of_slices():
     """Images that lie in larger ones."""
     g = geometry(padding=(1, 1), groups=6)
-    dy, x, _ = operands(2, 12, 12, (8, 10), (3, 3), geometry(groups=12), torch.float16, "nchw")
     wide = torch.randn(2, 12, 10, 12).half()
-    for layout, kernel in (("nhwc", "strips"), ("nchw", "any")):
+    for layout in LAYOUTS:
         x = wide.contiguous(memory_format=LAYOUTS[layout])[:, 3:9, 1:9, 1:11]
         dy = wide.flip(0).contiguous(memory_format=LAYOUTS[layout])[:, 5:11, 2:10, :10]
         launches = check_tensors(channels(6, "random"), dy, x, (3, 3), g, How(parts=2))
-        assert kernel_of(launches) == kernel
+        assert kernel_of(launches) == "any"
     launches = check_tensors(channels(6, "random"), dy, x.clone(), (3, 3), g, How(parts=2))
     assert kernel_of(launches) == "any"
     images, whole = wide[:, 2:8], wide.flip(0)[:, 1:7]
     launches = check_tensors(channels(6, "random"), images, whole, (3, 3), g, How(parts=2))
     assert kernel_of(launches) == "planes"
+    g, channels_last = geometry(padding=(1, 1), groups=16), LAYOUTS["nhwc"]
+    wide = torch.randn(3, 40, 10, 12).half().contiguous(memory_format=channels_last)
+    for first, kernel in ((8, "rows"), (24, "rows"), (4, "any")):
+        x = wide[1:, first : first + 16, 1:9, 1:11]
+        dy = wide.flip(0).contiguous(memory_format=channels_last)[:2, 16:32, 2:10, :10]
+        launches = check_tensors(channels(16, "random"), dy, x, (3, 3), g, How(parts=2))
+        assert kernel_of(launches) == kernel
+
+
+def shifted(t: Tensor, by: int) -> Tensor:
+    """The same, so many elements behind a multiple of 16 bytes."""
+    storage = torch.full((t.numel() + 24,), torch.nan).to(t.dtype)
+    assert storage.data_ptr() % 16 == 0
+    return storage.as_strided(t.shape, t.stride(), by).copy_(t)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_tensors_that_start_anywhere(dtype, layout):
+    """Neighbours of what is needed are read along, but nothing outside of a tensor is."""
+    g = geometry(padding=(1, 1), groups=8)
+    for size in ((3, 1), (1, 5), (7, 7), (11, 6)):
+        for by in range(1, 4 if dtype == torch.float32 else 8):
+            dy, x, _ = operands(2, 8, 8, size, (3, 3), g, dtype, layout)
+            chosen = channels(8, "all" if by % 2 else "random")
+            dy[:, chosen.frozen] = x[:, chosen.frozen] = torch.nan
+            tensors = shifted(dy, by), shifted(x, 3 * by % (16 // x.element_size()))
+            launches = check_tensors(chosen, *tensors, (3, 3), g, How(parts=2))
+            assert kernel_of(launches) == ("planes" if layout == "nchw" else "any")
+
+
+@pytest.mark.parametrize("width", [1, 4, 7, 8, 9, 15, 16, 17, 31, 33, 70])
+def test_images_beside_each_other_and_cut(width):
+    for mask in ("one", "random"):
+        for side, stride in ((3, 1), (3, 2), (7, 1)):
+            g = geometry((stride, stride), (side // 2,) * 2, groups=24)
+            problem = (5, 24, 24, (6, width), (side, side))
+            launches = check(problem, g, mask, torch.float16, "nhwc", parts=3, rows=3)
+            assert kernel_of(launches) == "rows"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_any_number_of_neurons(dtype):
+    """Whose sectors lie across the borders of blocks."""
+    g = geometry(padding=(1, 1), groups=48)
+    dy, x, _ = operands(2, 48, 96, (5, 9), (3, 3), g, dtype, "nhwc")
+    generator = torch.Generator().manual_seed(5)
+    for active in (1, 2, 5, 15, 16, 17, 20, 31, 32, 33, 40, 64, 95):
+        for last in (96, active + 1):
+            chosen = channels(96, "none")
+            chosen.set(torch.randperm(last, generator=generator)[:active].sort().values.tolist())
+            check_tensors(chosen, dy, x, (3, 3), g, How(parts=2, most=min(96, active + 20)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -199,9 +255,9 @@ def test_fewer_active_than_provided_for(layout):
 @pytest.mark.parametrize("side", [2, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_nan_of_frozen_channels_reaches_nothing(layout, side):
-    g = geometry(padding=(1, 1), groups=20)
-    dy, x, _ = operands(2, 20, 20, (5, 9), (side, side), g, torch.float16, layout)
-    chosen = channels(20, "random")
+    g = geometry(padding=(1, 1), groups=24)
+    dy, x, _ = operands(2, 24, 24, (5, 9), (side, side), g, torch.float16, layout)
+    chosen = channels(24, "random")
     dy[:, chosen.frozen] = x[:, chosen.frozen] = torch.nan
     check_tensors(chosen, dy, x, (side, side), g, How())
 
@@ -209,11 +265,11 @@ def test_nan_of_frozen_channels_reaches_nothing(layout, side):
 @pytest.mark.parametrize("side", [2, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bits_do_not_depend_on_the_order_of_threads(layout, side):
-    g = geometry(padding=(1, 1), groups=12)
+    g = geometry(padding=(1, 1), groups=16)
     for dtype in (torch.float32, torch.float16):
-        dy, x, _ = operands(3, 12, 12, (9, 13), (side, side), g, dtype, layout)
+        dy, x, _ = operands(3, 16, 16, (9, 13), (side, side), g, dtype, layout)
         found = [
-            wgrad(channels(12, "random"), dy, x, (side, side), g, How(parts=2, rows=4, mode=mode))
+            wgrad(channels(16, "random"), dy, x, (side, side), g, How(parts=2, rows=4, mode=mode))
             for mode in MODES
         ]
         for grad, bias, _ in found[1:]:
@@ -262,12 +318,17 @@ def test_the_cut_is_within_what_the_kernels_take():
 def check_faults(kernels: Library) -> None:
     for layout in LAYOUTS:
         for problem, g, mask in (
-            ((3, 6, 12, (9, 11), (3, 3)), geometry((2, 2), (1, 1), groups=6), "random"),
-            ((2, 40, 40, (5, 11), (3, 3)), geometry(padding=(1, 1), groups=40), "random"),
-            ((2, 3, 3, (9, 11), (3, 3)), geometry(padding=(1, 1), groups=3), "all"),
+            ((3, 8, 16, (9, 11), (3, 3)), geometry((2, 2), (1, 1), groups=8), "random"),
+            ((2, 48, 48, (5, 11), (3, 3)), geometry(padding=(1, 1), groups=48), "random"),
+            ((5, 8, 8, (9, 11), (3, 3)), geometry(padding=(1, 1), groups=8), "all"),
+            ((1, 8, 8, (5, 150), (3, 3)), geometry(padding=(1, 1), groups=8), "all"),
             (*GEOMETRIES["unequal"], "random"),
         ):
             check(problem, g, mask, torch.float16, layout, rows=4, parts=2, kernels=kernels)
+    g = geometry(padding=(1, 1), groups=3)
+    dy, x, _ = operands(2, 3, 3, (5, 7), (3, 3), g, torch.float16, "nchw")
+    how = How(parts=2, kernels=kernels)
+    check_tensors(channels(3, "all"), shifted(dy, 3), shifted(x, 5), (3, 3), g, how)
 
 
 # Of one dtype and 3 x 3, so that it is compiled fast.
@@ -280,34 +341,58 @@ FEW_KERNELS = [
     for stride in (1, 2)
 ]
 BARRIER = "    __syncthreads();\n"
-COMPUTE = "    for (int i = thread; i < bands * d.out_width"
+SUMMED = "part < f.number_of_parts; part += kDepthwiseWarps) {\n      sum"
+COMPUTE = "    for (int i = thread; i < bands * threads"
 NEXT_TILE = "  }\n  write_part(d, sums, first, 1,"
-SUMMED = "for (int other = 0; other < kDepthwiseWarps"
-SHIFTED = "shared_x + number * x_vectors * kVector<T>"
+WAITED = "    ptx::cp_async_wait<Taps::kStages - 2>();\n"
+ADDED = "for (int worker = 0; worker < workers"
+IN_SECTOR = "mine / kSector == of_first / kSector"
+IN_NEXT = "next >= count || mine / kSector != of_next / kSector"
+BOTTOM = "smaller(d.height, top + Taps::reach(rows))"
 FAULTS = {
-    "missing part": ("part < f.number_of_parts; ++part) {\n      sum", "part < 1; ++part) { sum"),
-    "missing warp": (SUMMED, SUMMED.replace("= 0", "= 1")),
-    "missing lanes": ("lanes >= across;", "lanes > across;"),
+    "missing part": (SUMMED, SUMMED.replace("f.number_of_parts", "1")),
+    "missing warp": (
+        "int other = 1; other < kDepthwiseWarps",
+        "int other = 2; other < kDepthwiseWarps",
+    ),
+    "missing worker": (ADDED, ADDED.replace("= 0", "= 1")),
     "wrong tap": ("sums[r * Taps::kSide + s] +=", "sums[s * Taps::kSide + r] +="),
     "missing tap row": ("i < Taps::kDepth; ++i) {\n    const int r", "i < 1; ++i) { const int r"),
-    "rows of the next band": ("step < rows ? dy_columns", "step < rows + 1 ? dy_columns"),
-    "above the image": ("h + row >= 0 && ", ""),
-    "right of the image": ("w + i >= 0 && w + i < d.width", "w + i >= 0"),
-    "wrong channel": ("d.x_strides.image + neuron / d.per_input", "d.x_strides.image + neuron"),
-    "no wait": ("ptx::cp_async_wait<0>();", ""),
-    "missing barrier": (BARRIER + COMPUTE, COMPUTE),
-    "tile overwritten": (BARRIER + NEXT_TILE, NEXT_TILE),
-    "wrong shift": (SHIFTED + " + band.x.shift()", SHIFTED),
-    "border of a stretch": ("begin + kVector<T> <= count", "begin < count"),
+    "rows: no wait": (WAITED, ""),
+    "rows: wait for too few": (WAITED, WAITED.replace("- 2", "- 1")),
+    "rows: missing barrier": (WAITED + BARRIER, WAITED),
+    "rows: sums overwrite the tile": ("  __syncthreads();\n  write_part", "  write_part"),
+    "rows: of the next band": ("c.column < outputs ? rows : 0", "c.column < outputs ? d.rows : 0"),
+    "rows: below the image": (BOTTOM, "top + Taps::reach(rows)"),
+    "rows: above the image": ("if (h < 0) begin[i]", "if (h < -1) begin[i]"),
+    "rows: halo of columns": ("c.column < Taps::reach(outputs)", "c.column <= outputs"),
+    "rows: left of the image": ("w >= 0 && w < d.width;", "w < d.width;"),
+    "rows: of no image": ("c.unit < tile.together && unit < units", "c.unit < tile.together"),
+    "rows: sector of the last block": (IN_SECTOR, "false"),
+    "rows: sector of the next block": (IN_NEXT, "true"),
+    "rows: wrong channel": ("(neuron / d.per_input, neurons", "(neuron, neurons"),
+    "planes: wrong channel": (
+        "d.x_strides.image + neuron / d.per_input",
+        "d.x_strides.image + neuron",
+    ),
+    "planes: no wait": ("ptx::cp_async_wait<kPlaneStages - 1>();", ""),
+    "planes: wait for too few": ("cp_async_wait<kPlaneStages - 1>", "cp_async_wait<kPlaneStages>"),
+    "planes: missing barrier": (BARRIER + COMPUTE, COMPUTE),
+    "planes: tile overwritten": (BARRIER + NEXT_TILE, NEXT_TILE),
+    "planes: rows of the next piece": ("step < rows && o < outputs", "step <= rows && o < outputs"),
+    "planes: column of no output": ("step < rows && o < outputs", "step < rows"),
+    "planes: wrong shift": ("band.x.shift() + w", "w"),
+    "stretch: behind its end": ("smaller(count - begin, kVector<T>)", "kVector<T>"),
+    "stretch: before the tensor": ("from - tensor + begin >= 0", "true"),
     "any: missing tap": ("tap >= taps ||", "tap >= taps - 1 ||"),
     "any: wrong image": ("all_x + image * d.x_strides.image;", "all_x;"),
-    "frozen not zeroed": ("if (i < *f.count) {", "if (true) {"),
+    "frozen not zeroed": ("if (exists && i < *f.count) {", "if (exists) {"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_caught(fault):
-    file = "stretch.cuh" if fault == "border of a stretch" else "depthwise_wgrad.cuh"
+    file = "stretch.cuh" if fault.startswith("stretch") else "depthwise_wgrad.cuh"
     kernels = library(*FEW_KERNELS, (file, *FAULTS[fault]))
     with pytest.raises((AssertionError, EmulationError)):
         check_faults(kernels)

@@ -154,7 +154,7 @@ FAULTS = {
     "no wait": ("cp_async_wait<kSimilarityStages - 1>", "cp_async_wait<kSimilarityStages>"),
     "missing barrier": (READY, READY.removesuffix("\n    __syncthreads();")),
     "stage overwritten": (OVERWRITTEN, OVERWRITTEN.removeprefix("    __syncthreads();\n")),
-    "border of a stretch": ("begin + kVector<T> <= count", "begin < count"),
+    "border of a stretch": ("smaller(count - begin, kVector<T>)", "kVector<T>"),
     "wrong shift": ("from.b.shift() + channel * count", "channel * count"),
     "wrong piece": ("step % s.pieces * kPiece<T>", "0"),
 }

@@ -26,6 +26,7 @@ namespace neq::ptx {
 
 unsigned char* dynamic_shared();
 
+void cp_async_up_to_16(void* shared, const void* global, int bytes);
 void cp_async_16(void* shared, const void* global, bool take);
 void cp_async_commit();
 

@@ -206,6 +206,15 @@ __global__ void touch_copy(const float* x, float* out, int groups_left) {
   if (groups_left == 0) out[threadIdx.x] += cells[4 * (32 + threadIdx.x)];
 }
 
+// What a copy does not read becomes zeros.
+__global__ void copy_some(const float* x, float* out, int bytes) {
+  float* const cells = reinterpret_cast<float*>(neq::ptx::dynamic_shared());
+  neq::ptx::cp_async_up_to_16(cells + 4 * threadIdx.x, x + 4 * threadIdx.x, bytes);
+  neq::ptx::cp_async_commit();
+  neq::ptx::cp_async_wait<0>();
+  for (int i = 0; i < 4; ++i) out[4 * threadIdx.x + i] = cells[4 * threadIdx.x + i];
+}
+
 // --- requests ------------------------------------------------------------------------------------
 
 template <class T>
@@ -284,6 +293,10 @@ cudaError_t run_read_and_write(int* x, int* out, int blocks) {
 cudaError_t run_touch(const int* x, int* out, int how, int at, int64_t count) {
   return start(touch, 1, 32, 8, x, out, how, at, count);
 }
+cudaError_t run_copy_some(const float* x, float* out, int bytes) {
+  return start(copy_some, 1, 2, 1024, x, out, bytes);
+}
+
 cudaError_t run_touch_copy(const float* x, float* out, int groups_left) {
   return start(touch_copy, 1, 32, 1024, x, out, groups_left);
 }

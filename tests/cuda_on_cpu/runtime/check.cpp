@@ -271,7 +271,7 @@ void check_row(const void* row, const void* pc) {
   check({at, kRowBytes, Access::kRead, kAllLanes, pc});
 }
 
-void check_copy_start(const void* to, const void* from, bool take, const void* pc) {
+void check_copy_start(const void* to, const void* from, size_t bytes, const void* pc) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(to);
   const uintptr_t shared = reinterpret_cast<uintptr_t>(shared_memory);
   if (at % kCopyBytes != 0 || reinterpret_cast<uintptr_t>(from) % kCopyBytes != 0) {
@@ -280,7 +280,7 @@ void check_copy_start(const void* to, const void* from, bool take, const void* p
   if (!Range{shared, shared + launched.shared_bytes}.holds(at, kCopyBytes)) {
     fail("out of bounds", "asynchronous copy to 16 bytes, " + describe_outside(at, kCopyBytes), pc);
   }
-  if (take) check_access(from, kCopyBytes, Access::kRead, pc);
+  if (bytes > 0) check_access(from, bytes, Access::kRead, pc);
   check_access(to, kCopyBytes, Access::kWrite, pc);
   copies_under_way[(at - shared) / kCopyBytes] = {now, offset_of(pc), thread->number};
 }

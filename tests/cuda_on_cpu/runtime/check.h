@@ -28,7 +28,7 @@ void check_read_only(const void* address, size_t bytes, const void* pc);
 void check_row(const void* row, const void* pc);
 
 // An asynchronous copy of 16 bytes: nobody may touch its target until it is finished.
-void check_copy_start(const void* to, const void* from, bool take, const void* pc);
+void check_copy_start(const void* to, const void* from, size_t bytes, const void* pc);
 void check_copy_end(const void* to, const void* pc);
 
 // A whole range that the host API writes.

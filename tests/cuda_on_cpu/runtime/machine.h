@@ -35,7 +35,7 @@ enum class State : uint8_t { kReady, kAtBarrier, kAtCollective, kExited };
 struct Copy {
   void* to;
   const void* from;
-  bool take;
+  size_t bytes;
   uint32_t group;
   const void* pc;
 };

@@ -11,11 +11,15 @@ namespace {
 constexpr size_t kCopyBytes = 16;
 
 void perform(const Copy& copy) {
-  if (copy.take) {
-    std::memcpy(copy.to, copy.from, kCopyBytes);
-  } else {
-    std::memset(copy.to, 0, kCopyBytes);
-  }
+  std::memset(copy.to, 0, kCopyBytes);
+  std::memcpy(copy.to, copy.from, copy.bytes);
+}
+
+void start_copy(void* shared, const void* global, size_t bytes, const void* pc) {
+  if constexpr (kChecked) check_copy_start(shared, global, bytes, pc);
+  const Copy copy = {shared, global, bytes, thread->group, pc};
+  if (settings.copies_at_issue) perform(copy);
+  if (kChecked || !settings.copies_at_issue) thread->copies.push_back(copy);
 }
 
 template <class T>
@@ -44,12 +48,12 @@ namespace neq::ptx {
 
 unsigned char* dynamic_shared() { return shared_memory; }
 
+void cp_async_up_to_16(void* shared, const void* global, int bytes) {
+  start_copy(shared, global, static_cast<size_t>(bytes), __builtin_return_address(0));
+}
+
 void cp_async_16(void* shared, const void* global, bool take) {
-  const void* pc = __builtin_return_address(0);
-  if constexpr (kChecked) check_copy_start(shared, global, take, pc);
-  const Copy copy = {shared, global, take, thread->group, pc};
-  if (settings.copies_at_issue) perform(copy);
-  if (kChecked || !settings.copies_at_issue) thread->copies.push_back(copy);
+  start_copy(shared, global, take ? 16 : 0, __builtin_return_address(0));
 }
 
 void cp_async_commit() { ++thread->group; }
