@@ -38,6 +38,8 @@ class Moved:
         bytes: of the distinct 32-byte sectors of every request.
         asked_bytes: what the lanes ask for.
         index_bytes: those of ``bytes`` that say which neurons are active and where tensors lie.
+        sums_bytes: those of ``bytes`` that are sums in parts, which one launch writes and the next
+            one reads.
     """
 
     kernel: str
@@ -46,6 +48,7 @@ class Moved:
     bytes: int
     asked_bytes: int
     index_bytes: int
+    sums_bytes: int
 
     def __str__(self) -> str:
         return f"{self.kernel} {'x'.join(map(str, self.grid))}: {self.bytes}"
@@ -114,8 +117,10 @@ def _moved(launches: list[Any]) -> list[Moved]:
         name = re.search(r"\w+_kernel", launch.kernel)
         grid = tuple(size for i, size in enumerate(launch.grid) if i == 0 or size > 1)
         kernel = launch.kernel if name is None else name[0]
-        indices = sum(of.moved_bytes for region, of in launch.regions.items() if region in INDICES)
-        moved = every.requests, every.moved_bytes, every.bytes, indices
+        regions = {region: of.moved_bytes for region, of in launch.regions.items()}
+        indices = sum(moved for region, moved in regions.items() if region in INDICES)
+        sums = sum(moved for region, moved in regions.items() if region.startswith("sums "))
+        moved = every.requests, every.moved_bytes, every.bytes, indices, sums
         found.append(Moved(kernel, grid, *moved))
     return found
 

@@ -1,5 +1,6 @@
 // Stands in the place of `#include "kernels.h"` in ops.cpp where the emulator counts what kernels
-// move: it tells the emulator of the memory that the operators allocate.
+// move: it tells the emulator of the memory that the operators allocate. What has a dtype of its
+// own are sums in parts.
 #include "kernels.h"
 
 extern "C" {
@@ -11,9 +12,9 @@ int neq_counted_nothing() { return 0; }
 
 namespace torch::stable {
 
-inline Tensor counted(const Tensor& made) {
+inline Tensor counted(const Tensor& made, bool is_sums = false) {
   static int number = 0;
-  const std::string name = "allocated " + std::to_string(number++);
+  const std::string name = (is_sums ? "sums " : "allocated ") + std::to_string(number++);
   const auto item = static_cast<uint64_t>(made.element_size());
   if (made.numel() > 0) {
     neq_emu_add_region(name.c_str(), made.const_data_ptr(), made.numel() * item, item, 1);
@@ -23,7 +24,7 @@ inline Tensor counted(const Tensor& made) {
 
 inline Tensor counted_new_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef size,
                                 std::optional<torch::headeronly::ScalarType> dtype = std::nullopt) {
-  return counted(new_empty(like, size, dtype));
+  return counted(new_empty(like, size, dtype), dtype.has_value());
 }
 
 inline Tensor counted_empty_like(const Tensor& like) { return counted(empty_like(like)); }

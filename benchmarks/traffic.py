@@ -9,12 +9,14 @@ the root of a checkout only. They cut the work as on an H100 of 132 multiprocess
 small, because every access of every thread is looked at; a larger reduction gives each block more
 rows, and what is moved beside the operands weighs less.
 
-``moved``: the distinct 32-byte sectors of every request of a warp, without caches. ``least``: every
-sector of the operands that is needed read once, the result written once (benchmarks/traffic_cases
-says of each operation which these are). ``indices``: the part of what is moved that only says which
-neurons are active and where tensors lie; on a GPU almost all of it comes from a cache. Bytes per
-request: what the lanes of a warp ask for together, 512 at most. An operation fails that moves more
-than its gate times the least, or whose result is wrong.
+``moved``: the distinct 32-byte sectors of every request of a warp, without caches, but for the
+``sums`` of a reduction in parts: one launch writes them, and the next one reads them while they are
+in the GPU's L2. The shorter a reduction, the more they weigh: it is cut so that all multiprocessors
+have work. ``least``: every sector of the operands that is needed read once, the result written once
+(benchmarks/traffic_cases says of each operation which these are). ``indices``: the part of what is
+moved that only says which neurons are active and where tensors lie; on a GPU almost all of it comes
+from a cache. Bytes per request: what the lanes of a warp ask for together, 512 at most. An
+operation fails that moves more than its gate times the least, or whose result is wrong.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ COLUMNS = (
     ("shape", -20),
     ("active", -10),
     ("moved, KB", 9),
+    ("sums, KB", 8),
     ("least, KB", 9),
     ("ratio", 6),
     ("gate", 4),
@@ -64,7 +67,8 @@ def rows(operations: Sequence[str]) -> Iterator[Row]:
 def row(case: Case) -> Row:
     """What a case moves, and whether that is too much."""
     outcome = case.run(case)
-    moved = sum(launch.bytes for launch in outcome.launches)
+    sums = sum(launch.sums_bytes for launch in outcome.launches)
+    moved = sum(launch.bytes for launch in outcome.launches) - sums
     requests = sum(launch.requests for launch in outcome.launches)
     ratio, gate = moved / outcome.least_bytes, GATES.get(case.operation)
     fails = [] if outcome.is_right else ["wrong"]
@@ -81,6 +85,7 @@ def row(case: Case) -> Row:
         "side": case.side,
         "share": case.active / case.neurons,
         "moved_bytes": moved,
+        "sums_bytes": sums,
         "least_bytes": outcome.least_bytes,
         "ratio": ratio,
         "gate": "" if gate is None else gate,
@@ -134,6 +139,7 @@ def _print(table: console.Table, row: Row) -> None:
             *(row[name] for name in ("operation", "dtype", "shape")),
             f"{row['active']} of {row['neurons']}",
             f"{row['moved_bytes'] / 1e3:.0f}",
+            f"{row['sums_bytes'] / 1e3:.0f}",
             f"{row['least_bytes'] / 1e3:.0f}",
             f"{row['ratio']:.3f}",
             f"{row['gate']}",

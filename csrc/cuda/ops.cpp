@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cmath>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -26,9 +27,9 @@ using Grads = std::tuple<Tensor, Tensor>;
 
 // Blocks for each multiprocessor: so that some compute while others wait for memory.
 constexpr int64_t kBlocksEach = 2, kPackBlocksEach = 3;
-// Each part is written and read again, and each block finds its neurons first: rows are to be at
-// least so many of the tile's, and so many for each active neuron.
-constexpr int64_t kLeastSteps = 4, kLeastRowsEach = 32;
+// Each block first finds its neurons, fills its stages and reads what borders on its rows: these
+// are to be at least so many of the tile's.
+constexpr int64_t kLeastSteps = 6;
 // Up to so many neurons are gathered where one tile has all columns; more are packed first.
 constexpr int64_t kMostGathered = 32, kFewRows = 16;
 // Padding that a convolution in one pass may have.
@@ -116,14 +117,33 @@ Packed packed(const Rows& dy, const Tensor& order, const Tensor& count, int64_t 
 struct Cut {
   int64_t parts, per_part;
 
-  Cut(int64_t t, int64_t rows, int64_t most, int64_t tiles) {
-    const int64_t wanted = ceil_div(kBlocksEach * multiprocessors(), tiles);
-    const int64_t least = std::max(kLeastSteps * rows, kLeastRowsEach * most);
-    const int64_t at_most = std::clamp(t / least, int64_t{1}, wanted);
-    per_part = ceil_div(ceil_div(t, at_most), rows) * rows;
+  // A block reads `row_bytes` of each of its rows, and of all tiles a part has `sums_bytes`. With p
+  // parts blocks take, if each has a multiprocessor's share of the memory's bandwidth B,
+  //
+  //   multiprocessors * t * row_bytes / (p * B), and the sums 2 * p * sums_bytes / (2 * B),
+  //
+  // because they are written, read again, and stay in L2, which is about twice as fast. That is
+  // least where both are equal.
+  Cut(int64_t t, int64_t rows, int64_t row_bytes, int64_t sums_bytes, int64_t tiles) {
+    const int64_t processors = multiprocessors();
+    const double operands = static_cast<double>(processors * t) * static_cast<double>(row_bytes);
+    const auto fastest =
+        static_cast<int64_t>(std::sqrt(operands / static_cast<double>(sums_bytes)));
+    const int64_t wanted = ceil_div(kBlocksEach * processors, tiles);
+    const int64_t most = std::min({t / (kLeastSteps * rows), fastest, wanted});
+    per_part = ceil_div(ceil_div(t, std::max(most, int64_t{1})), rows) * rows;
     parts = ceil_div(t, per_part);
   }
 };
+
+// Of what a tile of so many columns reads of a row of X.
+int64_t tile_bytes(const Tensor& x, int64_t columns) {
+  return std::min(columns, x.size(1)) * static_cast<int64_t>(x.element_size());
+}
+// Of the sums of `most` neurons.
+int64_t sums_bytes(int64_t most, int64_t taps, int64_t columns) {
+  return most * taps * columns * static_cast<int64_t>(sizeof(float));
+}
 
 // Of a convolution, as the launchers take it.
 std::array<int32_t, 12> geometry_of(const Tensor& grad_output, const Tensor& input,
@@ -208,7 +228,8 @@ Grads linear_wgrad(const Tensor& grad_output, const Tensor& input, const Tensor&
     dy.stride = p.stride;
   }
   const NeqTile tile = tile_for(packs);
-  const Cut cut(t, tile.rows, most, ceil_div(c, tile.columns) * ceil_div(most, tile.neurons));
+  const Cut cut(t, tile.rows, tile_bytes(input, tile.columns), sums_bytes(most, 1, c),
+                ceil_div(c, tile.columns) * ceil_div(most, tile.neurons));
   Tensor parts = floats(weight, {cut.parts, most, 1, c}), bias_parts;
   if (want_bias) bias_parts = floats(weight, {cut.parts, most});
   check("linear_wgrad",
@@ -248,7 +269,8 @@ Grads conv_wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& w
     const int64_t pixels = int64_t{rectangle.height} * rectangle.width;
     const int64_t rectangles = input.size(0) * ceil_div(input.size(2), rectangle.height) *
                                ceil_div(input.size(3), rectangle.width);
-    const Cut cut(rectangles * pixels, pixels, most * taps, column_tiles);
+    const Cut cut(rectangles * pixels, pixels, tile_bytes(input, rectangle.channels),
+                  sums_bytes(most, taps, c), column_tiles);
     Tensor parts = floats(weight, {cut.parts, most, taps, c}), bias_parts;
     if (want_bias) bias_parts = floats(weight, {cut.parts, most});
     const std::array<int32_t, 6> sizes{narrow(input.size(2)),       narrow(input.size(3)),
@@ -262,7 +284,7 @@ Grads conv_wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& w
     return finished(parts, bias_parts, order, count, weight, device);
   }
   const NeqTile tile = neq_cuda_tile(dtype, narrow(most), c, packs);
-  const Cut cut(t, tile.rows, most,
+  const Cut cut(t, tile.rows, tile_bytes(input, tile.columns), sums_bytes(most, taps, c),
                 ceil_div(c, tile.columns) * taps * ceil_div(most, tile.neurons));
   Tensor parts = floats(weight, {cut.parts, most, taps, c}), bias_parts;
   if (want_bias) bias_parts = floats(weight, {cut.parts, most});

@@ -36,8 +36,8 @@ def test_every_operation_has_cases_whose_names_differ():
 
 
 def blocks(t):
-    """Each packs four steps, where there are not too many."""
-    return t // (4 * counted.function("neq_cuda_pack_rows")())
+    """Each packs six steps, where there are not too many."""
+    return -(-t // (6 * counted.function("neq_cuda_pack_rows")()))
 
 
 def test_a_pack_by_hand():
@@ -56,9 +56,11 @@ def test_a_pack_by_hand():
 
 def test_products_are_cut_as_on_an_h100_and_right():
     row = traffic.row(_linear("linear few rows", BF16, 2048, 64, 1024, 8))
-    # Packed first, as two tiles share the columns; 2048 rows are 8 parts of 32 for each neuron.
+    # Packed first, as two tiles share the columns; a part has seven steps of 16 rows.
     kernels = [launch.split(":")[0] for launch in row["launches"].split("; ")]
-    assert kernels == [f"pack_kernel {blocks(2048)}", "wgrad_kernel 2x8", "finish_kernel 64"]
+    assert kernels == [f"pack_kernel {blocks(2048)}", "wgrad_kernel 2x19", "finish_kernel 64"]
+    # Written, and read again.
+    assert row["sums_bytes"] == pytest.approx(2 * 19 * 8 * 1025 * 4, rel=0.01)
     assert row["least_bytes"] == pytest.approx(
         2 * 2048 * 1024 + 32 * 2048 * 4 + 2 * 64 * 1025, rel=0.01
     )
@@ -92,7 +94,7 @@ def planted(case, outcome, monkeypatch):
     [(110, True, ""), (111, True, "moves too much"), (100, False, "wrong")],
 )
 def test_gates(moved, is_right, fails, tmp_path, monkeypatch, capsys):
-    launch = counted.Moved("pack_kernel", (4,), 2, moved, 64, 10)
+    launch = counted.Moved("pack_kernel", (4,), 2, moved + 50, 64, 10, 50)
     outcome = Outcome([launch], 100, is_right)
     planted(_pack(BF16, 64, 64, 8, False), outcome, monkeypatch)
     monkeypatch.setattr(traffic, "RESULTS", tmp_path / "results" / "traffic.csv")
@@ -102,7 +104,8 @@ def test_gates(moved, is_right, fails, tmp_path, monkeypatch, capsys):
         file.readline()
         (row,) = csv.DictReader(file)
     assert row["fails"] == fails
-    assert row["launches"] == f"pack_kernel 4: {moved}"
+    assert row["launches"] == f"pack_kernel 4: {moved + 50}"
+    assert (row["moved_bytes"], row["sums_bytes"]) == (str(moved), "50")
     assert float(row["bytes_per_request"]) == 32
 
 
