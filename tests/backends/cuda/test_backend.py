@@ -123,6 +123,15 @@ def test_what_the_kernels_cannot_serve_is_left_to_the_library(ops):
     assert ops.calls["linear_wgrad"] == 0
 
 
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("t", "inputs"), [(4, 0), (0, 8), (0, 0)])
+def test_a_layer_without_inputs_or_rows(t, inputs, mask, ops):
+    """Its weight is empty, or no kernel has anything to read."""
+    with dispatch.forced_strategy(Strategy.FUSED):
+        linear(t, 16, inputs, torch.float32, mask)
+    assert ops.calls["linear_wgrad"] == 0
+
+
 @pytest.mark.parametrize(("inputs", "padding"), [(24, 1), (320, 1), (24, 2), (24, 3)])
 def test_few_rows_of_a_convolution(inputs, padding, ops):
     """Packed where several tiles of columns would read dY; padding of 3 goes by taps."""
