@@ -200,6 +200,17 @@ def test_where_nothing_was_measured_the_first_backend_that_can_serves():
     assert dispatch.choice_for(LINEAR, 9, alone) == FUSED
 
 
+@pytest.mark.parametrize(("problem", "backend"), [(LINEAR, "cuda"), (UNALIGNED, "triton")])
+def test_what_a_cuda_graph_replays_is_an_own_kernel_of_the_first_backend(
+    problem, backend, monkeypatch
+):
+    monkeypatch.setattr(dispatch, "_rehearsed", {})
+    with neq.capturable():
+        choice = dispatch._replayed_choice(problem, GPU, [True] * 3, False)
+    assert choice == Choice(Strategy.FUSED, (), backend)
+    assert dispatch._replayed_choice(problem, GPU, [True] * 3, False) == choice
+
+
 def test_tune_measures_every_layer_and_keeps_the_winners(own_folder):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 6))
     before = [p.clone() for p in model.parameters()]
