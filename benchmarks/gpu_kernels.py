@@ -153,6 +153,7 @@ class _Cells:
             if provider.why_not(problem.geometry, operands[2]) is None:
                 calls[name] = kernels.peer_call(provider, problem, *operands, active)
         own = self._lab.backend
+        place = dispatch.Place((own,), "cuda", 0)
         calls[OURS] = _layer(problem, *operands, channels, own)
         # With every channel active a layer, and all strategies but one, make the library's call.
         partly = n < problem.neurons
@@ -160,7 +161,7 @@ class _Cells:
             for other in self._lab.others:
                 if other != own:
                     calls[f"{OURS} {other}"] = _layer(problem, *operands, channels, other)
-        for choice, module in dispatch.contestants(problem, n, (own,)).items():
+        for choice, module in dispatch.contestants(problem, n, place).items():
             if not (partly or choice.strategy == Strategy.FUSED):
                 continue
             name = f"{OURS} {choice.strategy.name.lower()}"

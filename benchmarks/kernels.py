@@ -110,7 +110,7 @@ def _providers(
     if options.strategies:
         calls |= {f"{OURS} {s.name.lower()}": by(s) for s in usable}
     if options.tuned:
-        possible = dispatch.contestants(problem, n, (backend,))
+        possible = dispatch.contestants(problem, n, dispatch.place_of("cpu"))
         winner = contest.fastest(problem, n, possible, seconds=options.seconds / 2)
         calls[TUNED] = by(winner.strategy)
     return calls

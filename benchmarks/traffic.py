@@ -33,6 +33,8 @@ from benchmarks.record import Record, Row
 from benchmarks.traffic_cases import OPERATIONS, Case, cases
 
 RESULTS = Path(__file__).parent / "results" / "traffic.csv"
+# The sums in parts have to stay in the L2 of every GPU that the kernels are made for.
+MOST_SUMS_BYTES = 16 << 20
 # What an operation may move, of the least; the others multiply tile by tile, and read their
 # operands again for every tile.
 GATES = {
@@ -74,6 +76,8 @@ def row(case: Case) -> Row:
     fails = [] if outcome.is_right else ["wrong"]
     if gate is not None and ratio > gate:
         fails.append("moves too much")
+    if sums > 2 * MOST_SUMS_BYTES:  # written and read
+        fails.append("sums leave L2")
     return {
         "operation": case.operation,
         "dtype": str(case.dtype).removeprefix("torch."),

@@ -106,22 +106,6 @@ def candidates(problem: Problem, backend: str) -> tuple[Strategy, ...]:
     return usable
 
 
-def contestants(problem: Problem, n: int, backends: tuple[str, ...]) -> Mapping[Choice, ModuleType]:
-    """Every way of computing a weight gradient that one of these backends has, and by whom; the
-    library's own kernel once."""
-    found: dict[Choice, ModuleType] = {}
-    for backend in backends:
-        name = backend if len(backends) > 1 else ""
-        for strategy in candidates(problem, backend):
-            settings: tuple[tuple[int, ...], ...] = ((),)
-            if strategy == Strategy.FUSED and backend == "triton":
-                settings = triton.settings(problem, n)
-            for each in settings:
-                choice = Choice(strategy, each, "" if strategy == Strategy.DENSE else name)
-                found.setdefault(choice, _BACKENDS[backend])
-    return found
-
-
 class Place(NamedTuple):
     """Where and by whom something is computed: ``backends`` as :func:`backends_for` names them;
     ``threads`` are 0 on a GPU."""
@@ -130,9 +114,26 @@ class Place(NamedTuple):
     device_type: str
     threads: int
 
+    def choice(self, strategy: Strategy, backend: str, settings: tuple[int, ...] = ()) -> Choice:
+        """Of one of the backends. On a GPU, where others may serve tomorrow, it says which;
+        PyTorch's own kernel is nobody's."""
+        is_named = self.device_type == "cuda" and strategy != Strategy.DENSE
+        return Choice(strategy, settings, backend if is_named else "")
+
     def module(self, choice: Choice) -> ModuleType:
         """That of the backend which serves."""
         return _BACKENDS[choice.backend or self.backends[0]]
+
+    def strategies(self, problem: Problem) -> dict[str, tuple[Strategy, ...]]:
+        """Those of each backend. How many channels each group has to pack would have to be asked of
+        the GPU."""
+        packs = (
+            self.device_type == "cpu" or problem.geometry is None or problem.geometry.groups == 1
+        )
+        return {
+            backend: tuple(s for s in candidates(problem, backend) if packs or s != Strategy.PACK)
+            for backend in self.backends
+        }
 
 
 def place_of(device_type: str) -> Place:
@@ -141,16 +142,27 @@ def place_of(device_type: str) -> Place:
     return Place(backends_for(device_type), device_type, threads)
 
 
+def contestants(problem: Problem, n: int, place: Place) -> Mapping[Choice, ModuleType]:
+    """Every way of computing a weight gradient there, and by whom; PyTorch's own kernel once."""
+    found: dict[Choice, ModuleType] = {}
+    for backend, usable in place.strategies(problem).items():
+        for strategy in usable:
+            settings: tuple[tuple[int, ...], ...] = ((),)
+            if strategy == Strategy.FUSED and backend == "triton":
+                settings = triton.settings(problem, n)
+            for each in settings:
+                found.setdefault(place.choice(strategy, backend, each), _BACKENDS[backend])
+    return found
+
+
 @functools.lru_cache(maxsize=8192)
 def choice_for(problem: Problem, n: int, place: Place) -> Choice:
     """How the weight gradient of ``n`` active channels is computed."""
-    usable = {each: candidates(problem, each) for each in place.backends}
+    usable = place.strategies(problem)
     every = tuple(dict.fromkeys(strategy for some in usable.values() for strategy in some))
 
     def by_rule(strategy: Strategy) -> Choice:
-        if strategy == Strategy.DENSE or len(usable) == 1:
-            return Choice(strategy)
-        return Choice(strategy, (), next(b for b, some in usable.items() if strategy in some))
+        return place.choice(strategy, next(b for b, some in usable.items() if strategy in some))
 
     if _forced is not None:
         return by_rule(_forced if _forced in every else every[0])
@@ -158,7 +170,7 @@ def choice_for(problem: Problem, n: int, place: Place) -> Choice:
         return by_rule(every[0])
     table = table_for(place)
     winner = table.get(problem, n)
-    possible = contestants(problem, n, place.backends)
+    possible = contestants(problem, n, place)
     if (
         winner is not None
         and winner.strategy in every
@@ -328,9 +340,6 @@ def conv_backward(
             n = k
         else:
             choice = choice_for(problem, n, place)
-            # How many channels each group has to pack would have to be asked of the GPU.
-            if choice.strategy == Strategy.PACK and geometry.groups > 1 and not weight.is_cpu:
-                choice = Choice(Strategy.DENSE)
     module = place.module(choice)
     more: dict[str, Any] = {"count": count} if module in FOR_GPUS.values() else {}
     if choice.settings:
@@ -425,7 +434,7 @@ def _replayed_choice(
     if _rehearsing:
         choice = choice_for(problem, problem.neurons, place)
         if choice.strategy != Strategy.FUSED:
-            choice = Choice(Strategy.FUSED, (), with_own[0] if len(place.backends) > 1 else "")
+            choice = place.choice(Strategy.FUSED, with_own[0])
         _rehearsed[key] = choice
     elif key not in _rehearsed:
         logger.warning(

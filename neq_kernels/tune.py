@@ -75,7 +75,7 @@ def tune(
             n: contest.fastest(
                 problem,
                 n,
-                dispatch.contestants(problem, n, place.backends),
+                dispatch.contestants(problem, n, place),
                 device,
                 seconds,
                 clock,
@@ -91,14 +91,21 @@ def tune(
 
 
 def tuning_state_dict() -> dict[str, Any]:
-    """The measured winners in use, by type of device, for a checkpoint: those of the present number
-    of threads and, where there is one, of the GPU."""
-    types = _DEVICE_TYPES if torch.cuda.is_available() else ("cpu",)
-    return {name: dispatch.table_for(dispatch.place_of(name)).state_dict() for name in types}
+    """The measured winners in use and the backends that serve, by type of device, for a checkpoint:
+    those of the present number of threads and, where there is one, of the GPU."""
+    places = [dispatch.place_of(name) for name in _device_types()]
+    return {
+        place.device_type: {
+            **dispatch.table_for(place).state_dict(),
+            "backends": list(place.backends),
+        }
+        for place in places
+    }
 
 
 def load_tuning_state_dict(state: Mapping[str, Any]) -> None:
-    """Use exactly the winners of a checkpoint, so that a resumed run makes the same bits.
+    """Use exactly the winners of a checkpoint, so that a resumed run makes the same bits. Where
+    other backends serve than did then it does not; a warning says so.
 
     Raises:
         ValueError: ``state`` is not what :func:`tuning_state_dict` returned; nothing is changed.
@@ -109,8 +116,20 @@ def load_tuning_state_dict(state: Mapping[str, Any]) -> None:
     for winners in state.values():
         parsed(winners)
     for device_type, winners in state.items():
-        dispatch.table_for(dispatch.place_of(device_type)).load_state_dict(winners)
+        place = dispatch.place_of(device_type)
+        dispatch.table_for(place).load_state_dict(winners)
+        before, now = winners.get("backends"), list(place.backends)
+        if device_type in _device_types() and before not in (None, now):
+            logger.warning(
+                "tuning: %s tensors were served by %s, now by %s: bits may differ (see neq doctor)",
+                *(device_type, before, now),
+            )
     dispatch.forget_choices()
+
+
+def _device_types() -> tuple[str, ...]:
+    """Those that can be used here."""
+    return _DEVICE_TYPES if torch.cuda.is_available() else ("cpu",)
 
 
 def _counts(k: int, shares: Sequence[float] | None) -> list[int]:

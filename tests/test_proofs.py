@@ -16,12 +16,12 @@ def gpu(tmp_path, monkeypatch):
     """A GPU by name; nothing runs on it."""
     monkeypatch.setenv(tuning.DIRECTORY_VARIABLE, str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
-    proofs._about.cache_clear()
+    monkeypatch.setattr(proofs, "_outcomes", {})
     dispatch.backends_for.cache_clear()
     yield tmp_path
     monkeypatch.undo()
-    proofs._about.cache_clear()
     dispatch.backends_for.cache_clear()
 
 
@@ -37,14 +37,36 @@ def checks(backend, device="cuda", wrong=()):
         (checks("cuda")[:-1], ()),
         (checks("cuda", device="cpu"), ()),
         (checks("aten"), ()),
-        ([*checks("cuda"), Check("the rest", "any", "any", 0, ("died",))], ()),
         ([], ()),
     ],
 )
-def test_a_backend_is_proved_by_every_op(gpu, outcome, right):
+def test_a_backend_is_proved_by_every_op(gpu, outcome, right, monkeypatch):
     assert proofs.proved() is None
     assert selfcheck.prove(outcome) == right
     assert proofs.proved() == right
+    monkeypatch.setattr(proofs, "_outcomes", {})  # as in another process
+    assert proofs.proved() == right
+
+
+def test_a_check_that_was_not_finished_proves_and_refutes_nothing(gpu):
+    died = Check("the rest", selfcheck.ANY, selfcheck.ANY, 0, ("out of memory",))
+    assert selfcheck.prove([*checks("cuda"), died]) == ()
+    assert proofs.proved() is None
+
+
+def test_what_cannot_be_written_holds_in_this_process(gpu, monkeypatch, caplog):
+    (gpu / "file").write_text("")
+    monkeypatch.setenv(tuning.DIRECTORY_VARIABLE, str(gpu / "file"))
+    assert selfcheck.prove(checks("cuda")) == ("cuda",)
+    assert proofs.proved() == ("cuda",)
+    assert "is not saved" in caplog.text
+
+
+def test_where_gpus_differ_nothing_is_proved(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i=0: f"GPU {i}")
+    assert selfcheck.prove(checks("cuda")) == ()
+    assert proofs.proved() is None
+    assert list(gpu.iterdir()) == []
 
 
 def test_an_unserved_failure_is_no_failure_of_the_others(gpu, caplog):
@@ -53,23 +75,35 @@ def test_an_unserved_failure_is_no_failure_of_the_others(gpu, caplog):
     assert "linear_backward of aten on cuda is wrong: off" in caplog.text
 
 
-def test_a_proof_holds_for_one_gpu_and_version(gpu, monkeypatch):
+def test_a_proof_holds_for_one_gpu_version_and_build(gpu, monkeypatch):
     proofs.keep(["cuda"])
-    for what, other in (("get_device_name", "another GPU"), (None, "9.9")):
+    others = (
+        (torch.cuda, "get_device_name", lambda *_: "another GPU"),
+        (torch, "__version__", "9.9"),
+        (proofs, "_built_with", lambda: {"cuda library": "of today"}),
+    )
+    for where, what, other in others:
         with monkeypatch.context() as m:
-            if what:
-                m.setattr(torch.cuda, what, lambda *_, other=other: other)
-            else:
-                m.setattr(torch, "__version__", other)
-            proofs._about.cache_clear()
+            m.setattr(where, what, other)
             assert proofs.proved() is None
-    proofs._about.cache_clear()
     assert proofs.proved() == ("cuda",)
+
+
+def test_a_build_is_known_by_its_bytes(tmp_path, monkeypatch):
+    seen = []
+    for text in ("a", "b", None):
+        library = tmp_path / "_cuda.so"
+        library.write_text(text) if text else library.unlink()
+        monkeypatch.setattr(proofs.cuda, "LIBRARY", library)
+        seen.append(proofs._built_with.__wrapped__()["cuda library"])
+    assert len(set(seen)) == 3
+    assert seen[2] == ""
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"checked_with": {}, "right": ["cuda"]}'])
 def test_a_file_that_says_something_else_is_ignored(gpu, caplog, text):
     proofs.keep(["cuda"])
+    proofs._outcomes.clear()
     (path,) = gpu.glob("selfcheck-*.json")
     assert json.loads(path.read_text())["right"] == ["cuda"]
     path.write_text(text)

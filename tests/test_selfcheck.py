@@ -105,6 +105,17 @@ def test_a_row_step_that_moves_a_frozen_row_is_found(monkeypatch, only_aten):
     assert checks["Adam row step", "torch"].passed
 
 
+def test_what_a_process_complains_of_does_not_hold_it_up(monkeypatch, tmp_path):
+    """More than a pipe takes."""
+    python = tmp_path / "python"
+    line = json.dumps(dataclasses.asdict(selfcheck.Check("linear_backward", "cpu", "cpu", 3, ())))
+    python.write_text(f"#!/bin/sh\nhead -c 300000 /dev/zero >&2\necho '{line}'\n")
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(sys, "executable", str(python))
+    (check,) = selfcheck.run_apart()
+    assert check.passed
+
+
 def test_a_process_that_dies_is_a_failed_check(monkeypatch, tmp_path):
     python = tmp_path / "python"
     line = json.dumps(dataclasses.asdict(selfcheck.Check("linear_backward", "cpu", "cpu", 3, ())))

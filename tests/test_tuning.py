@@ -132,7 +132,7 @@ def test_a_checkpoint_brings_exactly_its_own_winners():
 
 def test_dispatch_follows_the_table():
     place = dispatch.place_of("cpu")
-    for choice in dispatch.contestants(CONV, 4, place.backends):
+    for choice in dispatch.contestants(CONV, 4, place):
         dispatch.table_for(place).put(CONV, 4, choice)
         dispatch.forget_choices()
         assert dispatch.choice_for(CONV, 4, place) == choice
@@ -154,14 +154,14 @@ def test_winners_of_the_cpu_are_none_of_a_gpu():
 
 def test_settings_are_followed_where_the_kernel_has_them():
     place = dispatch.Place(("triton",), "cuda", 0)
-    possible = dispatch.contestants(LINEAR, 9, place.backends)
+    possible = dispatch.contestants(LINEAR, 9, place)
     ways = [choice for choice in possible if choice.settings]
     assert len(ways) > 1
-    for choice in (*ways, FUSED):
+    for choice in (*ways, Choice(Strategy.FUSED, (), "triton")):
         dispatch.table_for(place).put(LINEAR, 9, choice)
         dispatch.forget_choices()
         assert dispatch.choice_for(LINEAR, 9, place) == choice
-    dispatch.table_for(place).put(LINEAR, 9, Choice(Strategy.FUSED, (1, 2, 3)))
+    dispatch.table_for(place).put(LINEAR, 9, Choice(Strategy.FUSED, (1, 2, 3), "triton"))
     dispatch.forget_choices()
     assert dispatch.choice_for(LINEAR, 9, place).settings == ()
 
@@ -172,7 +172,7 @@ UNALIGNED = Problem((32, 9), (16, 9), None, False, torch.float16)
 
 
 def test_on_a_gpu_the_table_says_which_backend_serves():
-    possible = dispatch.contestants(LINEAR, 9, GPU.backends)
+    possible = dispatch.contestants(LINEAR, 9, GPU)
     assert [c.backend for c in possible if c.strategy == Strategy.PACK] == list(GPU.backends)
     assert {c.backend for c in possible if c.strategy == Strategy.FUSED} == {"cuda", "triton"}
     assert [c for c in possible if c.strategy == Strategy.DENSE] == [Choice(Strategy.DENSE)]
@@ -197,7 +197,7 @@ def test_where_nothing_was_measured_the_first_backend_that_can_serves():
     assert dispatch.choice_for(wide, 400, GPU) == Choice(Strategy.PACK, (), "cuda")
     assert dispatch.choice_for(wide, 4000, GPU) == Choice(Strategy.DENSE)
     alone = GPU._replace(backends=("triton",))
-    assert dispatch.choice_for(LINEAR, 9, alone) == FUSED
+    assert dispatch.choice_for(LINEAR, 9, alone) == Choice(Strategy.FUSED, (), "triton")
 
 
 @pytest.mark.parametrize(("problem", "backend"), [(LINEAR, "cuda"), (UNALIGNED, "triton")])
@@ -348,6 +348,29 @@ def test_states_of_all_tables_are_kept_and_checked_before_any_is_used(monkeypatc
     neq.load_tuning_state_dict(state)
     assert dispatch.table_for(place).get(CONV, 4) == PACK
     assert dispatch.table_for(gpu).get(LINEAR, 4).settings == (16, 32, 16, 4, 2, 1)
+
+
+def test_a_checkpoint_of_other_backends_is_told_of(monkeypatch, caplog):
+    state = json.loads(json.dumps(neq.tuning_state_dict()))
+    neq.load_tuning_state_dict(state)
+    assert caplog.text == ""
+    state["cpu"]["backends"] = ["abacus"]
+    state["cuda"] = {"winners": {}, "backends": ["cuda", "aten"]}  # of no device here
+    neq.load_tuning_state_dict(state)
+    now = list(dispatch.backends_for("cpu"))
+    (record,) = caplog.records
+    served = f"cpu tensors were served by ['abacus'], now by {now}"
+    assert record.getMessage() == f"tuning: {served}: bits may differ (see neq doctor)"
+
+
+def test_no_way_packs_the_channels_of_groups_on_a_gpu():
+    """How many each group has would have to be asked of it."""
+    g = ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), 4)
+    grouped = Problem((2, 16, 6, 6), (16, 4, 3, 3), g, False, torch.float32)
+    strategies = {choice.strategy for choice in dispatch.contestants(grouped, 4, GPU)}
+    assert strategies == {Strategy.DENSE, Strategy.FUSED}
+    on_cpu = dispatch.contestants(grouped, 4, dispatch.place_of("cpu"))
+    assert Choice(Strategy.PACK) in on_cpu
 
 
 def test_every_round_of_a_contest_has_an_order_of_its_own():

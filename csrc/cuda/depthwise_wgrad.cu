@@ -34,9 +34,12 @@ bool is_of_vectors(const T* images, const ImageStrides& strides, int channels) {
 // `call` with the kernel's Taps, or without where only depthwise_any_kernel serves.
 template <class T, class Call, class Otherwise>
 auto with_taps(const int32_t* geometry, const Call& call, const Otherwise& otherwise) {
-  const int32_t *kernel = geometry + 4, *stride = geometry + 6, *dilation = geometry + 10;
+  const int32_t *kernel = geometry + 4, *stride = geometry + 6, *padding = geometry + 8;
+  const int32_t* dilation = geometry + 10;
   const bool is_square = kernel[0] == kernel[1] && stride[0] == stride[1];
   if (!is_square || stride[0] > 2 || dilation[0] != 1 || dilation[1] != 1) return otherwise();
+  // Rows of the padding alone are no band of an image.
+  if (padding[0] >= kernel[0]) return otherwise();
   switch (10 * kernel[0] + stride[0]) {
     case 31:
       return call(Taps<T, 3, 1>{});

@@ -30,6 +30,8 @@ constexpr int64_t kBlocksEach = 2, kPackBlocksEach = 3;
 // Each block first finds its neurons, fills its stages and reads what borders on its rows: these
 // are to be at least so many of the tile's.
 constexpr int64_t kLeastSteps = 6;
+// So that the sums of all parts stay in L2.
+constexpr int64_t kMostSumsBytes = 16 << 20;
 // Up to so many neurons are gathered where one tile has all columns; more are packed first.
 constexpr int64_t kMostGathered = 32, kFewRows = 16;
 // Padding that a convolution in one pass may have.
@@ -130,7 +132,8 @@ struct Cut {
     const auto fastest =
         static_cast<int64_t>(std::sqrt(operands / static_cast<double>(sums_bytes)));
     const int64_t wanted = ceil_div(kBlocksEach * processors, tiles);
-    const int64_t most = std::min({t / (kLeastSteps * rows), fastest, wanted});
+    const int64_t most =
+        std::min({t / (kLeastSteps * rows), fastest, wanted, kMostSumsBytes / sums_bytes});
     per_part = ceil_div(ceil_div(t, std::max(most, int64_t{1})), rows) * rows;
     parts = ceil_div(t, per_part);
   }

@@ -23,9 +23,9 @@ from neq_kernels.channels import NeuronLayout
 from neq_kernels.problem import ConvGeometry, Problem, Strategy
 
 ENVIRONMENT_VARIABLE = "NEQ_KERNELS_CUDA_LIBRARY"
-_LIBRARY = Path(__file__).parent.parent / "_cuda.so"
+LIBRARY = Path(__file__).parent.parent / "_cuda.so"
 _LEAST_CAPABILITY = (7, 5)
-# Rows of a matrix start at multiples of so many bytes, and pixels are numbered in 31 bits.
+# Rows of a matrix start at multiples of so many bytes; rows and pixels are numbered in 31 bits.
 _ALIGNMENT, _MOST_PIXELS = 16, 2**31
 
 _leaf = torch.ops.neq_kernels_cuda
@@ -36,7 +36,7 @@ def unavailable() -> str | None:
     """None where the kernels can run, else why they cannot."""
     library = os.environ.get(ENVIRONMENT_VARIABLE)
     if library is None:
-        if not _LIBRARY.exists():
+        if not LIBRARY.exists():
             return "the CUDA extension was not built when neq_kernels was installed"
         if torch.version.hip is not None or not torch.cuda.is_available():
             return "PyTorch finds no NVIDIA GPU"
@@ -45,7 +45,7 @@ def unavailable() -> str | None:
             needed, got = (".".join(map(str, c)) for c in (_LEAST_CAPABILITY, capability))
             return f"expected a GPU of compute capability {needed} or newer, got {got}"
     try:
-        torch.ops.load_library(library or str(_LIBRARY))
+        torch.ops.load_library(library or str(LIBRARY))
         _leaf.multiprocessors()
     except (OSError, RuntimeError) as error:  # a file, or a driver, that does not fit
         return f"the CUDA extension cannot be used: {error}"
@@ -69,7 +69,7 @@ def strategies(problem: Problem) -> tuple[Strategy, ...]:
 
 
 def _serves(problem: Problem) -> bool:
-    if problem.dtype not in gpu.DTYPES:
+    if problem.dtype not in gpu.DTYPES or problem.output_positions >= _MOST_PIXELS:
         return False
     if problem.is_depthwise:
         return True
@@ -78,8 +78,7 @@ def _serves(problem: Problem) -> bool:
         return False
     if problem.geometry is None:
         return True
-    is_plain = problem.is_plain_conv2d and problem.channels_last
-    return is_plain and problem.output_positions < _MOST_PIXELS
+    return problem.is_plain_conv2d and problem.channels_last
 
 
 def linear_backward(

@@ -109,6 +109,15 @@ def test_gates(moved, is_right, fails, tmp_path, monkeypatch, capsys):
     assert float(row["bytes_per_request"]) == 32
 
 
+def test_sums_that_do_not_stay_in_l2_fail(monkeypatch):
+    case = _pack(BF16, 64, 64, 8, False)
+    for sums, fails in ((2 * traffic.MOST_SUMS_BYTES, ""), (2**26, "sums leave L2")):
+        launch = counted.Moved("wgrad_kernel", (4,), 2, sums + 100, 64, 10, sums)
+        planted(case, Outcome([launch], 100, True), monkeypatch)
+        (row,) = traffic.rows(["pack"])
+        assert row["fails"] == fails
+
+
 def test_outside_of_a_checkout_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(counted.importlib.util, "find_spec", lambda _: None)
     assert traffic.main([]) == 2

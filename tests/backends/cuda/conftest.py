@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -43,20 +43,23 @@ def full_precision() -> Iterator[None]:
     setting.fp32_precision = before
 
 
-@pytest.fixture(scope="session")
-def emulated_library() -> str | None:
-    """None where a GPU is there to run the library."""
-    if DEVICE == "cuda":
-        return None
-    sources = [*sorted(FOLDER.glob("*.cu")), FOLDER / "ops.cpp"]
+def build_emulated(replace: Sequence[tuple[str, str, str]] = ()) -> str:
+    """The backend's library with the emulator in it."""
     library = build(
-        sources,
+        [*sorted(FOLDER.glob("*.cu")), FOLDER / "ops.cpp"],
         checked=False,
         defines={"NEQ_CUDA_ON_CPU": 1, "TORCH_TARGET_VERSION": "0x020a000000000000"},
+        replace=replace,
         flags=[f"-isystem{path}" for path in include_paths()],
         links=[*(f"-L{path}" for path in library_paths()), "-ltorch_cpu"],
     )
     return str(library.path)
+
+
+@pytest.fixture(scope="session")
+def emulated_library() -> str | None:
+    """None where a GPU is there to run the library."""
+    return None if DEVICE == "cuda" else build_emulated()
 
 
 @pytest.fixture

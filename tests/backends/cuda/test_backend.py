@@ -14,6 +14,7 @@ from neq_kernels.backends import aten, cuda
 from neq_kernels.channels import NeuronLayout
 from neq_kernels.problem import ConvGeometry, Problem, Strategy
 from tests.backends.cuda.cases import DEVICE, DTYPES, images
+from tests.backends.cuda.conftest import build_emulated
 from tests.backends.triton.cases import MASKS, assert_gradient, channels
 
 
@@ -123,6 +124,15 @@ def test_what_the_kernels_cannot_serve_is_left_to_the_library(ops):
     assert ops.calls["linear_wgrad"] == 0
 
 
+def test_what_is_numbered_in_more_than_31_bits_is_the_librarys():
+    size = (2**12, 8, 2**10, 2**9)
+    few = (2, *size[1:])
+    for weight, g in (((8, 1, 3, 3), geometry(groups=8)), ((8, 8, 3, 3), geometry())):
+        for x, usable in ((few, True), (size, False)):
+            problem = Problem(x, weight, g, True, torch.float16)
+            assert (Strategy.FUSED in cuda.strategies(problem)) == usable
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("t", "inputs"), [(4, 0), (0, 8), (0, 0)])
 def test_a_layer_without_inputs_or_rows(t, inputs, mask, ops):
@@ -184,7 +194,7 @@ def test_without_the_emulator_there_is_a_reason(monkeypatch):
             "PyTorch finds no NVIDIA GPU",
             "the CUDA extension was not built when neq_kernels was installed",
         )
-    monkeypatch.setattr(cuda, "_LIBRARY", cuda._LIBRARY.with_name("missing.so"))
+    monkeypatch.setattr(cuda, "LIBRARY", cuda.LIBRARY.with_name("missing.so"))
     cuda.unavailable.cache_clear()
     assert cuda.unavailable() == "the CUDA extension was not built when neq_kernels was installed"
     cuda.unavailable.cache_clear()
@@ -220,3 +230,75 @@ def test_the_self_check_runs_and_finds_every_kernel_right(ops, monkeypatch):
         *("linear_wgrad", "conv_wgrad", "depthwise_wgrad", "pack", "scatter_rows"),
         *("channel_similarity", "sgd_rows_", "adam_rows_"),
     }
+
+
+# Each in one kernel, tile or strategy alone, and the case and dtype that have to show it.
+FAULTS = {
+    "rows of channels_last": (
+        (
+            "depthwise_wgrad.cuh",
+            "= to_float(rows[dy_at + q * dy_pitch]);",
+            "= 2 * to_float(rows[dy_at + q * dy_pitch]);",
+        ),
+        "depthwise 3x3, stride 1, channels_last, torch.float16",
+    ),
+    "sides and strides": (
+        (
+            "depthwise_wgrad.cuh",
+            "sums[r * Taps::kSide + s] +=",
+            "if (Taps::kSide < 7 && Taps::kStride == 1) sums[r * Taps::kSide + s] +=",
+        ),
+        "depthwise 3x3, stride 2, torch.float32",
+    ),
+    "16 neurons": (
+        (
+            "few_rows_conv.cuh",
+            "ptx::ldmatrix_x4_trans(dy, taps.read(tap));",
+            "ptx::ldmatrix_x4_trans(dy, taps.read(0));",
+        ),
+        "conv 3x3, 64 channels, 16 features, torch.bfloat16, active: all",
+    ),
+    "16 neurons of float32": (
+        ("few_rows_conv.cuh", "second = Tile::kNeurons > 8 ? dy[8] : 0.0f;", "second = 0.0f;"),
+        "conv 3x3, 64 channels, 16 features, torch.float32, active: all",
+    ),
+    "warps of few rows": (
+        (
+            "few_rows_conv.cuh",
+            "if (column >= f.c) continue;",
+            "if (column >= f.c || column >= 64) continue;",
+        ),
+        "conv 3x3, 128 channels, 16 features, torch.float32, active: one",
+    ),
+    "a stride": (
+        ("wgrad.cuh", "p_ * rows.stride_h + tap.h", "p_ + tap.h"),
+        "conv 3x3, strided, torch.float16",
+    ),
+}
+
+
+def test_the_self_check_finds_what_is_wrong_in_one_kernel(monkeypatch):
+    """All at once: none of the cases named is for another's fault."""
+    registered = [
+        ("ops.cpp", f"LIBRARY{name}", f"LIBRARY{name}".replace("kernels_cuda", "kernels_faulty"))
+        for name in (
+            "(neq_kernels_cuda,",
+            "_IMPL(neq_kernels_cuda, NEQ_CUDA_KEY,",
+            "_IMPL(neq_kernels_cuda, CompositeExplicitAutograd,",
+        )
+    ]
+    library = build_emulated([*registered, *(fault for fault, _ in FAULTS.values())])
+    monkeypatch.setenv(cuda.ENVIRONMENT_VARIABLE, library)
+    monkeypatch.setattr(cuda, "_leaf", torch.ops.neq_kernels_faulty)
+    cuda.unavailable.cache_clear()
+    with selfcheck.forced("cuda"):
+        failures = selfcheck._gradients("conv_backward", "cuda", "cpu").failures
+    cuda.unavailable.cache_clear()
+    for _, case in FAULTS.values():
+        assert any(case in failure for failure in failures), case
+    right = (
+        "conv, depthwise 5x5, stride 1, torch",
+        "conv 1x1, 16 features, ",
+        "conv 3x3, wide dil",
+    )
+    assert not [failure for failure in failures if failure.startswith(right)]

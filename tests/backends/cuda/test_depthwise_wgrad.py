@@ -174,6 +174,14 @@ def test_ragged_shapes(name, layout):
     check(problem, g, "all", torch.float32, layout, rows=2, bias=False)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_padding_that_is_wider_than_the_kernel(layout):
+    """Bands of it alone have no rows of X: the last one's would lie behind the tensor."""
+    g = ConvGeometry((1, 1), (8, 8), (1, 1), False, (0, 0), 2)
+    launches = check((1, 2, 2, (33, 31), (3, 3)), g, "all", torch.float16, layout, blocks=264)
+    assert kernel_of(launches) == "any"
+
+
 def test_strides_of_slices():
     """Images that lie in larger ones."""
     g = geometry(padding=(1, 1), groups=6)

@@ -50,7 +50,7 @@ def test_the_kernel_of_the_table_is_rehearsed(device, monkeypatch):
     """Its settings are those that won with everything active."""
     problem = Problem((50, 16), (8, 16), None, False, torch.float16)
     monkeypatch.setattr(dispatch, "_rehearsed", {})
-    chosen = list(dispatch.contestants(problem, 8, ("triton",)))[-1]
+    chosen = list(dispatch.contestants(problem, 8, dispatch.place_of(device)))[-1]
     assert chosen.settings
     monkeypatch.setattr(dispatch, "choice_for", lambda *_: chosen)
     given, backend = [], triton.linear_backward
