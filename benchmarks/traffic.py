@@ -5,9 +5,9 @@
 >>> python -m benchmarks.traffic --publish    # the table of benchmarks/results
 
 The operators of the CUDA backend run on the emulator of the tests, which lies in ``tests/``: from
-the root of a checkout only. They cut the work as on an H100 of 132 multiprocessors. The shapes are
-small, because every access of every thread is looked at; a larger reduction gives each block more
-rows, and what is moved beside the operands weighs less.
+the root of a checkout only. They cut the work as on an H100 of 132 multiprocessors. Most shapes
+are small, because every access of every thread is looked at; a larger reduction gives each block
+more rows, and what is moved beside the operands weighs less.
 
 ``moved``: the distinct 32-byte sectors of every request of a warp, without caches, but for the
 ``sums`` of a reduction in parts: one launch writes them, and the next one reads them while they are

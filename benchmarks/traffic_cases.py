@@ -108,6 +108,8 @@ def cases() -> Iterator[Case]:
         yield _linear("linear few rows", BF16, 16384, 512, 512, n)
     for t, c in ((8192, 1024), (16384, 64), (1024, 512)):
         yield _linear("linear few rows", BF16, t, 512, c, 8)
+    # As long as in training: the sums in parts are few beside the operands.
+    yield _linear("linear few rows", BF16, 131072, 512, 512, 8)
     yield _linear("linear wide", BF16, 8192, 512, 128, 32)
     yield _linear("linear wide", BF16, 4096, 512, 512, 32)
     yield _linear("linear packed", BF16, 4096, 512, 512, 64)
@@ -117,6 +119,7 @@ def cases() -> Iterator[Case]:
     yield _conv("conv few rows", BF16, (12, 64, 28, 32), 64, 8)
     yield _conv("conv few rows", BF16, (64, 64, 28, 32), 64, 1)
     yield _conv("conv few rows", BF16, (12, 256, 14, 14), 256, 8)
+    yield _conv("conv few rows", BF16, (256, 64, 56, 56), 64, 8)
     yield _conv("conv by taps", BF16, (12, 128, 28, 28), 256, 8, kernel=1)
     yield _conv("conv by taps", BF16, (6, 128, 28, 28), 256, 8, stride=2)
     yield _conv("conv by taps", BF16, (4, 64, 28, 28), 128, 32)
