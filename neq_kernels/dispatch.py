@@ -170,14 +170,12 @@ def choice_for(problem: Problem, n: int, place: Place) -> Choice:
         return by_rule(every[0])
     table = table_for(place)
     winner = table.get(problem, n)
-    possible = contestants(problem, n, place)
-    if (
-        winner is not None
-        and winner.strategy in every
-        and (winner in possible or winner == by_rule(winner.strategy))
-    ):
-        return winner
+    if winner is not None and winner.strategy in every:
+        possible = contestants(problem, n, place)
+        if winner in (*possible, by_rule(winner.strategy)):
+            return winner
     if tuning.measures_on_the_fly():
+        possible = contestants(problem, n, place)
         winner = contest.fastest(problem, n, possible, place.device_type)
         table.put(problem, n, winner)
         table.save()
