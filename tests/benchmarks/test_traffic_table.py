@@ -94,7 +94,7 @@ def planted(case, outcome, monkeypatch):
     [(110, True, ""), (111, True, "moves too much"), (100, False, "wrong")],
 )
 def test_gates(moved, is_right, fails, tmp_path, monkeypatch, capsys):
-    launch = counted.Moved("pack_kernel", (4,), 2, moved + 50, 64, 10, 50)
+    launch = counted.Moved("pack_kernel", (4,), 2, moved, 64, 10, 0)
     outcome = Outcome([launch], 100, is_right)
     planted(_pack(BF16, 64, 64, 8, False), outcome, monkeypatch)
     monkeypatch.setattr(traffic, "RESULTS", tmp_path / "results" / "traffic.csv")
@@ -104,17 +104,34 @@ def test_gates(moved, is_right, fails, tmp_path, monkeypatch, capsys):
         file.readline()
         (row,) = csv.DictReader(file)
     assert row["fails"] == fails
-    assert row["launches"] == f"pack_kernel 4: {moved + 50}"
-    assert (row["moved_bytes"], row["sums_bytes"]) == (str(moved), "50")
+    assert row["launches"] == f"pack_kernel 4: {moved}"
     assert float(row["bytes_per_request"]) == 32
 
 
+@pytest.mark.parametrize(
+    ("operation", "least", "fails"),
+    [
+        ("linear few rows", 100, ""),
+        ("linear few rows", traffic.LARGER_THAN_L2, "moves too much"),
+        ("pack", 100, "moves too much"),
+    ],
+)
+def test_sums_count_but_for_few_rows_of_short_reductions(operation, least, fails, monkeypatch):
+    case = _linear(operation, BF16, 64, 64, 64, 8)
+    launch = counted.Moved("wgrad_kernel", (4,), 2, least + least // 5, 64, 10, least // 5)
+    planted(case, Outcome([launch], least, True), monkeypatch)
+    (row,) = traffic.rows([operation])
+    assert (row["moved_bytes"], row["sums_bytes"]) == (least, least // 5)
+    assert row["ratio_with_sums"] == pytest.approx(1.2)
+    assert row["fails"] == fails
+
+
 def test_sums_that_do_not_stay_in_l2_fail(monkeypatch):
-    case = _pack(BF16, 64, 64, 8, False)
+    case = _linear("linear few rows", BF16, 64, 64, 64, 8)
     for sums, fails in ((2 * traffic.MOST_SUMS_BYTES, ""), (2**26, "sums leave L2")):
         launch = counted.Moved("wgrad_kernel", (4,), 2, sums + 100, 64, 10, sums)
         planted(case, Outcome([launch], 100, True), monkeypatch)
-        (row,) = traffic.rows(["pack"])
+        (row,) = traffic.rows(["linear few rows"])
         assert row["fails"] == fails
 
 
