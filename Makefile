@@ -33,7 +33,7 @@ install: $(STAMP)
 
 $(STAMP): $(BUILD_INPUTS) | $(PY)
 	$(PY) -m pip install --quiet -c constraints.txt setuptools wheel ninja torch torchvision
-	$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[bench,predict,test,lint,energy]'
+	$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[bench,test,lint,energy]'
 	# Executes Triton kernels without a GPU. It asks for newer versions than it needs.
 	$(PY) -m pip install --quiet -c constraints.txt --no-deps --ignore-requires-python ttsem
 	# NVIDIA's headers say what the emulated instructions of CUDA do; its tools are not needed.

@@ -79,6 +79,20 @@ def load(path: str | Path) -> tuple[Row, list[Row]]:
     return lines[0], lines[1:]
 
 
+def read_csv(path: Path) -> list[Row]:
+    """The rows of a table that :func:`write_csv` wrote, numbers as floats."""
+    with path.open() as file:
+        file.readline()
+        return [{name: _number(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def write_csv(path: Path, header: Row, rows: Sequence[Row]) -> None:
     """The rows as a table below a comment line with the command and the machine."""
     columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -35,9 +35,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import console
-from benchmarks.predict_page import FOLDER, PAGE, read_csv
-from benchmarks.predicted_step import GPUS, Gpu
-from benchmarks.record import Record, Row
+from benchmarks.data_sheets import GPUS, Gpu
+from benchmarks.record import Record, Row, read_csv
 from benchmarks.runs import replace_file
 from benchmarks.shapes import Shape, gpu_shapes
 from neq_kernels.problem import Problem
@@ -47,6 +46,8 @@ SHARES = (1.0, 0.5, 0.25, 0.1, 0.02)
 SECTOR, ITEM = 32, 2
 # Neurons that the kernels for few rows take.
 FEW = 16
+FOLDER = Path(__file__).parent
+PAGE = FOLDER / "README.md"
 RESULTS = FOLDER / "results" / "roofline.csv"
 TRAFFIC = FOLDER / "results" / "traffic.csv"
 BEGIN = "<!-- roofline: begin (written by python -m benchmarks.roofline --publish) -->\n"

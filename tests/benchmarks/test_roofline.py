@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from benchmarks import roofline
-from benchmarks.predicted_step import Gpu
+from benchmarks.data_sheets import Gpu
 from benchmarks.roofline import Work, counted_ratio, expected_sectors, needed_bytes, needed_part
 from neq_kernels.problem import ConvGeometry, Problem
 
 BF16 = torch.bfloat16
 FIRST_SHAPES = roofline.bfloat16_shapes()[:3]
 # A byte takes a second, so do ten FLOPs.
-SLOW = Gpu("slow", 1.0, 10.0, 10.0)
+SLOW = Gpu(1.0, 10.0, 10.0)
 
 
 def conv(size, k, kernel, stride=1, groups=1, last=True):
