@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import models
-from neq_kernels.layers import named_neuron_layers
+from neq_kernels.layers.traversal import named_neuron_layers
 
 Layout = Literal["nchw", "nhwc", "any"]
 Batch = tuple[Tensor, Tensor]

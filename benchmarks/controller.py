@@ -23,7 +23,7 @@ from benchmarks import console
 from benchmarks.cases import CASES, SEED, Case, Layout, loss
 from benchmarks.peak_memory import peak_allocated
 from benchmarks.record import Record, Row
-from neq_kernels.layers import named_neuron_layers
+from neq_kernels.layers.traversal import named_neuron_layers
 from neq_kernels.measure import PhaseClock, Variant
 from neq_kernels.measure.timing import PHASES, Quantiles, run_step
 

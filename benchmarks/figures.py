@@ -26,7 +26,7 @@ from benchmarks.kernel_targets import geometric_mean
 from benchmarks.plots import COLORS, FAINT, INK, STYLE
 from benchmarks.record import Row, load
 from benchmarks.shapes import problems_by_cell
-from neq_kernels.problem import Problem
+from neq_kernels.backends.problem import Problem
 
 PEER_COLOR = "#b45309"
 STRATEGY_COLORS = {

@@ -23,8 +23,8 @@ from benchmarks import console
 from benchmarks.kernel_targets import cell_of, geometric_mean
 from benchmarks.record import Row, load
 from benchmarks.shapes import problems_by_cell
-from neq_kernels import heuristics
-from neq_kernels.problem import Strategy
+from neq_kernels.backends.problem import Strategy
+from neq_kernels.dispatch import cost_model
 
 DATA = Path(__file__).parent / "results" / "fit.csv"
 CELL = ("network", "layer", "layout", "active")
@@ -46,8 +46,8 @@ def fit(cells: Cells) -> dict[str, dict[str, float]]:
     for cell, seconds in cells.items():
         problem, n = problems[cell[:3]], int(str(cell[3]))
         for strategy, measured in seconds.items():
-            row = strategy, heuristics.features(problem, n), measured
-            groups[heuristics.group(problem, strategy)].append(row)
+            row = strategy, cost_model.features(problem, n), measured
+            groups[cost_model.group(problem, strategy)].append(row)
     return {name: _least_squares(rows) for name, rows in sorted(groups.items())}
 
 
@@ -126,14 +126,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_data(DATA, read_record(args.record))
             measured_on = load(args.record)[0]["machine"]
         else:
-            measured_on = json.loads(heuristics.COSTS.read_text())["measured_on"]
+            measured_on = json.loads(cost_model.COSTS.read_text())["measured_on"]
         cells = read_data(DATA)
     except (OSError, ValueError, KeyError) as error:
         print(f"benchmarks.fit: {error}", file=sys.stderr)
         return console.USER_ERROR
     text = json.dumps({"measured_on": measured_on, "costs": fit(cells)}, indent=1)
-    heuristics.COSTS.write_text(text + "\n")
-    heuristics._costs.cache_clear()
+    cost_model.COSTS.write_text(text + "\n")
+    cost_model._costs.cache_clear()
     _show(cells)
     return 0
 
@@ -144,7 +144,7 @@ def _show(cells: Cells) -> None:
     regrets: dict[str, list[float]] = defaultdict(list)
     for cell, seconds in cells.items():
         problem, n = problems[cell[:3]], int(str(cell[3]))
-        chosen = heuristics.strategy(problem, n, list(seconds))
+        chosen = cost_model.strategy(problem, n, list(seconds))
         regret = seconds[chosen] / min(seconds.values())
         for name in (str(cell[2]), "all active" if n == problem.neurons else "fewer active"):
             regrets[name].append(regret)

@@ -14,7 +14,7 @@ from benchmarks import jobs
 from benchmarks.budget import Deadline
 from benchmarks.jobs import Ended, Job
 from benchmarks.record import Row
-from neq_kernels.dispatch import ENVIRONMENT_VARIABLE
+from neq_kernels.dispatch.selection import ENVIRONMENT_VARIABLE
 
 ROOT = Path(__file__).parents[1]
 FOLDER = "tests/backends/triton"
@@ -100,7 +100,7 @@ def _tests(backend: str) -> Job:
 
 
 def _self_check() -> Job:
-    return Job("neq_kernels.selfcheck", environment={"TRITON_INTERPRET": None}, folder=ROOT)
+    return Job("neq_kernels.doctor", environment={"TRITON_INTERPRET": None}, folder=ROOT)
 
 
 def judge_tests(name: str, backend: str, ended: Ended) -> Check:

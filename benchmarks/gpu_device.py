@@ -14,8 +14,8 @@ import torch
 
 from benchmarks import console
 from benchmarks.interrupt import Interrupted
-from neq_kernels import dispatch
-from neq_kernels.gpu_timing import Clock, CudaClock
+from neq_kernels.dispatch import selection
+from neq_kernels.dispatch.stopwatch import Clock, CudaClock
 
 OUT_OF_MEMORY = "out of GPU memory"
 UNKNOWN = "unknown"
@@ -77,7 +77,7 @@ def found() -> bool:
 
 def own_backends() -> list[str]:
     """Those of ours that serve this GPU, the best one first."""
-    kernels = [name for name, module in dispatch.FOR_GPUS.items() if module.unavailable() is None]
+    kernels = [name for name, module in selection.FOR_GPUS.items() if module.unavailable() is None]
     return [*kernels, "aten"]
 
 

@@ -21,7 +21,7 @@ from benchmarks.gpu_device import OUT_OF_MEMORY, DeviceLost, Lab
 from benchmarks.gradients import differences
 from benchmarks.interrupt import Interrupted, Interruptible
 from benchmarks.record import Record, Row
-from neq_kernels import selfcheck
+from neq_kernels.doctor import checks
 from neq_kernels.measure import EnergyMeter, Variant
 from neq_kernels.measure.energy import NO_COUNTER, EnergyReading
 from neq_kernels.measure.timing import Quantiles
@@ -130,7 +130,7 @@ def run(
         record.add({"error": f"not measured: tests of {lab.backend} failed"})
         return False
     right = True
-    with Interruptible() as stop, selfcheck.forced(lab.backend):
+    with Interruptible() as stop, checks.forced(lab.backend):
         for r in options.shares:
             for case in cases:
                 for row in _rows(case, r, options, lab, meter, deadline, stop.check):

@@ -19,10 +19,12 @@ from benchmarks.interrupt import Interrupted, Interruptible
 from benchmarks.kernels import DENSE, MOST_ERROR, OURS, PEER
 from benchmarks.record import Record, Row
 from benchmarks.shapes import Shape, gpu_shapes
-from neq_kernels import contest, dispatch, ops, selfcheck
+from neq_kernels import ops
+from neq_kernels.backends.problem import Problem, Strategy
 from neq_kernels.channels import ActiveChannels
-from neq_kernels.gpu_timing import cold_times
-from neq_kernels.problem import Problem, Strategy
+from neq_kernels.dispatch import selection, trial
+from neq_kernels.dispatch.stopwatch import cold_times
+from neq_kernels.doctor import checks
 
 NAME = "gpu_kernels"
 SHARES = (1.0, 0.5, 0.25, 0.1, 0.02)
@@ -73,7 +75,7 @@ def measure(
     cells = None
     for share in options.shares:
         check()
-        channels = contest.spread(max(1, round(share * k)), k)
+        channels = trial.spread(max(1, round(share * k)), k)
         cell = about | {"share": share, "active": channels.n_active, "channels": k}
         if deadline.passed:
             yield cell | {"left_out": True}
@@ -92,7 +94,7 @@ class _Cells:
 
     def __init__(self, problem: Problem, options: Options, lab: Lab) -> None:
         self._problem, self._options, self._lab = problem, options, lab
-        self._operands = contest.operands(problem, lab.device)
+        self._operands = trial.operands(problem, lab.device)
         self._exact = kernels.exact_gradient(problem, *self._operands)
 
     def rows(self, channels: ActiveChannels) -> Iterator[Row]:
@@ -140,8 +142,8 @@ class _Cells:
         n = channels.n_active
         if n == len(channels):
             return Strategy.DENSE
-        place = dispatch.Place((self._lab.backend,), "cuda", 0)
-        return dispatch.choice_for(self._problem, n, place).strategy
+        place = selection.Place((self._lab.backend,), "cuda", 0)
+        return selection.choice_for(self._problem, n, place).strategy
 
     def _calls(self, channels: ActiveChannels) -> dict[str, Call]:
         """Providers by name, dense first."""
@@ -153,7 +155,7 @@ class _Cells:
             if provider.why_not(problem.geometry, operands[2]) is None:
                 calls[name] = kernels.peer_call(provider, problem, *operands, active)
         own = self._lab.backend
-        place = dispatch.Place((own,), "cuda", 0)
+        place = selection.Place((own,), "cuda", 0)
         calls[OURS] = _layer(problem, *operands, channels, own)
         # With every channel active a layer, and all strategies but one, make the library's call.
         partly = n < problem.neurons
@@ -161,13 +163,13 @@ class _Cells:
             for other in self._lab.others:
                 if other != own:
                     calls[f"{OURS} {other}"] = _layer(problem, *operands, channels, other)
-        for choice, module in dispatch.contestants(problem, n, place).items():
+        for choice, module in selection.contestants(problem, n, place).items():
             if not (partly or choice.strategy == Strategy.FUSED):
                 continue
             name = f"{OURS} {choice.strategy.name.lower()}"
             if name in calls:  # by rule it runs another way
                 name = f"{name} {'x'.join(map(str, choice.settings))}"
-            calls[name] = contest.wgrad(problem, module, choice, *operands, channels)
+            calls[name] = trial.wgrad(problem, module, choice, *operands, channels)
         return calls
 
 
@@ -185,7 +187,7 @@ def _layer(
         return kernels.peer_call(peers.DENSE, problem, grad_output, input, weight, channels.active)
 
     def wgrad() -> Tensor:
-        with selfcheck.forced(backend):
+        with checks.forced(backend):
             if geometry is None:
                 grads = ops.linear_backward(
                     grad_output, input, input.shape, weight, channels, wanted, False

@@ -19,7 +19,7 @@ from benchmarks.cases import GPU_CASES, Case
 from benchmarks.gpu_device import OUT_OF_MEMORY, DeviceLost, Lab
 from benchmarks.interrupt import Interrupted, Interruptible
 from benchmarks.record import Record, Row
-from neq_kernels import selfcheck
+from neq_kernels.doctor import checks
 
 NAME = "gpu_steps"
 SHARES = (1.0, 0.5, 0.25, 0.1, 0.02)
@@ -85,7 +85,7 @@ def run(
     right = True
     with Interruptible() as stop:
         for backend in backends(lab):
-            with selfcheck.forced(backend):
+            with checks.forced(backend):
                 for case in cases:
                     for row in measure(case, backend, options, lab, deadline, stop.check):
                         record.add(row)

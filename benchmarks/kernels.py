@@ -16,11 +16,11 @@ from torch import Tensor
 from benchmarks import console, kernel_targets, peers
 from benchmarks.record import Record, Row
 from benchmarks.shapes import NAMES, QUICK, TINY, Shape, shape_set
-from neq_kernels import contest, dispatch
+from neq_kernels.backends.problem import Choice, Problem, Strategy
 from neq_kernels.channels import ActiveChannels
+from neq_kernels.dispatch import autotune, backward, selection, stopwatch, trial
 from neq_kernels.measure.bandwidth import read_bandwidth
 from neq_kernels.measure.timing import Quantiles
-from neq_kernels.problem import Choice, Problem, Strategy
 
 SHARES = ("1", "0.75", "0.5", "0.25", "0.1", "1/K")
 QUICK_SHARES = ("1", "0.5", "0.1")
@@ -44,7 +44,7 @@ class Options:
 def measure(shape: Shape, options: Options, run: int) -> Iterator[Row]:
     """Rows of one shape. A provider whose gradient is wrong is not timed; its row says so."""
     problem = shape.problem
-    grad_output, input, weight = contest.operands(problem)
+    grad_output, input, weight = trial.operands(problem)
     exact = exact_gradient(problem, grad_output, input, weight)
     k, done = problem.neurons, set()
     for share in options.shares:
@@ -52,7 +52,7 @@ def measure(shape: Shape, options: Options, run: int) -> Iterator[Row]:
         if n in done:
             continue
         done.add(n)
-        channels = contest.spread(n, k)
+        channels = trial.spread(n, k)
         calls = _providers(problem, channels, grad_output, input, weight, options)
         about: Row = {
             "run": run,
@@ -72,8 +72,8 @@ def measure(shape: Shape, options: Options, run: int) -> Iterator[Row]:
                 right[name] = calls[name]
             else:
                 yield {**about, "provider": name, "wrong": f"{error:.1f} times the dense error"}
-        chosen = dispatch.choice_for(problem, n, dispatch.place_of("cpu")).strategy
-        samples = contest.in_turns(right, options.seconds, least_rounds=5)
+        chosen = selection.choice_for(problem, n, selection.place_of("cpu")).strategy
+        samples = stopwatch.in_turns(right, options.seconds, least_rounds=5)
         for name in samples:
             row = {**about, "provider": name, "error_over_dense": errors[name]}
             row |= quantiles(name, samples)
@@ -98,20 +98,18 @@ def _providers(
             continue  # a peer for neighbouring channels is no peer for these
         calls[name] = peer_call(provider, problem, grad_output, input, weight, active)
     calls[OURS] = _ours(problem, channels, grad_output, input, weight)
-    backend = dispatch.backend_for("cpu")
-    usable = dispatch.candidates(problem, backend)
-    module = dispatch.module_of(backend)
+    backend = selection.backend_for("cpu")
+    usable = selection.candidates(problem, backend)
+    module = selection.module_of(backend)
 
     def by(strategy: Strategy) -> Callable[[], Tensor]:
-        return contest.wgrad(
-            problem, module, Choice(strategy), grad_output, input, weight, channels
-        )
+        return trial.wgrad(problem, module, Choice(strategy), grad_output, input, weight, channels)
 
     if options.strategies:
         calls |= {f"{OURS} {s.name.lower()}": by(s) for s in usable}
     if options.tuned:
-        possible = dispatch.contestants(problem, n, dispatch.place_of("cpu"))
-        winner = contest.fastest(problem, n, possible, seconds=options.seconds / 2)
+        possible = selection.contestants(problem, n, selection.place_of("cpu"))
+        winner = autotune.fastest(problem, n, possible, seconds=options.seconds / 2)
         calls[TUNED] = by(winner.strategy)
     return calls
 
@@ -134,17 +132,17 @@ def _ours(
     """What a layer runs while its active channels do not change."""
     geometry, wanted = problem.geometry, (False, True, False)
     if geometry is None:
-        replaced, call = False, dispatch.linear_call(input, weight, channels)
+        replaced, call = False, backward.linear_call(input, weight, channels)
     else:
-        replaced = dispatch.replaces_library(input, weight, geometry)
-        call = dispatch.conv_call(input, weight, geometry, channels)
+        replaced = backward.replaces_library(input, weight, geometry)
+        call = backward.conv_call(input, weight, geometry, channels)
     if channels.n_active == len(channels) and not replaced:
         return peer_call(peers.DENSE, problem, grad_output, input, weight, channels.active)
     if call is None:
-        place = dispatch.place_of("cpu")
-        choice = dispatch.choice_for(problem, channels.n_active, place)
+        place = selection.place_of("cpu")
+        choice = selection.choice_for(problem, channels.n_active, place)
         module = place.module(choice)
-        return contest.wgrad(problem, module, choice, grad_output, input, weight, channels)
+        return trial.wgrad(problem, module, choice, grad_output, input, weight, channels)
 
     def ours() -> Tensor:
         gradient = call(grad_output, input, weight, wanted)[1]
@@ -217,7 +215,7 @@ def _peak_flops() -> float:
     """Of a large product of matrices by the library, per second."""
     size = 1536
     a, b = torch.randn(size, size), torch.randn(size, size)
-    seconds = contest.in_turns({"mm": lambda: a @ b}, 1.0)["mm"]
+    seconds = stopwatch.in_turns({"mm": lambda: a @ b}, 1.0)["mm"]
     return 2 * size**3 / min(seconds)
 
 

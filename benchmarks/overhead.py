@@ -21,10 +21,11 @@ from torch import Tensor, nn
 import neq_kernels as neq
 from benchmarks import console
 from benchmarks.record import Record, Row
-from neq_kernels import contest, dispatch
+from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.channels import ActiveChannels
+from neq_kernels.dispatch import backward as dispatch_backward
+from neq_kernels.dispatch import selection, stopwatch
 from neq_kernels.measure.timing import Quantiles
-from neq_kernels.problem import ConvGeometry
 
 TARGET = 30e-6
 LIBRARY_FORWARD = "part: the library's forward"
@@ -88,7 +89,7 @@ def measure(name: str, layer: nn.Module, x: Tensor, seconds: float) -> list[Row]
         "neq": step(lambda: ours(x), list(ours.parameters())),
         **_parts(ours, channels, x.detach(), grad_output),
     }
-    samples = contest.in_turns(calls, seconds, most_rounds=20_000)
+    samples = stopwatch.in_turns(calls, seconds, most_rounds=20_000)
     rows = [{"case": name, "what": what, **_quantiles(taken)} for what, taken in samples.items()]
     known = [samples[what] for what in ("empty", LIBRARY_FORWARD, LIBRARY_DGRAD)]
     beyond = [whole - sum(parts) for whole, *parts in zip(samples["neq"], *known, strict=True)]
@@ -102,7 +103,7 @@ def _parts(
     weight, bias = (p.detach() for p in layer.parameters())
     wanted = (True, True, True)
     if isinstance(layer, nn.Linear):
-        call = dispatch.linear_call(x, weight, channels)
+        call = dispatch_backward.linear_call(x, weight, channels)
         forward = lambda: F.linear(x, weight, bias)  # noqa: E731
         dgrad = lambda: grad_output.mm(weight)  # noqa: E731
     else:
@@ -110,7 +111,7 @@ def _parts(
         assert not isinstance(layer.padding, str)
         arguments = layer.stride, layer.padding, layer.dilation
         geometry = ConvGeometry(*arguments, False, (0, 0), layer.groups)
-        call = dispatch.conv_call(x, weight, geometry, channels)
+        call = dispatch_backward.conv_call(x, weight, geometry, channels)
         forward = lambda: F.conv2d(x, weight, bias, *arguments, layer.groups)  # noqa: E731
         dgrad = lambda: geometry.backward(grad_output, x, weight, (True, False, False))  # noqa: E731
     assert call is not None
@@ -143,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.add_common_arguments(parser)
     parser.add_argument("--seconds", type=console.seconds, help="for each case (5; quick: 0.5)")
     args = parser.parse_args(arguments)
-    if dispatch.backend_for("cpu") != "cpu":
+    if selection.backend_for("cpu") != "cpu":
         print("benchmarks.overhead: it measures the C++ extension, which is not in use here")
         return console.USER_ERROR
     console.prepare(args, threads=1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from benchmarks.peers import index_select, why_not_compacted
-from neq_kernels.problem import ConvGeometry
+from neq_kernels.backends.problem import ConvGeometry
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neq_kernels.problem import ConvGeometry
+from neq_kernels.backends.problem import ConvGeometry
 
 # F.grouped_mm wants every stride to be a multiple of 16 bytes: 8 channels of the smallest dtype.
 _ALIGNMENT = 16

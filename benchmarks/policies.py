@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import neq_kernels as neq
 from benchmarks.settings import Settings, read_masks
-from neq_kernels.layers import named_neuron_layers
+from neq_kernels.layers.traversal import named_neuron_layers
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:

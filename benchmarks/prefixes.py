@@ -10,7 +10,7 @@ from torch import nn
 
 import neq_kernels as neq
 from benchmarks.cases import Case, output_layer
-from neq_kernels.layers import named_neuron_layers, neuron_owners
+from neq_kernels.layers.traversal import named_neuron_layers, neuron_owners
 from neq_kernels.measure import flops
 
 BLOCKS = ("BasicBlock", "Bottleneck", "EncoderBlock")

@@ -39,7 +39,7 @@ from benchmarks.data_sheets import GPUS, Gpu
 from benchmarks.record import Record, Row, read_csv
 from benchmarks.runs import replace_file
 from benchmarks.shapes import Shape, gpu_shapes
-from neq_kernels.problem import Problem
+from neq_kernels.backends.problem import Problem
 
 NOTICE = "Predicted by roofline: nothing here was timed on a GPU."
 SHARES = (1.0, 0.5, 0.25, 0.1, 0.02)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.models import build
+from neq_kernels.backends.problem import ConvGeometry, Problem
 from neq_kernels.measure.problems import problems_of
-from neq_kernels.problem import ConvGeometry, Problem
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from benchmarks import console, peer_layers
 from benchmarks.cases import CASES, Case, Layout, random_masks, set_masks
 from benchmarks.gradients import BFLOAT16, FLOAT32, Tolerance, differences
 from benchmarks.record import Record, Row
-from neq_kernels.layers import named_neuron_layers
+from neq_kernels.layers.traversal import named_neuron_layers
 from neq_kernels.measure import StepShares, Variant, backward_shares, bound, flops, step_time
 from neq_kernels.measure import frozen_parameter_fraction as frozen_parameters
 from neq_kernels.measure.timing import PHASES, Quantiles

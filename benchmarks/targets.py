@@ -33,12 +33,12 @@ from benchmarks.ahead_of_time import TARGETS, Compiled, Launch, compile_for, rec
 from benchmarks.dense_product import product
 from benchmarks.gate import judged
 from benchmarks.record import Record, Row
+from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.backends.triton import conv_wgrad, linear_wgrad, row_steps, tiles
 from neq_kernels.backends.triton.depthwise_wgrad import depthwise_wgrad
-from neq_kernels.backends.triton.gather import gather, scatter
+from neq_kernels.backends.triton.pack import gather, scatter
 from neq_kernels.backends.triton.similarity import channel_similarity
 from neq_kernels.backends.triton.tiles import Tiles
-from neq_kernels.problem import ConvGeometry
 
 RESULTS = Path(__file__).parent / "results" / "targets.csv"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

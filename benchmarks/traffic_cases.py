@@ -27,8 +27,8 @@ from benchmarks.counted import (
     function,
     operators,
 )
-from neq_kernels.backends import gpu
-from neq_kernels.problem import ConvGeometry
+from neq_kernels.backends import gpu_base
+from neq_kernels.backends.problem import ConvGeometry
 
 BF16, F32 = torch.bfloat16, torch.float32
 OPERATIONS = (
@@ -310,7 +310,7 @@ def _optimizer(operation: str, dtype: torch.dtype, k: int, c: int, n: int) -> Ca
         is_sgd = operation == "sgd"
         lists = [[param], [grad], *([s] for s in state), *([[]] if not is_sgd else [])]
         lists += [[] if is_sgd else [steps], [order]]
-        blocks, addresses, shapes = gpu.tables(lists, [n], [1, 1, k, c])
+        blocks, addresses, shapes = gpu_base.tables(lists, [n], [1, 1, k, c])
         about = (param, addresses, shapes, 1, blocks)
         sgd_numbers = (0.1, 0.9, 0.0, 0.0, True, False, False)
         adam_numbers = (0.1, 0.9, 0.999, 1e-8, 0.0, False, False, False)

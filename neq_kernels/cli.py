@@ -14,13 +14,15 @@ from typing import Any
 import torch
 
 import neq_kernels
-from neq_kernels import dispatch, selfcheck
-from neq_kernels.bench import LayerTime, layer_times
+from neq_kernels.backends.problem import Strategy
+from neq_kernels.dispatch import selection
+from neq_kernels.doctor import checks as doctor_checks
+from neq_kernels.doctor import runner
+from neq_kernels.integrations.named_models import named_model
 from neq_kernels.machine import machine
 from neq_kernels.measure import EnergyMeter, flops
 from neq_kernels.measure.energy import NO_COUNTER
-from neq_kernels.measure.models import named_model
-from neq_kernels.problem import Strategy
+from neq_kernels.measure.layer_times import LayerTime, layer_times
 
 FAILED_CHECK = 1
 USER_ERROR = 2
@@ -306,8 +308,8 @@ def _chosen_backends() -> tuple[dict[str, list[str]], str]:
     """Backend -> device types it serves, and what is wrong with the user's own choice, if it is."""
     chosen: dict[str, list[str]] = {}
     try:
-        for device in selfcheck.device_types():
-            for name in dispatch.backends_for(device):
+        for device in doctor_checks.device_types():
+            for name in selection.backends_for(device):
                 chosen.setdefault(name, []).append(device)
     except (ValueError, RuntimeError) as error:
         return chosen, str(error)
@@ -316,7 +318,7 @@ def _chosen_backends() -> tuple[dict[str, list[str]], str]:
 
 def _backend_rows(chosen: dict[str, list[str]]) -> list[list[str]]:
     rows = []
-    for name, reason in dispatch.backends():
+    for name, reason in selection.backends():
         if name in chosen:
             rows.append([name, f"serves {' and '.join(chosen[name])} tensors"])
         else:
@@ -334,15 +336,15 @@ def _energy_rows() -> list[list[str]]:
 def _self_check() -> bool:
     """Whether everything is right; kernels for GPUs that are serve from now on."""
     checks = []
-    for check in selfcheck.run_apart():
+    for check in runner.run_apart():
         checks.append(check)
         verdict = "ok" if check.passed else f"FAILED in {len(check.failures)}"
         where = f"{check.backend} on {check.device}"
         print(_table([[check.op, where, f"{check.cases} cases", verdict]], CHECK_WIDTHS))
         for failure in check.failures[:SHOWN_FAILURES]:
             print(f"    {failure}")
-    if "cuda" in selfcheck.device_types():
-        right = " and ".join(selfcheck.prove(checks)) or "none"
+    if "cuda" in doctor_checks.device_types():
+        right = " and ".join(runner.prove(checks)) or "none"
         print(f"\nOwn kernels that serve on this GPU from now on: {right}")
     return all(check.passed for check in checks)
 

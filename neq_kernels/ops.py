@@ -16,15 +16,15 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
-from neq_kernels import dispatch
+from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.channels import ActiveChannels
-from neq_kernels.problem import ConvGeometry
+from neq_kernels.dispatch import backward, selection
 
 _LIBRARY = torch.library.Library("neq_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _PLAIN = (Tensor, Parameter)
 _Triple = tuple[Tensor, Tensor, Tensor]
-Grads = dispatch.Grads
+Grads = selection.Grads
 # In a compiled graph the three tensors (order, count, host_count).
 Active = ActiveChannels | tuple[Tensor, Tensor, Tensor]
 
@@ -56,7 +56,7 @@ def _linear_backward(
     active_dgrad: bool,
 ) -> _Triple:
     n, start = host_count.tolist()
-    grads = dispatch.linear_backward(
+    grads = backward.linear_backward(
         grad_output, input, input_size, weight, order, count, n, start, output_mask, active_dgrad
     )
     return _complete(grads, weight)
@@ -81,7 +81,7 @@ def _conv_backward(
 ) -> _Triple:
     geometry = _geometry(stride, padding, dilation, transposed, output_padding, groups)
     n, _ = host_count.tolist()
-    grads = dispatch.conv_backward(
+    grads = backward.conv_backward(
         grad_output,
         input,
         input_size,
@@ -109,14 +109,14 @@ def _geometry(
     )
 
 
-def _in_layout_of(weight: Tensor, grads: dispatch.Grads) -> dispatch.Grads:
+def _in_layout_of(weight: Tensor, grads: selection.Grads) -> selection.Grads:
     grad_input, grad_weight, grad_bias = grads
     if grad_weight is None or grad_weight.stride() == weight.stride():
         return grads
     return grad_input, torch.empty_like(weight).copy_(grad_weight), grad_bias
 
 
-def _complete(grads: dispatch.Grads, weight: Tensor) -> _Triple:
+def _complete(grads: selection.Grads, weight: Tensor) -> _Triple:
     """Empty tensors for what was not asked for; the weight gradient in the weight's layout."""
     grad_input, grad_weight, grad_bias = _in_layout_of(weight, grads)
     return (
@@ -128,7 +128,7 @@ def _complete(grads: dispatch.Grads, weight: Tensor) -> _Triple:
 
 _LIBRARY.impl("linear_backward", _linear_backward, "CompositeExplicitAutograd")
 _LIBRARY.impl("conv_backward", _conv_backward, "CompositeExplicitAutograd")
-_LIBRARY.impl("channel_similarity", dispatch.channel_similarity, "CompositeExplicitAutograd")
+_LIBRARY.impl("channel_similarity", backward.channel_similarity, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("neq_kernels::linear_backward", lib=_LIBRARY)  # type: ignore[untyped-decorator]
@@ -221,7 +221,7 @@ def linear_backward(
     active: Active,
     output_mask: Sequence[bool],
     active_dgrad: bool,
-) -> dispatch.Grads:
+) -> selection.Grads:
     """The operator of the same name; in eager without the detour through the dispatcher.
 
     Returns None for what ``output_mask`` does not ask for.
@@ -230,7 +230,7 @@ def linear_backward(
         order, count = active.order(weight.device), active.count(weight.device)
         if _needs_no_operator(weight, grad_output):
             n, start = active.n_active, active.start
-            grads = dispatch.linear_backward(
+            grads = backward.linear_backward(
                 grad_output,
                 input,
                 input_size,
@@ -259,7 +259,7 @@ def conv_backward(
     active: Active,
     output_mask: Sequence[bool],
     active_dgrad: bool,
-) -> dispatch.Grads:
+) -> selection.Grads:
     """The operator of the same name; in eager without the detour through the dispatcher.
 
     Returns None for what ``output_mask`` does not ask for.
@@ -267,7 +267,7 @@ def conv_backward(
     if isinstance(active, ActiveChannels):
         order, count = active.order(weight.device), active.count(weight.device)
         if _needs_no_operator(weight, grad_output):
-            grads = dispatch.conv_backward(
+            grads = backward.conv_backward(
                 grad_output,
                 input,
                 input_size,
@@ -310,7 +310,7 @@ def _needs_no_operator(weight: Tensor, grad_output: Tensor) -> bool:
     )
 
 
-def _wanted(grads: Sequence[Tensor], output_mask: Sequence[bool]) -> dispatch.Grads:
+def _wanted(grads: Sequence[Tensor], output_mask: Sequence[bool]) -> selection.Grads:
     dx, dw, db = (g if want else None for g, want in zip(grads, output_mask, strict=True))
     return dx, dw, db
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from neq_kernels import tuning
+from neq_kernels.dispatch import tuning_table
 from tests.oracle import forced_backend, usable_backends
 
 settings.register_profile(
@@ -26,7 +26,7 @@ settings.load_profile("neq")
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_tuning_tables_of_the_user(tmp_path_factory):
-    os.environ[tuning.DIRECTORY_VARIABLE] = str(tmp_path_factory.mktemp("tuning"))
+    os.environ[tuning_table.DIRECTORY_VARIABLE] = str(tmp_path_factory.mktemp("tuning"))
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import neq_kernels as neq
-from neq_kernels.layers import named_neuron_layers
+from neq_kernels.layers.traversal import named_neuron_layers
 
 
 class Net(nn.Module):

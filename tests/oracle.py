@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neq_kernels import dispatch, ops
+from neq_kernels import ops
+from neq_kernels.backends.problem import Strategy
 from neq_kernels.channels import ActiveChannels
-from neq_kernels.problem import Strategy
+from neq_kernels.dispatch import selection
 
 CONV = (F.conv1d, F.conv2d, F.conv3d)
 CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -30,7 +31,7 @@ CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 def usable_backends() -> list[str]:
     """The backends that serve CPU tensors on this machine; one with a choice of strategies once for
     each of them too, as ``backend-strategy``."""
-    names = [name for name, reason in dispatch.backends() if reason is None]
+    names = [name for name, reason in selection.backends() if reason is None]
     usable = [name for name in ("reference", "aten", "cpu") if name in names]
     strategies = (Strategy.DENSE, Strategy.PACK, Strategy.FUSED)
     return usable + [f"cpu-{s.name}" for s in strategies if "cpu" in usable]
@@ -40,18 +41,18 @@ def usable_backends() -> list[str]:
 def forced_backend(name: str) -> Iterator[None]:
     """Everything inside is served by the backend of this name, see :func:`usable_backends`."""
     name, _, strategy = name.partition("-")
-    before = os.environ.get(dispatch.ENVIRONMENT_VARIABLE)
-    os.environ[dispatch.ENVIRONMENT_VARIABLE] = name
-    dispatch.backends_for.cache_clear()
-    forced = dispatch.forced_strategy(Strategy[strategy]) if strategy else contextlib.nullcontext()
+    before = os.environ.get(selection.ENVIRONMENT_VARIABLE)
+    os.environ[selection.ENVIRONMENT_VARIABLE] = name
+    selection.backends_for.cache_clear()
+    forced = selection.forced_strategy(Strategy[strategy]) if strategy else contextlib.nullcontext()
     try:
         with forced:
             yield
     finally:
-        del os.environ[dispatch.ENVIRONMENT_VARIABLE]
+        del os.environ[selection.ENVIRONMENT_VARIABLE]
         if before is not None:
-            os.environ[dispatch.ENVIRONMENT_VARIABLE] = before
-        dispatch.backends_for.cache_clear()
+            os.environ[selection.ENVIRONMENT_VARIABLE] = before
+        selection.backends_for.cache_clear()
 
 
 # --- masks ---------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neq_kernels import dispatch, functional, ops
+from neq_kernels import functional, ops
+from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.channels import ActiveChannels
-from neq_kernels.problem import ConvGeometry
+from neq_kernels.dispatch import backward, cuda_graphs, selection
 from tests import oracle
 
 BEFORE, AFTER = [True, True, False, False, False, True], [False, True, True, True, True, False]
@@ -16,8 +17,9 @@ BEFORE, AFTER = [True, True, False, False, False, True], [False, True, True, Tru
 
 @pytest.fixture
 def _captured(monkeypatch):
-    monkeypatch.setattr(dispatch, "captured", lambda tensor: True)
-    monkeypatch.setattr(dispatch, "backends_for", lambda device_type: ("aten",))
+    for module in (backward, cuda_graphs):
+        monkeypatch.setattr(module, "captured", lambda tensor: True)
+    monkeypatch.setattr(selection, "backends_for", lambda device_type: ("aten",))
 
 
 def replayed(before, after):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import neq_kernels as neq
-from neq_kernels.layers import named_neuron_layers
+from neq_kernels.layers.traversal import named_neuron_layers
 from tests import oracle
 
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])

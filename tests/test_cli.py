@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
-from neq_kernels import cli, dispatch, selfcheck
-from neq_kernels.selfcheck import Check
+from neq_kernels import cli
+from neq_kernels.dispatch import selection
+from neq_kernels.doctor import runner
+from neq_kernels.doctor.checks import Check
 
 PASSED = Check("linear_backward", "aten", "cpu", 30, ())
 FAILED = Check("conv_backward", "aten", "cpu", 180, tuple(f"case {i}: off" for i in range(5)))
@@ -35,7 +37,7 @@ def checks(monkeypatch):
     """What the self-check is made to find."""
 
     def find(*found: Check) -> None:
-        monkeypatch.setattr(selfcheck, "run_apart", lambda: iter(found))
+        monkeypatch.setattr(runner, "run_apart", lambda: iter(found))
 
     return find
 
@@ -47,7 +49,7 @@ def test_doctor_on_this_machine():
     assert done.returncode == 0, done.stdout + done.stderr
     for section in ("Machine", "Backends", "Energy counters", "Self-check"):
         assert section in done.stdout
-    for name, reason in dispatch.backends():
+    for name, reason in selection.backends():
         assert name in done.stdout
         assert reason is None or reason in done.stdout
     assert "FAILED" not in done.stdout
@@ -66,8 +68,8 @@ def test_doctor_fails_when_a_check_fails(neq, checks):
 def test_doctor_says_which_backend_serves_and_why_others_do_not(neq, checks, monkeypatch):
     checks(PASSED)
     reported = [("cpu", "the extension was not built"), ("aten", None), ("reference", None)]
-    monkeypatch.setattr(dispatch, "backends", lambda: reported)
-    monkeypatch.setattr(dispatch, "backends_for", lambda device: ("aten",))
+    monkeypatch.setattr(selection, "backends", lambda: reported)
+    monkeypatch.setattr(selection, "backends_for", lambda device: ("aten",))
     code, out, _ = neq("doctor")
     assert code == 0
     assert "cpu        cannot be used: the extension was not built" in out
@@ -76,8 +78,8 @@ def test_doctor_says_which_backend_serves_and_why_others_do_not(neq, checks, mon
 
 
 def test_doctor_reports_a_forced_backend_that_does_not_exist(neq, monkeypatch):
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "abacus")
-    dispatch.backends_for.cache_clear()
+    monkeypatch.setenv(selection.ENVIRONMENT_VARIABLE, "abacus")
+    selection.backends_for.cache_clear()
     code, out, _ = neq("doctor")
     assert code == 1
     assert "expected one of" in out

@@ -20,7 +20,8 @@ from torchvision.models.swin_transformer import (
 )
 
 import neq_kernels as neq
-from neq_kernels.layers import NeuronLayer, following_parameters, named_neuron_layers, neuron_owners
+from neq_kernels.layers.base import NeuronLayer
+from neq_kernels.layers.traversal import following_parameters, named_neuron_layers, neuron_owners
 from tests import oracle
 
 STOCK = [

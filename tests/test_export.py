@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models.swin_transformer import SwinTransformer
 
 import neq_kernels as neq
-from neq_kernels.layers import named_neuron_layers
+from neq_kernels.layers.traversal import named_neuron_layers
 from tests import oracle
 
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
-from neq_kernels import ActiveChannels, plans
-from neq_kernels.autograd import all_active
+from neq_kernels import ActiveChannels
+from neq_kernels.autograd import eager
+from neq_kernels.autograd.call_state import all_active, watched
 from neq_kernels.functional import affine, conv, linear
-from neq_kernels.plans import watched
 from tests import oracle
 from tests.oracle import Conv
 
@@ -278,13 +278,13 @@ def test_the_input_is_not_saved_for_the_bias_alone():
 
 def test_backprop_stops_where_nothing_below_learns(monkeypatch):
     """Three linears; freezing the lowest ones ends backprop above them."""
-    check, computed = plans.check_unchanged, []
+    check, computed = eager.check_unchanged, []
 
     def counted(channels, generation):
         computed.append(channels)
         check(channels, generation)
 
-    monkeypatch.setattr(plans, "check_unchanged", counted)
+    monkeypatch.setattr(eager, "check_unchanged", counted)
     weights = [torch.randn(4, 4, requires_grad=True) for _ in range(3)]
     channels = [oracle.channels_with(oracle.half(4)) for _ in range(3)]
 

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from benchmarks.budget import Deadline
-from neq_kernels.gpu_timing import WARMUP, cold_times
+from neq_kernels.dispatch.stopwatch import WARMUP, cold_times
 from tests.benchmarks.fake_gpu import FakeClock
 
 SECONDS = {"a": 2e-3, "b": 3e-3, "c": 5e-3}

@@ -13,11 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import neq_kernels as neq
-from neq_kernels import dispatch
 from neq_kernels.backends import cpu
+from neq_kernels.backends.problem import Strategy
 from neq_kernels.channels import WHOLE_PARAMETER, NeuronLayout
-from neq_kernels.layers import named_neuron_layers, neuron_owners, unwrap
-from neq_kernels.problem import Strategy
+from neq_kernels.dispatch import selection
+from neq_kernels.layers.traversal import named_neuron_layers, neuron_owners, unwrap
 from tests import oracle
 
 # name: (how to make it, shape of an input)
@@ -197,14 +197,14 @@ def calls_of_a_step(model, x):
 @pytest.mark.usefixtures("stock_algorithms")
 def test_with_everything_active_a_step_is_pytorchs_own_calls(name):
     plain, ours, x = twins(name)
-    with dispatch.forced_strategy(Strategy.DENSE):
+    with selection.forced_strategy(Strategy.DENSE):
         assert calls_of_a_step(ours, x) == calls_of_a_step(plain, x)
 
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason="it needs the extension's kernel")
 def test_with_everything_active_another_strategy_can_replace_the_library():
     plain, ours, x = twins("conv2d depthwise")
-    with dispatch.forced_strategy(Strategy.FUSED):
+    with selection.forced_strategy(Strategy.FUSED):
         assert "conv_backward" in calls_of_a_step(ours, x)
         x.requires_grad_()
         for layer in (plain, ours):

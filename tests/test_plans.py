@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import neq_kernels as neq
-from neq_kernels import ActiveChannels, dispatch, functional, plans
+from neq_kernels import ActiveChannels, functional
+from neq_kernels.autograd import eager
 from neq_kernels.backends import cpu
+from neq_kernels.backends.problem import Strategy
+from neq_kernels.dispatch import selection
 from neq_kernels.functional import conv, linear
-from neq_kernels.problem import Strategy
 from tests import oracle
 from tests.backends.arrange import threads
 
@@ -27,7 +29,7 @@ MASK = oracle.half(6)
 def planned(monkeypatch):
     """The layers that were planned, in order."""
     made = []
-    for name in ("_plan_linear", "_plan_conv"):
+    for name in ("plan_linear", "plan_conv"):
         original = getattr(functional, name)
 
         def spy(*args, original=original, name=name):
@@ -50,7 +52,7 @@ def call(channels, x=None, weight=None, **arguments):
 def test_a_second_call_finds_the_plan_of_the_first(planned):
     channels = oracle.channels_with(MASK)
     first, second = call(channels), call(channels)
-    assert planned == ["_plan_conv"]
+    assert planned == ["plan_conv"]
     assert torch.equal(first, second)
 
 
@@ -104,7 +106,7 @@ def test_threads_and_choices_of_strategy_are_noticed(planned):
     with threads(torch.get_num_threads() + 1):
         call(channels)
     for strategy in (Strategy.DENSE, Strategy.PACK, Strategy.FUSED):
-        with dispatch.forced_strategy(strategy):
+        with selection.forced_strategy(strategy):
             call(channels)
     assert len(planned) == 5
 
@@ -167,7 +169,7 @@ def test_differentiating_twice_through_a_replaced_convolution():
     channels = ActiveChannels(6)
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(6, 4, 3, 3, dtype=torch.float64, requires_grad=True)
-    with dispatch.forced_strategy(Strategy.FUSED):
+    with selection.forced_strategy(Strategy.FUSED):
         assert torch.autograd.gradgradcheck(lambda x, w: conv(x, w, None, channels), (x, weight))
         channels.set(MASK)
         out = conv(x, weight, None, channels)
@@ -184,7 +186,7 @@ def test_subclasses_and_modes_take_the_general_way():
     plain, weight = torch.ones(2, 4, 5, 5), torch.ones(6, 4, 3, 3, requires_grad=True)
 
     def planned(x, w=weight):
-        return plans.circumstances(x, w, None) is not None
+        return eager.circumstances(x, w, None) is not None
 
     assert planned(plain)
     assert planned(plain, nn.Parameter(weight.detach()))

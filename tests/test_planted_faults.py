@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from neq_kernels import dispatch
 from neq_kernels.backends import aten, cpu
-from neq_kernels.problem import Choice, Strategy
+from neq_kernels.backends.problem import Choice, Strategy
+from neq_kernels.dispatch import selection
 from tests import oracle, test_ops, test_ops_precision
 from tests.op_cases import CONVS, MASKS
 
@@ -117,7 +117,7 @@ def one_channel_short(backward):
 @pytest.mark.parametrize("fault", [next_channel, one_channel_short])
 @pytest.mark.parametrize("strategy", [Strategy.DENSE, Strategy.PACK, Strategy.FUSED])
 def test_planted_faults_in_the_leaf_ops_are_caught(monkeypatch, fault, strategy):
-    monkeypatch.setattr(dispatch, "choice_for", lambda *_: Choice(strategy))
+    monkeypatch.setattr(selection, "choice_for", lambda *_: Choice(strategy))
     conv_test(CONVS["plain"])
     linear_test()
     planted(monkeypatch, cpu, "conv_backward", fault)

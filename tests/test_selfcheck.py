@@ -11,35 +11,39 @@ import sys
 import pytest
 import torch
 
-from neq_kernels import dispatch, selfcheck
 from neq_kernels.backends import aten
-from neq_kernels.optim import rows
+from neq_kernels.dispatch import selection
+from neq_kernels.doctor import checks as doctor_checks
+from neq_kernels.doctor import runner
+from neq_kernels.optim import reference
 
 
-def results() -> dict[tuple[str, str], selfcheck.Check]:
-    return {(check.op, check.backend): check for check in selfcheck.run()}
+def results() -> dict[tuple[str, str], doctor_checks.Check]:
+    return {(check.op, check.backend): check for check in runner.run()}
 
 
 def test_every_op_of_every_backend_passes_and_nothing_is_left_behind(monkeypatch):
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "aten")
+    monkeypatch.setenv(selection.ENVIRONMENT_VARIABLE, "aten")
     random = torch.get_rng_state()
     checks = results()
     assert [f for check in checks.values() for f in check.failures] == []
-    usable = [n for n, reason in dispatch.backends() if reason is None and n != selfcheck.ORACLE]
+    usable = [
+        n for n, reason in selection.backends() if reason is None and n != doctor_checks.ORACLE
+    ]
     for backend in usable:
         for op in ("linear_backward", "conv_backward", "channel_similarity"):
             assert checks[op, backend].cases > 0
     for op in ("SGD", "Adam", "AdamW"):
         assert checks[f"{op} row step", "torch"].cases > 0
-    assert os.environ[dispatch.ENVIRONMENT_VARIABLE] == "aten"
+    assert os.environ[selection.ENVIRONMENT_VARIABLE] == "aten"
     assert torch.equal(torch.get_rng_state(), random)
 
 
 def test_triton_is_checked_on_the_gpu_alone(monkeypatch):
-    monkeypatch.setattr(dispatch.triton, "unavailable", lambda: None)
-    monkeypatch.setattr(dispatch.triton, "interpreted", lambda: False)
-    monkeypatch.setattr(selfcheck, "device_types", lambda: ["cpu", "cuda"])
-    served = list(selfcheck.served())
+    monkeypatch.setattr(selection.triton, "unavailable", lambda: None)
+    monkeypatch.setattr(selection.triton, "interpreted", lambda: False)
+    monkeypatch.setattr(doctor_checks, "device_types", lambda: ["cpu", "cuda"])
+    served = list(doctor_checks.served())
     assert {device for backend, device in served if backend == "triton"} == {"cuda"}
     assert {device for backend, device in served if backend == "aten"} == {"cpu", "cuda"}
 
@@ -62,7 +66,7 @@ def test_float32_is_not_rounded_to_tf32_while_it_is_checked(monkeypatch, only_at
 
 @pytest.fixture
 def only_aten(monkeypatch):
-    monkeypatch.setattr(selfcheck, "served", lambda: iter([("aten", "cpu")]))
+    monkeypatch.setattr(doctor_checks, "served", lambda: iter([("aten", "cpu")]))
 
 
 def test_a_gradient_in_the_wrong_row_is_found(monkeypatch, only_aten):
@@ -93,13 +97,13 @@ def test_a_kernel_that_raises_or_leaves_nan_is_found(monkeypatch, only_aten):
 
 
 def test_a_row_step_that_moves_a_frozen_row_is_found(monkeypatch, only_aten):
-    correct = rows.sgd_rows_
+    correct = reference.sgd_rows_
 
     def careless(param, *arguments, **options):
         correct(param, *arguments, **options)
         param.mul_(1 + 1e-15)
 
-    monkeypatch.setattr(rows, "sgd_rows_", careless)
+    monkeypatch.setattr(reference, "sgd_rows_", careless)
     checks = results()
     assert any("frozen rows moved" in f for f in checks["SGD row step", "torch"].failures)
     assert checks["Adam row step", "torch"].passed
@@ -108,22 +112,26 @@ def test_a_row_step_that_moves_a_frozen_row_is_found(monkeypatch, only_aten):
 def test_what_a_process_complains_of_does_not_hold_it_up(monkeypatch, tmp_path):
     """More than a pipe takes."""
     python = tmp_path / "python"
-    line = json.dumps(dataclasses.asdict(selfcheck.Check("linear_backward", "cpu", "cpu", 3, ())))
+    line = json.dumps(
+        dataclasses.asdict(doctor_checks.Check("linear_backward", "cpu", "cpu", 3, ()))
+    )
     python.write_text(f"#!/bin/sh\nhead -c 300000 /dev/zero >&2\necho '{line}'\n")
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(sys, "executable", str(python))
-    (check,) = selfcheck.run_apart()
+    (check,) = runner.run_apart()
     assert check.passed
 
 
 def test_a_process_that_dies_is_a_failed_check(monkeypatch, tmp_path):
     python = tmp_path / "python"
-    line = json.dumps(dataclasses.asdict(selfcheck.Check("linear_backward", "cpu", "cpu", 3, ())))
+    line = json.dumps(
+        dataclasses.asdict(doctor_checks.Check("linear_backward", "cpu", "cpu", 3, ()))
+    )
     says = f"echo '{line}'; echo 'free(): invalid pointer' >&2"
     python.write_text(f"#!/bin/sh\n{says}\nkill -ABRT $$\n")
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(sys, "executable", str(python))
-    first, last = selfcheck.run_apart()
+    first, last = runner.run_apart()
     assert first.passed
     assert first.cases == 3
     assert last.failures == ("the process died (exit code -6); free(): invalid pointer",)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import neq_kernels as neq
-from neq_kernels.layers import named_neuron_layers
+from neq_kernels.layers.traversal import named_neuron_layers
 from tests import oracle
 
 STEPS = 6

@@ -11,10 +11,19 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import neq_kernels as neq
-from neq_kernels import contest, dispatch, proofs, selfcheck, tuning
 from neq_kernels.backends import aten
-from neq_kernels.problem import Choice, ConvGeometry, Problem, Strategy
-from neq_kernels.tuning import TuningTable, count_bucket, key
+from neq_kernels.backends.problem import Choice, ConvGeometry, Problem, Strategy
+from neq_kernels.dispatch import (
+    autotune,
+    cuda_graphs,
+    selection,
+    stopwatch,
+    trial,
+    tuning_table,
+    verified_backends,
+)
+from neq_kernels.dispatch.tuning_table import TuningTable, count_bucket, key
+from neq_kernels.doctor import runner
 
 CONV = Problem(
     (2, 8, 6, 6),
@@ -30,12 +39,12 @@ FUSED, PACK = Choice(Strategy.FUSED), Choice(Strategy.PACK)
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv(tuning.DIRECTORY_VARIABLE, str(tmp_path))
-    dispatch.table_for.cache_clear()
-    dispatch.forget_choices()
+    monkeypatch.setenv(tuning_table.DIRECTORY_VARIABLE, str(tmp_path))
+    selection.table_for.cache_clear()
+    selection.forget_choices()
     yield tmp_path
-    dispatch.table_for.cache_clear()
-    dispatch.forget_choices()
+    selection.table_for.cache_clear()
+    selection.forget_choices()
 
 
 def test_counts_share_an_entry_four_to_the_doubling():
@@ -131,84 +140,84 @@ def test_a_checkpoint_brings_exactly_its_own_winners():
 
 
 def test_dispatch_follows_the_table():
-    place = dispatch.place_of("cpu")
-    for choice in dispatch.contestants(CONV, 4, place):
-        dispatch.table_for(place).put(CONV, 4, choice)
-        dispatch.forget_choices()
-        assert dispatch.choice_for(CONV, 4, place) == choice
+    place = selection.place_of("cpu")
+    for choice in selection.contestants(CONV, 4, place):
+        selection.table_for(place).put(CONV, 4, choice)
+        selection.forget_choices()
+        assert selection.choice_for(CONV, 4, place) == choice
 
 
 def test_a_winner_that_cannot_serve_is_not_used():
-    place = dispatch.place_of("cpu")
+    place = selection.place_of("cpu")
     problem = CONV._replace(dtype=torch.bfloat16)
-    dispatch.table_for(place).put(problem, 4, FUSED)
-    assert dispatch.choice_for(problem, 4, place) != FUSED
+    selection.table_for(place).put(problem, 4, FUSED)
+    assert selection.choice_for(problem, 4, place) != FUSED
 
 
 def test_winners_of_the_cpu_are_none_of_a_gpu():
-    cpu, gpu = dispatch.place_of("cpu"), dispatch.Place(("triton",), "cuda", 0)
-    dispatch.table_for(cpu).put(CONV, 4, PACK)
-    assert dispatch.table_for(gpu).get(CONV, 4) is None
-    assert dispatch.table_for(gpu._replace(backends=("aten",))).get(CONV, 4) is None
+    cpu, gpu = selection.place_of("cpu"), selection.Place(("triton",), "cuda", 0)
+    selection.table_for(cpu).put(CONV, 4, PACK)
+    assert selection.table_for(gpu).get(CONV, 4) is None
+    assert selection.table_for(gpu._replace(backends=("aten",))).get(CONV, 4) is None
 
 
 def test_settings_are_followed_where_the_kernel_has_them():
-    place = dispatch.Place(("triton",), "cuda", 0)
-    possible = dispatch.contestants(LINEAR, 9, place)
+    place = selection.Place(("triton",), "cuda", 0)
+    possible = selection.contestants(LINEAR, 9, place)
     ways = [choice for choice in possible if choice.settings]
     assert len(ways) > 1
     for choice in (*ways, Choice(Strategy.FUSED, (), "triton")):
-        dispatch.table_for(place).put(LINEAR, 9, choice)
-        dispatch.forget_choices()
-        assert dispatch.choice_for(LINEAR, 9, place) == choice
-    dispatch.table_for(place).put(LINEAR, 9, Choice(Strategy.FUSED, (1, 2, 3), "triton"))
-    dispatch.forget_choices()
-    assert dispatch.choice_for(LINEAR, 9, place).settings == ()
+        selection.table_for(place).put(LINEAR, 9, choice)
+        selection.forget_choices()
+        assert selection.choice_for(LINEAR, 9, place) == choice
+    selection.table_for(place).put(LINEAR, 9, Choice(Strategy.FUSED, (1, 2, 3), "triton"))
+    selection.forget_choices()
+    assert selection.choice_for(LINEAR, 9, place).settings == ()
 
 
-GPU = dispatch.Place(("cuda", "triton", "aten"), "cuda", 0)
+GPU = selection.Place(("cuda", "triton", "aten"), "cuda", 0)
 # Rows that no 16-byte vectors make up: the CUDA kernels do not serve them.
 UNALIGNED = Problem((32, 9), (16, 9), None, False, torch.float16)
 
 
 def test_on_a_gpu_the_table_says_which_backend_serves():
-    possible = dispatch.contestants(LINEAR, 9, GPU)
+    possible = selection.contestants(LINEAR, 9, GPU)
     assert [c.backend for c in possible if c.strategy == Strategy.PACK] == list(GPU.backends)
     assert {c.backend for c in possible if c.strategy == Strategy.FUSED} == {"cuda", "triton"}
     assert [c for c in possible if c.strategy == Strategy.DENSE] == [Choice(Strategy.DENSE)]
     for choice, module in possible.items():
-        dispatch.table_for(GPU).put(LINEAR, 9, choice)
-        dispatch.table_for(GPU).load_state_dict(dispatch.table_for(GPU).state_dict())
-        dispatch.forget_choices()
-        assert dispatch.choice_for(LINEAR, 9, GPU) == choice
+        selection.table_for(GPU).put(LINEAR, 9, choice)
+        selection.table_for(GPU).load_state_dict(selection.table_for(GPU).state_dict())
+        selection.forget_choices()
+        assert selection.choice_for(LINEAR, 9, GPU) == choice
         assert GPU.module(choice) is module
     for stranger in ("cpu", "cublas"):
         choice = Choice(Strategy.FUSED, (), stranger)
-        dispatch.table_for(GPU).put(LINEAR, 9, choice)
-        dispatch.forget_choices()
-        assert dispatch.choice_for(LINEAR, 9, GPU) != choice
+        selection.table_for(GPU).put(LINEAR, 9, choice)
+        selection.forget_choices()
+        assert selection.choice_for(LINEAR, 9, GPU) != choice
 
 
 def test_where_nothing_was_measured_the_first_backend_that_can_serves():
-    chosen = dispatch.choice_for(LINEAR, 9, GPU)
+    chosen = selection.choice_for(LINEAR, 9, GPU)
     assert chosen == Choice(Strategy.FUSED, (), "cuda")
-    assert dispatch.choice_for(UNALIGNED, 9, GPU) == Choice(Strategy.FUSED, (), "triton")
+    assert selection.choice_for(UNALIGNED, 9, GPU) == Choice(Strategy.FUSED, (), "triton")
     wide = Problem((8192, 4096), (4096, 4096), None, False, torch.bfloat16)
-    assert dispatch.choice_for(wide, 400, GPU) == Choice(Strategy.PACK, (), "cuda")
-    assert dispatch.choice_for(wide, 4000, GPU) == Choice(Strategy.DENSE)
+    assert selection.choice_for(wide, 400, GPU) == Choice(Strategy.PACK, (), "cuda")
+    assert selection.choice_for(wide, 4000, GPU) == Choice(Strategy.DENSE)
     alone = GPU._replace(backends=("triton",))
-    assert dispatch.choice_for(LINEAR, 9, alone) == Choice(Strategy.FUSED, (), "triton")
+    assert selection.choice_for(LINEAR, 9, alone) == Choice(Strategy.FUSED, (), "triton")
 
 
 @pytest.mark.parametrize(("problem", "backend"), [(LINEAR, "cuda"), (UNALIGNED, "triton")])
 def test_what_a_cuda_graph_replays_is_an_own_kernel_of_the_first_backend(
     problem, backend, monkeypatch
 ):
-    monkeypatch.setattr(dispatch, "_rehearsed", {})
+    monkeypatch.setattr(cuda_graphs, "_rehearsed", {})
     with neq.capturable():
-        choice = dispatch._replayed_choice(problem, GPU, [True] * 3, False)
+        choice = cuda_graphs.replayed_choice(problem, GPU, [True] * 3, False)
     assert choice == Choice(Strategy.FUSED, (), backend)
-    assert dispatch._replayed_choice(problem, GPU, [True] * 3, False) == choice
+    assert cuda_graphs.replayed_choice(problem, GPU, [True] * 3, False) == choice
 
 
 def test_tune_measures_every_layer_and_keeps_the_winners(own_folder):
@@ -221,8 +230,8 @@ def test_tune_measures_every_layer_and_keeps_the_winners(own_folder):
     }
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert len(list(own_folder.glob("*.json"))) == 1
-    dispatch.table_for.cache_clear()
-    assert len(dispatch.table_for(dispatch.place_of("cpu"))) == 4
+    selection.table_for.cache_clear()
+    assert len(selection.table_for(selection.place_of("cpu"))) == 4
 
 
 def test_tune_refuses_what_it_cannot_measure():
@@ -237,20 +246,20 @@ def test_tune_refuses_what_it_cannot_measure():
 def test_measuring_on_the_fly_is_asked_for_by_the_environment(monkeypatch):
     measured = []
     monkeypatch.setattr(
-        contest, "fastest", lambda problem, n, *_: measured.append((problem, n)) or PACK
+        autotune, "fastest", lambda problem, n, *_: measured.append((problem, n)) or PACK
     )
-    place = dispatch.place_of("cpu")
-    dispatch.choice_for(LINEAR, 3, place)
+    place = selection.place_of("cpu")
+    selection.choice_for(LINEAR, 3, place)
     assert measured == []
-    dispatch.forget_choices()
-    monkeypatch.setenv(tuning.MEASURE_VARIABLE, "1")
+    selection.forget_choices()
+    monkeypatch.setenv(tuning_table.MEASURE_VARIABLE, "1")
     for _ in range(3):
-        assert dispatch.choice_for(LINEAR, 3, place) == PACK
+        assert selection.choice_for(LINEAR, 3, place) == PACK
     assert measured == [(LINEAR, 3)]
-    monkeypatch.setenv(tuning.MEASURE_VARIABLE, "yes")
-    dispatch.forget_choices()
+    monkeypatch.setenv(tuning_table.MEASURE_VARIABLE, "yes")
+    selection.forget_choices()
     with pytest.raises(ValueError, match="expected 0 or 1"):
-        dispatch.choice_for(LINEAR, 5, place)
+        selection.choice_for(LINEAR, 5, place)
 
 
 @pytest.mark.parametrize("problem", [CONV, LINEAR])
@@ -275,7 +284,7 @@ def test_the_contest_runs_every_candidate(problem):
             )
 
     candidates = {Choice(strategy): Backend() for strategy in Strategy}
-    assert contest.fastest(problem, 4, candidates, seconds=0.001) in candidates
+    assert autotune.fastest(problem, 4, candidates, seconds=0.001) in candidates
     assert set(ran) == set(Strategy)
 
 
@@ -319,9 +328,9 @@ def test_on_a_gpu_ways_compete_on_a_clock_and_the_wrong_is_passed_over(monkeypat
     clock = FakeClock()
     backend = WithSettings(clock)
     candidates = dict.fromkeys([Choice(Strategy.DENSE), *WithSettings.ways], backend)
-    monkeypatch.setattr(contest, "operands", lambda problem, device: [torch.zeros(2, 2)] * 3)
-    monkeypatch.setattr(contest.ActiveChannels, "order", lambda self, device=None: None)
-    winner = contest.fastest(LINEAR, 4, candidates, "cuda", 0.1, clock)
+    monkeypatch.setattr(autotune, "operands", lambda problem, device: [torch.zeros(2, 2)] * 3)
+    monkeypatch.setattr(trial.ActiveChannels, "order", lambda self, device=None: None)
+    winner = autotune.fastest(LINEAR, 4, candidates, "cuda", 0.1, clock)
     assert winner == Choice(Strategy.FUSED, (3,))
     assert clock.flushed > 0
     assert "out of shared memory" in caplog.text
@@ -330,24 +339,24 @@ def test_on_a_gpu_ways_compete_on_a_clock_and_the_wrong_is_passed_over(monkeypat
 
 
 def test_states_of_all_tables_are_kept_and_checked_before_any_is_used(monkeypatch):
-    place = dispatch.place_of("cpu")
-    gpu = dispatch.place_of("cuda")
-    dispatch.table_for(place).put(CONV, 4, PACK)
-    dispatch.table_for(gpu).put(LINEAR, 4, Choice(Strategy.FUSED, (16, 32, 16, 4, 2, 1)))
+    place = selection.place_of("cpu")
+    gpu = selection.place_of("cuda")
+    selection.table_for(place).put(CONV, 4, PACK)
+    selection.table_for(gpu).put(LINEAR, 4, Choice(Strategy.FUSED, (16, 32, 16, 4, 2, 1)))
     assert set(neq.tuning_state_dict()) == {"cpu"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     state = json.loads(json.dumps(neq.tuning_state_dict()))
     monkeypatch.undo()
-    dispatch.table_for(place).put(CONV, 4, Choice(Strategy.DENSE))
-    dispatch.table_for(gpu).put(LINEAR, 4, Choice(Strategy.DENSE))
+    selection.table_for(place).put(CONV, 4, Choice(Strategy.DENSE))
+    selection.table_for(gpu).put(LINEAR, 4, Choice(Strategy.DENSE))
     broken = {**state, "cuda": {"winners": {"x": "FUSED a"}}}
     for wrong in (broken, {"tpu": {}}, state["cpu"], [], None):
         with pytest.raises(ValueError, match="tuning: expected winners"):
             neq.load_tuning_state_dict(wrong)
-        assert dispatch.table_for(place).get(CONV, 4) == Choice(Strategy.DENSE)
+        assert selection.table_for(place).get(CONV, 4) == Choice(Strategy.DENSE)
     neq.load_tuning_state_dict(state)
-    assert dispatch.table_for(place).get(CONV, 4) == PACK
-    assert dispatch.table_for(gpu).get(LINEAR, 4).settings == (16, 32, 16, 4, 2, 1)
+    assert selection.table_for(place).get(CONV, 4) == PACK
+    assert selection.table_for(gpu).get(LINEAR, 4).settings == (16, 32, 16, 4, 2, 1)
 
 
 def test_a_checkpoint_of_other_backends_is_told_of(monkeypatch, caplog):
@@ -357,7 +366,7 @@ def test_a_checkpoint_of_other_backends_is_told_of(monkeypatch, caplog):
     state["cpu"]["backends"] = ["abacus"]
     state["cuda"] = {"winners": {}, "backends": ["cuda", "aten"]}  # of no device here
     neq.load_tuning_state_dict(state)
-    now = list(dispatch.backends_for("cpu"))
+    now = list(selection.backends_for("cpu"))
     (record,) = caplog.records
     served = f"cpu tensors were served by ['abacus'], now by {now}"
     assert record.getMessage() == f"tuning: {served}: bits may differ (see neq doctor)"
@@ -367,16 +376,16 @@ def test_no_way_packs_the_channels_of_groups_on_a_gpu():
     """How many each group has would have to be asked of it."""
     g = ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), 4)
     grouped = Problem((2, 16, 6, 6), (16, 4, 3, 3), g, False, torch.float32)
-    strategies = {choice.strategy for choice in dispatch.contestants(grouped, 4, GPU)}
+    strategies = {choice.strategy for choice in selection.contestants(grouped, 4, GPU)}
     assert strategies == {Strategy.DENSE, Strategy.FUSED}
-    on_cpu = dispatch.contestants(grouped, 4, dispatch.place_of("cpu"))
+    on_cpu = selection.contestants(grouped, 4, selection.place_of("cpu"))
     assert Choice(Strategy.PACK) in on_cpu
 
 
 def test_every_round_of_a_contest_has_an_order_of_its_own():
     seen = []
     calls = {name: lambda name=name: seen.append(name) for name in "abc"}
-    samples = contest.in_turns(calls, seconds=60, most_rounds=40)
+    samples = stopwatch.in_turns(calls, seconds=60, most_rounds=40)
     assert {name: len(times) for name, times in samples.items()} == dict.fromkeys("abc", 40)
     orders = ["".join(seen[i : i + 3]) for i in range(3, 123, 3)]
     assert {"".join(sorted(order)) for order in orders} == {"abc"}
@@ -386,14 +395,16 @@ def test_every_round_of_a_contest_has_an_order_of_its_own():
 @pytest.mark.parametrize("proved", [None, ()])
 def test_tune_checks_the_kernels_of_a_gpu_where_that_was_never_done(monkeypatch, proved):
     """On parameters without data, of a GPU that is not there."""
-    module = importlib.import_module("neq_kernels.tune")
+    module = importlib.import_module("neq_kernels.model_tuning")
     checked, measured = [], []
-    monkeypatch.setattr(proofs, "proved", lambda: proved)
-    monkeypatch.setattr(selfcheck, "prove", lambda: checked.append(True))
+    monkeypatch.setattr(verified_backends, "proved", lambda: proved)
+    monkeypatch.setattr(runner, "prove", lambda: checked.append(True))
     monkeypatch.setattr(module, "problems_of", lambda *_: {"0": LINEAR})
     monkeypatch.setattr(module, "CudaClock", lambda device: None)
     monkeypatch.setattr(
-        contest, "fastest", lambda p, n, possible, *_: (measured.append(n), next(iter(possible)))[1]
+        autotune,
+        "fastest",
+        lambda p, n, possible, *_: (measured.append(n), next(iter(possible)))[1],
     )
     with FakeTensorMode():
         model = nn.Sequential(nn.Linear(8, 16, device="cuda"))

@@ -16,7 +16,7 @@ from benchmarks.models.cifar_resnet import (
     resnet56,
     resnet110,
 )
-from neq_kernels.measure.models import named_model
+from neq_kernels.integrations.named_models import named_model
 
 __all__ = [
     "CifarResNet",

@@ -16,7 +16,7 @@ namespace {
 
 using torch::stable::narrow;
 
-// As in neq_kernels/problem.py.
+// As in neq_kernels/backends/problem.py.
 enum class Strategy : int64_t { dense, pack, fused };
 
 // BLAS works on this many rows at a time. What is left over, on any of its threads, it sums one

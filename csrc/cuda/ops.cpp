@@ -339,7 +339,7 @@ Grads depthwise_wgrad(const Tensor& grad_output, const Tensor& input, const Tens
 }
 
 // Steps of the active neurons of many parameters of `first`'s dtype and device, found by the tables
-// of neq_kernels/backends/gpu.py.
+// of neq_kernels/backends/gpu_base.py.
 void sgd_rows_(const Tensor& first, const Tensor& addresses, const Tensor& shapes,
                int64_t parameters, int64_t blocks, double lr, double momentum, double dampening,
                double weight_decay, bool with_momentum, bool nesterov, bool maximize) {

@@ -15,8 +15,8 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from neq_kernels.backends.problem import ConvGeometry, Problem, Strategy
 from neq_kernels.channels import NeuronLayout
-from neq_kernels.problem import ConvGeometry, Problem, Strategy
 
 _ROWS = NeuronLayout()
 

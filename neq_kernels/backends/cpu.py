@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from neq_kernels.backends import aten
+from neq_kernels.backends.problem import ConvGeometry, Problem, Strategy
 from neq_kernels.channels import NeuronLayout
-from neq_kernels.problem import ConvGeometry, Problem, Strategy
 
 ENVIRONMENT_VARIABLE = "NEQ_KERNELS_LIBRARY"
 _LIBRARY = Path(__file__).parent.parent / "_C.so"

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neq_kernels.backends import aten, gpu
+from neq_kernels.backends import aten, gpu_base
+from neq_kernels.backends.problem import ConvGeometry, Problem, Strategy
 from neq_kernels.channels import NeuronLayout
-from neq_kernels.problem import ConvGeometry, Problem, Strategy
 
 ENVIRONMENT_VARIABLE = "NEQ_KERNELS_CUDA_LIBRARY"
 LIBRARY = Path(__file__).parent.parent / "_cuda.so"
@@ -69,7 +69,7 @@ def strategies(problem: Problem) -> tuple[Strategy, ...]:
 
 
 def _serves(problem: Problem) -> bool:
-    if problem.dtype not in gpu.DTYPES or problem.output_positions >= _MOST_PIXELS:
+    if problem.dtype not in gpu_base.DTYPES or problem.output_positions >= _MOST_PIXELS:
         return False
     if problem.is_depthwise:
         return True
@@ -105,7 +105,7 @@ def linear_backward(
         grads = _leaf.linear_wgrad(_rows(dy), _rows(x), like, order, count, n, wanted[2])
         return grads[0], grads[1] if wanted[2] else None
 
-    return gpu.linear_backward(
+    return gpu_base.linear_backward(
         *(grad_output, input, input_size, weight, order, n, start, wanted, strategy, count),
         _PRIMITIVES,
         own,
@@ -140,7 +140,7 @@ def conv_backward(
         grads = wgrad(dy, x, like, *numbers, order, count, n, wanted[2])
         return grads[0], grads[1] if wanted[2] else None
 
-    return gpu.conv_backward(
+    return gpu_base.conv_backward(
         *(grad_output, input, weight, geometry, order, n, wanted, strategy, count),
         _PRIMITIVES,
         own,
@@ -176,10 +176,10 @@ def _pack(
 ) -> tuple[Tensor, Tensor | None]:
     inside = t if dim == t.dim() - 1 else t.movedim(dim, -1)
     row = t.shape[dim] * t.element_size()
-    is_ours = n > 0 and t.numel() > 0 and inside.is_contiguous() and t.dtype in gpu.DTYPES
+    is_ours = n > 0 and t.numel() > 0 and inside.is_contiguous() and t.dtype in gpu_base.DTYPES
     if not is_ours or row % _ALIGNMENT or t.data_ptr() % _ALIGNMENT:
         return aten.pack(t, order, n, dim), None
-    matrix, count = inside.reshape(-1, t.shape[dim]), gpu.count_of(n, t.device)
+    matrix, count = inside.reshape(-1, t.shape[dim]), gpu_base.count_of(n, t.device)
     is_matrix = t.dim() == 2
     packed, sums = _leaf.pack(matrix, order, count, n, is_matrix, summed)
     if is_matrix:
@@ -194,16 +194,20 @@ def scatter_rows(rows: Tensor, like: Tensor, order: Tensor, n: int, layout: Neur
     simple = layout == NeuronLayout() and layout.blocks(like) is not None and like.numel() > 0
     size = math.prod(like.shape[1:])
     simple = simple and size % 4 == 0 and n > 0 and rows.stride() == like.stride()
-    if not simple or rows.dtype not in (torch.float32, like.dtype) or like.dtype not in gpu.DTYPES:
+    if (
+        not simple
+        or rows.dtype not in (torch.float32, like.dtype)
+        or like.dtype not in gpu_base.DTYPES
+    ):
         return aten.scatter_rows(rows, like, order, n, layout)
-    out: Tensor = _leaf.scatter_rows(rows, like, order, gpu.count_of(n, rows.device))
+    out: Tensor = _leaf.scatter_rows(rows, like, order, gpu_base.count_of(n, rows.device))
     return out
 
 
 def channel_similarity(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """float64 ``[3, K]``: sums of ``a*b``, ``a*a``, ``b*b`` over every dimension but ``dim``."""
     dim, k = dim % a.dim(), a.shape[dim]
-    alike = a.dtype == b.dtype and a.dtype in gpu.DTYPES and a.stride() == b.stride()
+    alike = a.dtype == b.dtype and a.dtype in gpu_base.DTYPES and a.stride() == b.stride()
     channels_inside = a.movedim(dim, -1).is_contiguous()
     if not alike or a.numel() == 0 or not (channels_inside or a.is_contiguous()):
         return aten.channel_similarity(a, b, dim)
@@ -215,7 +219,7 @@ def channel_similarity(a: Tensor, b: Tensor, dim: int) -> Tensor:
 
 def steps_rows(parameter: Tensor, layout: NeuronLayout) -> bool:
     """Whether the row steps serve this parameter; gradient and state have to lie as it does."""
-    return gpu.steps_rows(parameter, layout, "cpu" if emulated() else "cuda")
+    return gpu_base.steps_rows(parameter, layout, "cpu" if emulated() else "cuda")
 
 
 def sgd_rows_(
@@ -230,7 +234,7 @@ def sgd_rows_(
 ) -> None:
     """``cpu.sgd_rows_``, of parameters on one device; arguments are not checked."""
     lists = (params, grads, momentum_buffers, steps, orders)
-    number, addresses, shapes = gpu.tables(lists, n, blocks)
+    number, addresses, shapes = gpu_base.tables(lists, n, blocks)
     if number == 0:
         return
     _leaf.sgd_rows_(
@@ -255,7 +259,7 @@ def adam_rows_(
 ) -> None:
     """``cpu.adam_rows_``, of parameters on one device; arguments are not checked."""
     lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, orders)
-    number, addresses, shapes = gpu.tables(lists, n, blocks)
+    number, addresses, shapes = gpu_base.tables(lists, n, blocks)
     if number == 0:
         return
     _leaf.adam_rows_(

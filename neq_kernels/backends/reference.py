@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from neq_kernels.problem import ConvGeometry
+from neq_kernels.backends.problem import ConvGeometry
 
 
 def unavailable() -> str | None:

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from neq_kernels.controllers import outputs as output_layers
-from neq_kernels.controllers.base import (
-    Controller,
-    Masks,
-    check_choice,
-    check_count,
-    check_fraction,
-)
-from neq_kernels.controllers.batches import Forward
-from neq_kernels.controllers.collective import add_up, rank, together
-from neq_kernels.controllers.memory import MEMORIES, Comparison, Memory, MemoryName
-from neq_kernels.controllers.probe import EMPTY_PROBE, Probe
-from neq_kernels.controllers.similarity import SIMILARITIES, Similarity, SimilarityName
+from neq_kernels.controllers.arguments import check_choice, check_count, check_fraction
+from neq_kernels.controllers.base import Controller, Masks
+from neq_kernels.controllers.probe import output_layers
+from neq_kernels.controllers.probe.batch import Forward
+from neq_kernels.controllers.probe.last_epoch import MEMORIES, Comparison, Memory, MemoryName
+from neq_kernels.controllers.probe.probe import EMPTY_PROBE, Probe
+from neq_kernels.controllers.probe.similarity import SIMILARITIES, Similarity, SimilarityName
+from neq_kernels.controllers.velocity import VELOCITIES, VelocityName
+from neq_kernels.process_group import add_up, rank, together
 
-VelocityName = Literal["slide", "reference"]
 PerLayer = dict[str, Tensor]
 
 
@@ -43,22 +38,6 @@ class Response:
     delta_phi: PerLayer
     velocity: PerLayer
     measured: frozenset[str] = frozenset()
-
-
-def slide_velocity(mu: float, velocity: Tensor, delta: Tensor, last_delta: Tensor) -> Tensor:
-    """``v(t) = Δφ(t) − μ·v(t−1)``: the NEq paper."""
-    return delta - mu * velocity
-
-
-def reference_velocity(mu: float, velocity: Tensor, delta: Tensor, last_delta: Tensor) -> Tensor:
-    """``v(t) = μ·v(t−1) + Δφ(t) − Δφ(t−1)``: the public code of NEq."""
-    return mu * velocity + delta - last_delta
-
-
-VELOCITIES: dict[VelocityName, Callable[[float, Tensor, Tensor, Tensor], Tensor]] = {
-    "slide": slide_velocity,
-    "reference": reference_velocity,
-}
 
 
 class NEqController(Controller[Response]):

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neq_kernels.controllers import outputs as output_layers
-from neq_kernels.controllers.base import Controller, Masks, check_count, check_fraction
-from neq_kernels.controllers.batches import Forward
-from neq_kernels.controllers.collective import together
-from neq_kernels.controllers.probe import Probe
+from neq_kernels.controllers.arguments import check_count, check_fraction
+from neq_kernels.controllers.base import Controller, Masks
+from neq_kernels.controllers.probe import output_layers
+from neq_kernels.controllers.probe.batch import Forward
+from neq_kernels.controllers.probe.probe import Probe
+from neq_kernels.process_group import together
 
 
 class StochasticController(Controller[Tensor]):

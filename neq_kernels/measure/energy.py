@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from neq_kernels.measure.counters import (
+from neq_kernels.measure.energy_counters import (
     MAX_PACKAGE_WATTS,
     POWERCAP,
     Counter,

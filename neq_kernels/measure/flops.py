@@ -24,7 +24,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from neq_kernels.layers import NeuronLayer, unwrap
+from neq_kernels.layers.base import NeuronLayer
+from neq_kernels.layers.traversal import unwrap
 from neq_kernels.measure.recorder import Call, Recorder, batch_size
 
 Convention = Literal["paper", "executed"]

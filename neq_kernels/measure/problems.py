@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neq_kernels.backends.problem import ConvGeometry, Problem
 from neq_kernels.measure.recorder import CONVOLUTIONS, Call, Recorder
-from neq_kernels.problem import ConvGeometry, Problem
 
 
 def problems_of(model: nn.Module, *inputs: Any) -> dict[str, Problem]:

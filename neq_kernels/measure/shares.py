@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from neq_kernels.convert import revert
-from neq_kernels.layers import neuron_owners, unwrap
+from neq_kernels.conversion.convert import revert
+from neq_kernels.layers.traversal import neuron_owners, unwrap
 from neq_kernels.machine import Machine, machine
 from neq_kernels.measure.bandwidth import read_bandwidth, write_bandwidth
 from neq_kernels.measure.flops import FlopCount

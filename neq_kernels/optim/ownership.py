@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -11,14 +12,13 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from neq_kernels.channels import ActiveChannels, NeuronLayout
-from neq_kernels.layers import (
-    NeuronLayer,
+from neq_kernels.layers.base import NeuronLayer
+from neq_kernels.layers.traversal import (
     following_parameters,
     named_neuron_layers,
     neuron_owners,
     unwrap,
 )
-from neq_kernels.optim.identity import remember, same_objects
 
 
 class OwnedParameter:
@@ -162,3 +162,16 @@ class _Structure:
             map(dict.get, self._of_layers, itertools.repeat("_parameters")),
             itertools.chain.from_iterable(self._held),
         )
+
+
+_END = object()
+
+
+def remember(objects: Iterable[object]) -> list[object]:
+    """What :func:`same_objects` compares with later."""
+    return [*objects, _END]
+
+
+def same_objects(remembered: list[object], objects: Iterable[object]) -> bool:
+    """Whether these are the remembered ones, by identity, no more and no fewer."""
+    return all(map(operator.is_, remembered, itertools.chain(objects, (_END,))))

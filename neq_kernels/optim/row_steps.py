@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from neq_kernels import dispatch
 from neq_kernels.backends import cpu
 from neq_kernels.channels import ActiveChannels, NeuronLayout
-from neq_kernels.optim import rows
-from neq_kernels.optim.batches import Batches, RowStep, ScalarSteps
+from neq_kernels.dispatch import selection
+from neq_kernels.optim import reference as optim_reference
+from neq_kernels.optim.multi_tensor import Batches, RowStep, ScalarSteps
 from neq_kernels.optim.ownership import OwnedParameter
-from neq_kernels.optim.state import COUNTS, State, counts_from
+from neq_kernels.optim.step_counts import COUNTS, State, counts_from
 
 FrozenState = Literal["reset", "keep", "reference"]
 Group = dict[str, Any]
@@ -271,7 +271,7 @@ class AdamRows(RowSteps):
         return state["exp_avg"], state["exp_avg_sq"], largest, state[COUNTS]
 
     def decay(self, flags: Flags, p: Parameter, owned: OwnedParameter, state: State) -> None:
-        rows.decay_frozen_(
+        optim_reference.decay_frozen_(
             state["exp_avg_sq"],
             owned.channels.order(p.device),
             owned.channels.n_active,
@@ -318,13 +318,13 @@ def _kernels(tensors: list[Tensor], layout: NeuronLayout) -> ModuleType:
         t.device == first.device and t.dtype == first.dtype and _lie_alike(t, first)
         for t in tensors
     ):
-        return rows
+        return optim_reference
     kind = first.device.type
-    backend = dispatch.backend_for(kind)
+    backend = selection.backend_for(kind)
     if backend == "cpu" and kind == "cpu" and first.dtype in _CPU_DTYPES:
-        return cpu if layout.blocks(first) is not None else rows
-    kernels = dispatch.FOR_GPUS.get(backend)
-    return kernels if kernels is not None and kernels.steps_rows(first, layout) else rows
+        return cpu if layout.blocks(first) is not None else optim_reference
+    kernels = selection.FOR_GPUS.get(backend)
+    return kernels if kernels is not None and kernels.steps_rows(first, layout) else optim_reference
 
 
 def _lie_alike(a: Tensor, b: Tensor) -> bool:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from neq_kernels.backends import cpu
+from neq_kernels.backends.problem import ConvGeometry, Strategy
 from neq_kernels.channels import ActiveChannels
-from neq_kernels.problem import ConvGeometry, Strategy
 from tests import oracle
 from tests.backends.arrange import threads
 

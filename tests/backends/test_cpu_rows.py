@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from neq_kernels.backends import cpu
 from neq_kernels.channels import WHOLE_PARAMETER, NeuronLayout
-from neq_kernels.optim import rows as plain
+from neq_kernels.optim import reference as plain
 from tests.backends.arrange import (
     FLOATING,
     arranged,

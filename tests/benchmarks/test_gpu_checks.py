@@ -169,7 +169,7 @@ def test_the_tests_are_told_to_use_the_gpu(monkeypatch):
     assert seen["aten"].environment["NEQ_KERNELS_BACKEND"] is None
     for path in seen["aten"].arguments[-2:]:
         assert (gpu_checks.ROOT / path.split("::")[0]).is_file()
-    assert seen[gpu_checks.SELFCHECK].module == "neq_kernels.selfcheck"
+    assert seen[gpu_checks.SELFCHECK].module == "neq_kernels.doctor"
 
 
 def test_the_tests_that_are_named_exist():

@@ -10,8 +10,8 @@ from benchmarks.budget import Deadline
 from benchmarks.gpu_device import OUT_OF_MEMORY, DeviceLost
 from benchmarks.gpu_kernels import Options
 from benchmarks.shapes import Shape
-from neq_kernels import dispatch
-from neq_kernels.problem import Choice, ConvGeometry, Problem, Strategy
+from neq_kernels.backends.problem import Choice, ConvGeometry, Problem, Strategy
+from neq_kernels.dispatch import selection
 from tests.benchmarks.fake_gpu import TickingClock, lab
 
 CONV = Problem(
@@ -61,7 +61,7 @@ def test_in_every_precision_what_is_right_passes(problem, dtype):
 
 def spoiled(monkeypatch, strategy, spoil):
     """The backend's gradients by one strategy, changed before anybody sees them."""
-    module = dispatch.module_of("cpu")
+    module = selection.module_of("cpu")
     right = module.conv_backward
 
     def wrong(*args, **kwargs):
@@ -185,8 +185,8 @@ def test_the_layers_of_a_gpu():
 def test_every_way_of_running_the_own_kernel_has_a_name(monkeypatch):
     """Here the CPU's kernel, which has but one, is asked for two."""
     names = [Choice(Strategy.DENSE), Choice(Strategy.FUSED), Choice(Strategy.FUSED, (16, 64))]
-    ways = dict.fromkeys(names, dispatch.module_of("cpu"))
-    monkeypatch.setattr(dispatch, "contestants", lambda *_: ways)
+    ways = dict.fromkeys(names, selection.module_of("cpu"))
+    monkeypatch.setattr(selection, "contestants", lambda *_: ways)
     half = named(rows(), 0.5)
     assert {"neq dense", "neq fused", "neq fused 16x64"} <= set(half)
     assert "settings" in half["neq fused 16x64"]["error"]

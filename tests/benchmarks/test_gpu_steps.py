@@ -14,7 +14,7 @@ from benchmarks.budget import Deadline
 from benchmarks.cases import GPU_CASES, random_masks, set_masks
 from benchmarks.gradients import BFLOAT16, FLOAT32, differences
 from benchmarks.record import Record
-from neq_kernels import dispatch
+from neq_kernels.dispatch import selection
 from neq_kernels.measure import EnergyMeter, bandwidth
 from neq_kernels.measure.energy import NO_COUNTER, DeviceEnergy, EnergyReading
 from tests.benchmarks import fake_gpu
@@ -28,7 +28,7 @@ def test_each_of_our_backends_serves_its_own_steps(tmp_path, monkeypatch):
     served = []
 
     def measure(case, backend, *rest):
-        served.append((backend, dispatch.backend_for("cpu")))
+        served.append((backend, selection.backend_for("cpu")))
         return iter(())
 
     monkeypatch.setattr(gpu_steps, "measure", measure)

@@ -10,8 +10,8 @@ import torch
 from benchmarks import figures, fit, kernel_targets, kernels, peers, shapes, suite
 from benchmarks.record import Record, load
 from benchmarks.shapes import Shape
-from neq_kernels import contest, dispatch, heuristics
-from neq_kernels.problem import ConvGeometry, Problem, Strategy
+from neq_kernels.backends.problem import ConvGeometry, Problem, Strategy
+from neq_kernels.dispatch import backward, cost_model, trial
 
 CONV = Problem(
     (2, 8, 6, 6),
@@ -76,13 +76,13 @@ def test_every_cell_has_every_provider(tmp_path, capsys):
 
 @pytest.mark.usefixtures("tiny_shapes")
 def test_a_wrong_gradient_is_not_timed(tmp_path, monkeypatch, capsys):
-    right = dispatch.linear_call
+    right = backward.linear_call
 
     def off_by_a_percent(*args):
         call = right(*args)
         return lambda *operands: tuple(None if g is None else 1.01 * g for g in call(*operands))
 
-    monkeypatch.setattr(dispatch, "linear_call", off_by_a_percent)
+    monkeypatch.setattr(backward, "linear_call", off_by_a_percent)
     assert kernels.main([*FAST, "--out", str(tmp_path)]) == 1
     rows = load(tmp_path / "kernels.jsonl")[1]
     wrong = [row for row in rows if "wrong" in row]
@@ -92,8 +92,8 @@ def test_a_wrong_gradient_is_not_timed(tmp_path, monkeypatch, capsys):
 
 
 def test_a_peer_with_a_missing_row_is_caught():
-    grad_output, input, weight = contest.operands(LINEAR)
-    channels = contest.spread(6, 12)
+    grad_output, input, weight = trial.operands(LINEAR)
+    channels = trial.spread(6, 12)
     exact = peers.dense(
         None, *(t.double() for t in (grad_output, input, weight)), torch.arange(12), False
     )[0]
@@ -132,7 +132,7 @@ def test_the_fit_finds_the_coefficients_that_made_the_times(monkeypatch, tmp_pat
     cells = {}
     for shape in TINY:
         for n in range(1, shape.problem.neurons + 1):
-            f = heuristics.features(shape.problem, n)
+            f = cost_model.features(shape.problem, n)
             cells[shape.network, shape.layer, shape.layout, n] = {
                 Strategy.DENSE: costs[Strategy.DENSE][0] + f["all products"] * 90.0,
                 Strategy.FUSED: costs[Strategy.FUSED][0] + f["products"] * 300.0,
@@ -141,13 +141,13 @@ def test_the_fit_finds_the_coefficients_that_made_the_times(monkeypatch, tmp_pat
     again = fit.read_data(tmp_path / "fit.csv")
     assert set(again) == set(cells)
     fitted = fit.fit(again)
-    monkeypatch.setattr(heuristics, "_costs", lambda: fitted)
+    monkeypatch.setattr(cost_model, "_costs", lambda: fitted)
     for cell, seconds in cells.items():
         problem = {(s.network, s.layer, s.layout): s.problem for s in TINY}[cell[:3]]
         for strategy, exact in seconds.items():
-            expected = heuristics.seconds(problem, cell[3], strategy)
+            expected = cost_model.seconds(problem, cell[3], strategy)
             assert expected == pytest.approx(exact, rel=0.02)
-        chosen = heuristics.strategy(problem, cell[3], list(seconds))
+        chosen = cost_model.strategy(problem, cell[3], list(seconds))
         assert seconds[chosen] <= 1.3 * min(seconds.values())
 
 
@@ -156,7 +156,7 @@ def test_the_fitted_costs_choose_what_was_measured_to_be_good():
     problems = shapes.problems_by_cell()
     regrets = []
     for cell, seconds in cells.items():
-        chosen = heuristics.strategy(problems[cell[:3]], cell[3], list(seconds))
+        chosen = cost_model.strategy(problems[cell[:3]], cell[3], list(seconds))
         regrets.append(seconds[chosen] / min(seconds.values()))
     assert len(regrets) > 1000
     assert kernel_targets.geometric_mean(regrets) < 1.1

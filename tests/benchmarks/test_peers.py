@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.peers import PROVIDERS, Provider
-from neq_kernels.problem import ConvGeometry
+from neq_kernels.backends.problem import ConvGeometry
 
 K = 8
 ACTIVE = {

@@ -6,7 +6,7 @@ import torch
 from benchmarks import roofline
 from benchmarks.data_sheets import Gpu
 from benchmarks.roofline import Work, counted_ratio, expected_sectors, needed_bytes, needed_part
-from neq_kernels.problem import ConvGeometry, Problem
+from neq_kernels.backends.problem import ConvGeometry, Problem
 
 BF16 = torch.bfloat16
 FIRST_SHAPES = roofline.bfloat16_shapes()[:3]

@@ -8,7 +8,7 @@ import triton.language as tl
 from benchmarks import ahead_of_time, targets
 from benchmarks.ahead_of_time import Compiled
 from benchmarks.dense_product import product
-from neq_kernels.backends.triton import many_parameters
+from neq_kernels.backends.triton import multi_tensor
 from neq_kernels.backends.triton.linear_wgrad import linear_wgrad
 from neq_kernels.backends.triton.tiles import Tiles
 
@@ -135,7 +135,7 @@ def test_a_product_that_spills_fails(target, monkeypatch):
 
 @pytest.mark.parametrize("target", ["sm_80", "gfx1100"])
 def test_an_optimizer_that_spills_fails(target, monkeypatch):
-    monkeypatch.setattr(many_parameters, "_STRETCH", 8192)
+    monkeypatch.setattr(multi_tensor, "_STRETCH", 8192)
     only({"adam amsgrad"}, monkeypatch)
     assert failures(targets.rows([target])) == ["spills"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import neq_kernels as neq
-from neq_kernels.layers import named_neuron_layers
+from neq_kernels.layers.traversal import named_neuron_layers
 
 
 def conv_net() -> nn.Module:

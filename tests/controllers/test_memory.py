@@ -9,7 +9,8 @@ from torch import nn
 
 import neq_kernels as neq
 from neq_kernels.controllers import NEqController
-from neq_kernels.controllers.similarity import NeuronSimilarity, SampleSimilarity
+from neq_kernels.controllers.probe.similarity import NeuronSimilarity, SampleSimilarity
+from neq_kernels.layers.traversal import named_neuron_layers
 from tests.controllers.nets import Block, conv_net, images, masks, tokens, train, wiggle
 
 
@@ -49,7 +50,7 @@ def outputs_by_hand(model, probe):
         layer.register_forward_hook(
             lambda module, args, out, name=name: recorded.setdefault(name, []).append(out.clone())
         )
-        for name, layer in neq.layers.named_neuron_layers(model)
+        for name, layer in named_neuron_layers(model)
     ]
     modes = {m: m.training for m in model.modules()}
     model.eval()
@@ -87,7 +88,7 @@ def test_both_memories_agree_with_stored_outputs(net):
             if hasattr(layer, "channels"):
                 layer.channels.reset()
         activations.step()
-        for name, layer in neq.layers.named_neuron_layers(model):
+        for name, layer in named_neuron_layers(model):
             expected = phi_by_hand(old[name], new[name], layer, NeuronSimilarity)
             assert not bool((expected == 1).all()), name
             for controller in (snapshot, activations):
@@ -108,7 +109,7 @@ def test_samples_in_one_batch_or_many():
         controller.step()
         expected = {
             name: phi_by_hand(old[name], new[name], layer, SampleSimilarity).tolist()
-            for name, layer in neq.layers.named_neuron_layers(model)
+            for name, layer in named_neuron_layers(model)
         }
         found.append(controller.response.phi)
         for name, phi in found[-1].items():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neq_kernels.controllers.similarity import NeuronSimilarity, SampleSimilarity, cosine
+from neq_kernels.controllers.probe.similarity import NeuronSimilarity, SampleSimilarity, cosine
 
 
 def phi(similarity, *batches, dim):

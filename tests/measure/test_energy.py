@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from neq_kernels.measure import energy
-from neq_kernels.measure.counters import CounterError, RaplPackage, rapl_packages
 from neq_kernels.measure.energy import NO_COUNTER, EnergyMeter
+from neq_kernels.measure.energy_counters import CounterError, RaplPackage, rapl_packages
 
 RANGE_UJ = 262_143_328_850
 

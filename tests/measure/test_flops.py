@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import neq_kernels as neq
 from benchmarks.models import build
+from neq_kernels.layers.base import NeuronLayer
 from neq_kernels.measure import flops
 
 
@@ -290,7 +291,7 @@ def test_half_the_neurons_of_every_layer_are_half_the_paper_figure():
     x = torch.randn(1, 3, 32, 32)
     dense = flops.count(model, x).paper
     for layer in model.modules():
-        if isinstance(layer, neq.layers.NeuronLayer):
+        if isinstance(layer, NeuronLayer):
             layer.channels.set(range(len(layer.channels) // 2))
     assert flops.count(model, x).paper == pytest.approx(dense / 2)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from neq_kernels.measure.models import named_model
+from neq_kernels.integrations.named_models import named_model
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import neq_kernels as neq
 from benchmarks.models import CifarResNet
+from neq_kernels.layers.traversal import named_neuron_layers
 from neq_kernels.measure import flops
 from neq_kernels.measure.flops import FlopCount, LayerFlops
 from neq_kernels.measure.shares import (
@@ -39,7 +40,7 @@ def flops_as_seconds(monkeypatch):
 
 
 def freeze_all_but_head(model: nn.Module, share: float) -> None:
-    for name, layer in neq.layers.named_neuron_layers(model):
+    for name, layer in named_neuron_layers(model):
         if name != "linear":
             layer.channels.set(range(round(share * len(layer.channels))))
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from neq_kernels.backends import cpu
-from neq_kernels.convert import convert
-from neq_kernels.layers import NeuronLayer
-from neq_kernels.optim import row_steps, rows
+from neq_kernels.conversion.convert import convert
+from neq_kernels.layers.base import NeuronLayer
+from neq_kernels.optim import reference, row_steps
 
 # The implementations of the row steps this machine has.
 KERNELS = ["torch"] if cpu.unavailable() else ["torch", "cpu"]
@@ -19,7 +19,7 @@ TRANSPOSED = {"up.weight": 1, "grouped_up.weight": 2}
 
 
 def use_kernels(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    module = {"torch": rows, "cpu": cpu}[name]
+    module = {"torch": reference, "cpu": cpu}[name]
     monkeypatch.setattr(row_steps, "_kernels", lambda tensors, layout: module)
 
 
@@ -80,10 +80,10 @@ def frozen_rows(name: str, mask: Tensor, tensor: Tensor) -> list[Tensor]:
     if name in TRANSPOSED:
         per_group = tensor.shape[1]
         blocks = tensor.detach().chunk(TRANSPOSED[name])
-        rows = [blocks[k // per_group][:, k % per_group] for k in range(len(mask))]
+        reference = [blocks[k // per_group][:, k % per_group] for k in range(len(mask))]
     else:
-        rows = list(tensor.detach())
-    return [row.clone() for row, active in zip(rows, mask.tolist(), strict=True) if not active]
+        reference = list(tensor.detach())
+    return [row.clone() for row, active in zip(reference, mask.tolist(), strict=True) if not active]
 
 
 def set_gradients(net: nn.Module, generator: torch.Generator) -> dict[str, Tensor | None]:

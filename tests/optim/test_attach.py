@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import LBFGS, SGD, Adam, RMSprop
 
-from neq_kernels.convert import convert, revert
+from neq_kernels.conversion.convert import convert, revert
 from neq_kernels.optim import attach
 from tests.optim.nets import layers, make_net, owner_masks, plain_net, set_gradients
 

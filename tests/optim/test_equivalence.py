@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.optim import SGD, Adam, AdamW
 
-from neq_kernels.optim import attach, row_steps, rows
+from neq_kernels.optim import attach, reference, row_steps
 from tests.optim.nets import (
     KERNELS,
     TRANSPOSED,
@@ -178,14 +178,14 @@ def one_too_few(order, n):
 @pytest.mark.parametrize("optimizer_class", [SGD, Adam])
 def test_a_step_of_the_wrong_neurons_is_caught(monkeypatch, optimizer_class, bug):
     name = "sgd_rows_" if optimizer_class is SGD else "adam_rows_"
-    right = getattr(rows, name)
+    right = getattr(reference, name)
 
     def wrong(*args, **flags):
         *tensors, order, n, layout = args
         right(*tensors, *bug(order, n), layout, **flags)
 
     use_kernels(monkeypatch, "torch")
-    monkeypatch.setattr(rows, name, wrong)
+    monkeypatch.setattr(reference, name, wrong)
     with pytest.raises(AssertionError):
         run_against_neurons(optimizer_class, {}, "reset", channels_last=False, seed=1)
 
@@ -195,9 +195,9 @@ def test_a_step_count_shared_by_all_neurons_is_caught(monkeypatch):
         *tensors, counts, order, n, layout = args
         right(*tensors, counts.fill_(int(counts.max())), order, n, layout, **flags)
 
-    right = rows.adam_rows_
+    right = reference.adam_rows_
     use_kernels(monkeypatch, "torch")
-    monkeypatch.setattr(rows, "adam_rows_", shared)
+    monkeypatch.setattr(reference, "adam_rows_", shared)
     with pytest.raises(AssertionError):
         run_against_neurons(Adam, {}, "reset", channels_last=False, seed=1)
 

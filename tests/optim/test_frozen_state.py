@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
-from neq_kernels.convert import convert, revert
+from neq_kernels.conversion.convert import convert, revert
 from neq_kernels.optim import attach
 
 MAKE = {

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.optim import SGD, Adam, AdamW
 
-from neq_kernels import dispatch
 from neq_kernels.backends import cpu
 from neq_kernels.channels import WHOLE_PARAMETER, ActiveChannels, NeuronLayout
-from neq_kernels.optim import row_steps, rows
+from neq_kernels.dispatch import selection
+from neq_kernels.optim import reference, row_steps
 from tests.row_functions import step_one
 
 SGD_FLAGS = {
@@ -34,7 +34,7 @@ TORCH = {
     "SGD": lambda ps: SGD(ps, **SGD_FLAGS),
     "AdamW": lambda ps: AdamW(ps, lr=0.05, betas=(0.9, 0.99), weight_decay=0.1),
 }
-IMPLEMENTATIONS = [rows] if cpu.unavailable() else [rows, cpu]
+IMPLEMENTATIONS = [reference] if cpu.unavailable() else [reference, cpu]
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -163,23 +163,25 @@ def test_steps_may_be_absent_or_given_to_sgd(kernels):
 def test_decay_of_frozen_neurons():
     t = torch.ones(4, 2)
     order = torch.tensor([1, 2, 0, 3])
-    rows.decay_frozen_(t, order, 2, NeuronLayout(), 0.5)
+    reference.decay_frozen_(t, order, 2, NeuronLayout(), 0.5)
     assert t[:, 0].tolist() == [0.5, 1.0, 1.0, 0.5]
-    rows.decay_frozen_(t, order, 0, NeuronLayout(), 0.5)
+    reference.decay_frozen_(t, order, 0, NeuronLayout(), 0.5)
     assert t[:, 0].tolist() == [0.25, 0.5, 0.5, 0.25]
-    rows.decay_frozen_(t, order, 4, NeuronLayout(), 0.5)
+    reference.decay_frozen_(t, order, 4, NeuronLayout(), 0.5)
     assert t[:, 0].tolist() == [0.25, 0.5, 0.5, 0.25]
 
 
 def test_the_extension_serves_only_what_it_can(monkeypatch):
-    serving = cpu if cpu.unavailable() is None else rows
-    monkeypatch.setattr(dispatch, "backend_for", lambda kind: "aten" if serving is rows else "cpu")
+    serving = cpu if cpu.unavailable() is None else reference
+    monkeypatch.setattr(
+        selection, "backend_for", lambda kind: "aten" if serving is reference else "cpu"
+    )
     p = torch.zeros(4, 3, 2, 2)
     last = p.contiguous(memory_format=torch.channels_last)
     layout = NeuronLayout()
     assert row_steps._kernels([p, p], layout) is serving
     assert row_steps._kernels([last, last], layout) is serving
-    assert row_steps._kernels([p, last], layout) is rows
+    assert row_steps._kernels([p, last], layout) is reference
     # Where a dimension has one element, its stride says nothing about memory.
     pointwise = torch.zeros(4, 3, 1, 1)
     assert pointwise.stride() != (3, 1, 3, 3)
@@ -187,8 +189,8 @@ def test_the_extension_serves_only_what_it_can(monkeypatch):
         row_steps._kernels([pointwise, pointwise.as_strided((4, 3, 1, 1), (3, 1, 3, 3))], layout)
         is serving
     )
-    assert row_steps._kernels([p, p.double()], layout) is rows
-    assert row_steps._kernels([p.mT, p.mT], layout) is rows
-    assert row_steps._kernels([p.to("meta"), p.to("meta")], layout) is rows
-    monkeypatch.setattr(dispatch, "backend_for", lambda kind: "reference")
-    assert row_steps._kernels([p, p], layout) is rows
+    assert row_steps._kernels([p, p.double()], layout) is reference
+    assert row_steps._kernels([p.mT, p.mT], layout) is reference
+    assert row_steps._kernels([p.to("meta"), p.to("meta")], layout) is reference
+    monkeypatch.setattr(selection, "backend_for", lambda kind: "reference")
+    assert row_steps._kernels([p, p], layout) is reference

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
-from neq_kernels.convert import convert
+from neq_kernels.conversion.convert import convert
 from neq_kernels.optim import attach
 
 MAKE = {

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.backends.triton.linear_wgrad import add_parts, linear_wgrad
 from neq_kernels.backends.triton.tiles import (
     Tiles,
@@ -24,7 +25,6 @@ from neq_kernels.backends.triton.tiles import (
     rectangle,
     splits_for,
 )
-from neq_kernels.problem import ConvGeometry
 
 
 @triton.jit

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.backends.triton.linear_wgrad import add_parts
 from neq_kernels.backends.triton.tiles import is_wide, processors, rectangle
-from neq_kernels.problem import ConvGeometry
 
 BLOCK_N, _TILE = 16, 2048
 _PROGRAMS_EACH = 4

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from neq_kernels.backends.triton.gather import gather
+from neq_kernels.backends.triton.pack import gather
 from neq_kernels.backends.triton.tiles import DESCRIPTOR_ALIGNMENT, Tiles, can_describe
 
 

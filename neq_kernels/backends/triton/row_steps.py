@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from neq_kernels.backends import aten
-from neq_kernels.backends.triton import many_parameters
-from neq_kernels.backends.triton.many_parameters import (
+from neq_kernels.backends.triton import multi_tensor
+from neq_kernels.backends.triton.multi_tensor import (
     advance,
     is_stretch,
     neurons_of_program,
@@ -257,7 +257,7 @@ def sgd_rows_(
 ) -> None:
     """``optim.rows.sgd_rows_`` of many parameters: see ``backends.cpu.sgd_rows_``."""
     with_momentum = len(momentum_buffers) > 0
-    many_parameters.launch(
+    multi_tensor.launch(
         sgd_kernel,
         (params, grads, momentum_buffers, steps, orders),
         n,
@@ -294,7 +294,7 @@ def adam_rows_(
     maximize: bool,
 ) -> None:
     """``optim.rows.adam_rows_`` of many parameters: see ``backends.cpu.adam_rows_``."""
-    many_parameters.launch(
+    multi_tensor.launch(
         adam_kernel,
         (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, orders),
         n,

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.channels import ActiveChannels
-from neq_kernels.problem import ConvGeometry
 from tests.cuda_on_cpu.emulator import MODES, Device, Launch, Library, Mode, Run, build
 
 # Where the tests of the backend itself run.

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from neq_kernels import dispatch
 from neq_kernels.backends import cuda
+from neq_kernels.dispatch import selection
 from tests import oracle
 from tests.backends.cuda.cases import DEVICE, FOLDER
 from tests.cuda_on_cpu.emulator import build
@@ -70,8 +70,8 @@ def ops(emulated_library, monkeypatch) -> Iterator[CountedOps]:
     counted = CountedOps(cuda._leaf)
     monkeypatch.setattr(cuda, "_leaf", counted)
     cuda.unavailable.cache_clear()
-    dispatch.forget_choices()
+    selection.forget_choices()
     with oracle.forced_backend("cuda"), full_precision():
         yield counted
     cuda.unavailable.cache_clear()
-    dispatch.forget_choices()
+    selection.forget_choices()

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from neq_kernels import dispatch, selfcheck
 from neq_kernels import ops as public
 from neq_kernels.backends import aten, cuda
+from neq_kernels.backends.problem import ConvGeometry, Problem, Strategy
 from neq_kernels.channels import NeuronLayout
-from neq_kernels.problem import ConvGeometry, Problem, Strategy
+from neq_kernels.dispatch import cuda_graphs, selection
+from neq_kernels.doctor import checks as doctor_checks
+from neq_kernels.doctor import gradients, runner
 from tests.backends.cuda.cases import DEVICE, DTYPES, images
 from tests.backends.cuda.conftest import build_emulated
 from tests.backends.triton.cases import MASKS, assert_gradient, channels
@@ -63,7 +65,7 @@ def geometry(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear(dtype, mask, ops):
-    with dispatch.forced_strategy(Strategy.FUSED):
+    with selection.forced_strategy(Strategy.FUSED):
         for k, c in ((16, 72), (16, 1032), (48, 40), (128, 64)):
             linear(150, k, c, dtype, mask)
     assert ops.calls["linear_wgrad"] == (0 if mask in ("none", "all") else 4)
@@ -72,7 +74,7 @@ def test_linear(dtype, mask, ops):
 @pytest.mark.parametrize("mask", ["one", "random", "contiguous"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_convolutions(dtype, mask, ops):
-    with dispatch.forced_strategy(Strategy.FUSED):
+    with selection.forced_strategy(Strategy.FUSED):
         conv((2, 16, 7, 9), 24, (3, 3), geometry(), dtype, mask)
         conv((2, 16, 7, 9), 72, (3, 3), geometry((2, 2)), dtype, mask)
         conv((2, 16, 7, 9), 128, (1, 1), geometry(padding=(0, 0)), dtype, mask)
@@ -83,7 +85,7 @@ def test_convolutions(dtype, mask, ops):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_depthwise_convolutions(dtype, layout, ops):
-    with dispatch.forced_strategy(Strategy.FUSED):
+    with selection.forced_strategy(Strategy.FUSED):
         for kernel, per_input in (((3, 3), 1), ((5, 3), 2)):
             k = 12 * per_input
             conv((2, 12, 7, 9), k, kernel, geometry(groups=12), dtype, "random", layout)
@@ -92,7 +94,7 @@ def test_depthwise_convolutions(dtype, layout, ops):
 
 @pytest.mark.parametrize("mask", ["one", "random", "contiguous"])
 def test_packing_in_front_of_the_library(mask, ops):
-    with dispatch.forced_strategy(Strategy.PACK):
+    with selection.forced_strategy(Strategy.PACK):
         linear(150, 64, 40, torch.float32, mask)
         conv((2, 16, 7, 9), 24, (3, 3), geometry(), torch.float32, mask)
         conv((2, 16, 7, 9), 24, (3, 3), geometry(), torch.float32, mask, torch.contiguous_format)
@@ -103,7 +105,7 @@ def test_packing_in_front_of_the_library(mask, ops):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_do_not_start_at_multiples_of_16_bytes_are_copied(dtype, ops):
-    with dispatch.forced_strategy(Strategy.FUSED):
+    with selection.forced_strategy(Strategy.FUSED):
         for offset in (1, 3):
             linear(70, 16, 24, dtype, "random", offset)
     assert ops.calls["linear_wgrad"] == 2
@@ -119,7 +121,7 @@ def test_what_the_kernels_cannot_serve_is_left_to_the_library(ops):
     assert Strategy.FUSED in cuda.strategies(last)
     huge = last._replace(input_size=(2**27, 8, 5, 5))
     assert Strategy.FUSED not in cuda.strategies(huge)
-    with dispatch.forced_strategy(Strategy.FUSED):
+    with selection.forced_strategy(Strategy.FUSED):
         linear(32, 16, 9, torch.float32, "random")
     assert ops.calls["linear_wgrad"] == 0
 
@@ -137,7 +139,7 @@ def test_what_is_numbered_in_more_than_31_bits_is_the_librarys():
 @pytest.mark.parametrize(("t", "inputs"), [(4, 0), (0, 8), (0, 0)])
 def test_a_layer_without_inputs_or_rows(t, inputs, mask, ops):
     """Its weight is empty, or no kernel has anything to read."""
-    with dispatch.forced_strategy(Strategy.FUSED):
+    with selection.forced_strategy(Strategy.FUSED):
         linear(t, 16, inputs, torch.float32, mask)
     assert ops.calls["linear_wgrad"] == 0
 
@@ -152,8 +154,8 @@ def test_few_rows_of_a_convolution(inputs, padding, ops):
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_replayed_count_is_read_on_the_device(mask, ops, monkeypatch):
     """The host believes that all are active."""
-    monkeypatch.setattr(dispatch, "_rehearsed", {})
-    with dispatch.capturable():
+    monkeypatch.setattr(cuda_graphs, "_rehearsed", {})
+    with cuda_graphs.capturable():
         linear(70, 48, 24, torch.float16, mask)
         conv((2, 16, 7, 9), 48, (3, 3), geometry(), torch.float16, mask)
         conv((2, 12, 7, 9), 12, (3, 3), geometry(groups=12), torch.float16, mask)
@@ -222,9 +224,9 @@ def test_an_error_of_a_launch_names_the_operation(ops):
 
 def test_the_self_check_runs_and_finds_every_kernel_right(ops, monkeypatch):
     """It is what lets the backend serve a GPU by itself."""
-    monkeypatch.setattr(selfcheck, "served", lambda: iter([("cuda", DEVICE)]))
-    checks = [check for check in selfcheck.run() if check.backend == "cuda"]
-    assert {check.op for check in checks} == set(selfcheck.OPS)
+    monkeypatch.setattr(doctor_checks, "served", lambda: iter([("cuda", DEVICE)]))
+    checks = [check for check in runner.run() if check.backend == "cuda"]
+    assert {check.op for check in checks} == set(doctor_checks.OPS)
     assert [failure for check in checks for failure in check.failures] == []
     assert set(ops.calls) - {"multiprocessors"} == {
         *("linear_wgrad", "conv_wgrad", "depthwise_wgrad", "pack", "scatter_rows"),
@@ -291,8 +293,8 @@ def test_the_self_check_finds_what_is_wrong_in_one_kernel(monkeypatch):
     monkeypatch.setenv(cuda.ENVIRONMENT_VARIABLE, library)
     monkeypatch.setattr(cuda, "_leaf", torch.ops.neq_kernels_faulty)
     cuda.unavailable.cache_clear()
-    with selfcheck.forced("cuda"):
-        failures = selfcheck._gradients("conv_backward", "cuda", "cpu").failures
+    with doctor_checks.forced("cuda"):
+        failures = gradients.check_gradients("conv_backward", "cuda", "cpu").failures
     cuda.unavailable.cache_clear()
     for _, case in FAULTS.values():
         assert any(case in failure for failure in failures), case

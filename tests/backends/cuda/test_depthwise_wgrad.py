@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.channels import ActiveChannels
-from neq_kernels.problem import ConvGeometry
 from tests.backends.cuda.cases import DTYPES, FOLDER, SMALLEST, pointer, poisoned
 from tests.backends.triton.cases import MASKS, assert_gradient, channels
 from tests.backends.triton.test_conv_wgrad import LAYOUTS, geometry, operands

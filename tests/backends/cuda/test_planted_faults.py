@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from neq_kernels.problem import ConvGeometry
+from neq_kernels.backends.problem import ConvGeometry
 from tests.backends.cuda import test_pack, test_wgrad
 from tests.backends.cuda.cases import library, without
 from tests.backends.triton.cases import channels

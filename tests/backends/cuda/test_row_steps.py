@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from neq_kernels.backends import gpu
+from neq_kernels.backends import gpu_base
 from neq_kernels.channels import NeuronLayout
 from tests.backends.arrange import assert_as_precise_as_torch, bits
 from tests.backends.cuda.cases import DTYPES, FOLDER
@@ -43,7 +43,7 @@ def step_together(
 ) -> list[Launch]:
     names = ("param", "grad", *state, "order")
     tensors = [[getattr(case, name) if name else None for name in names] for case in cases]
-    blocks, shapes = gpu._cut(
+    blocks, shapes = gpu_base._cut(
         tuple(case.n for case in cases),
         tuple(i for case in cases for i in case.blocks),
         torch.device("cpu"),

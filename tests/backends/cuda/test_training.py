@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import neq_kernels as neq
-from neq_kernels import dispatch
-from neq_kernels.layers import named_neuron_layers
-from neq_kernels.problem import Strategy
+from neq_kernels.backends.problem import Strategy
+from neq_kernels.dispatch import selection
+from neq_kernels.layers.traversal import named_neuron_layers
 from tests import oracle
 from tests.backends.cuda.cases import DEVICE
 from tests.backends.triton.test_training import Block, masks
@@ -72,7 +72,7 @@ def test_training_equals_the_references(strategy, optimizer, ops):
         with oracle.forced_backend("reference"):
             F.cross_entropy(plain(images.double()), labels).backward()
             both[0][1].step()
-        with dispatch.forced_strategy(strategy):
+        with selection.forced_strategy(strategy):
             F.cross_entropy(model(images.to(**last)), labels.to(DEVICE)).backward()
         for _, layer in named_neuron_layers(model):
             for parameter in layer.parameters():

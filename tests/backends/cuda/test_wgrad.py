@@ -5,16 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neq_kernels.problem import ConvGeometry
-from tests.backends.cuda.cases import (
-    DTYPES,
-    SMALLEST,
-    images,
-    library,
-    pointer,
-    poisoned,
-    wgrad,
-)
+from neq_kernels.backends.problem import ConvGeometry
+from tests.backends.cuda.cases import DTYPES, SMALLEST, images, library, pointer, poisoned, wgrad
 from tests.backends.triton.cases import MASKS, assert_gradient, channels
 from tests.cuda_on_cpu.emulator import MODES, EmulationError, Run
 

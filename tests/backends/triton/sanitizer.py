@@ -12,16 +12,16 @@ from torch.optim import Optimizer
 from ttsem import harness
 from ttsem.memory import Memory
 
-from neq_kernels.backends import triton
-from neq_kernels.backends.triton import many_parameters
-from neq_kernels.controllers.probe import Probe
+from neq_kernels.backends.triton import backend as triton
+from neq_kernels.backends.triton import multi_tensor
+from neq_kernels.controllers.probe.probe import Probe
 
 
 @contextmanager
 def prepared_sanitizer() -> Iterator[None]:
     """Within it the sanitizer knows the tensors that row steps find by addresses in a table, beside
     those that a launch is given: what lies outside of them, and races on them, are errors."""
-    launch, tensors = many_parameters.launch, []
+    launch, tensors = multi_tensor.launch, []
 
     class WithTheirMemory(Memory):
         def __init__(self) -> None:
@@ -38,7 +38,7 @@ def prepared_sanitizer() -> Iterator[None]:
             tensors.clear()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(many_parameters, "launch", launch_with)
+        patch.setattr(multi_tensor, "launch", launch_with)
         patch.setattr(harness, "Memory", WithTheirMemory)
         # Inside of an operator its tensors say that they are on the CPU.
         patch.setattr(triton, "serves", lambda device_type: True)

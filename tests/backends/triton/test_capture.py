@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 import neq_kernels as neq
-from neq_kernels import dispatch, ops
-from neq_kernels.backends import triton
-from neq_kernels.problem import ConvGeometry, Problem, Strategy
+from neq_kernels import ops
+from neq_kernels.backends.problem import ConvGeometry, Problem, Strategy
+from neq_kernels.backends.triton import backend as triton
+from neq_kernels.dispatch import cuda_graphs, selection
 from tests.backends.triton.cases import EXECUTOR, MASKS, assert_gradient, channels, poison
 
 
@@ -26,7 +27,7 @@ def test_the_count_on_the_device_decides(groups, then, now, device):
 @pytest.mark.parametrize("groups", [None, 1], ids=["linear", "conv"])
 def test_what_was_rehearsed_is_captured(groups, device, monkeypatch, caplog):
     """And what was not is captured densely, with one warning for each problem."""
-    monkeypatch.setattr(dispatch, "_rehearsed", {})
+    monkeypatch.setattr(cuda_graphs, "_rehearsed", {})
     used, backend = [], triton.linear_backward if groups is None else triton.conv_backward
 
     def counted(*arguments, **more):
@@ -34,14 +35,14 @@ def test_what_was_rehearsed_is_captured(groups, device, monkeypatch, caplog):
         return backend(*arguments, **more)
 
     monkeypatch.setattr(triton, backend.__name__, counted)
-    monkeypatch.setattr(dispatch, "captured", lambda tensor: True)
+    monkeypatch.setattr(cuda_graphs, "captured", lambda tensor: True)
     check(groups, "all", "random", device)
     assert "warm up within neq_kernels.capturable()" in caplog.text
     monkeypatch.undo()
     monkeypatch.setattr(triton, backend.__name__, counted)
     with neq.capturable():
         check(groups, "all", "one", device)
-    monkeypatch.setattr(dispatch, "captured", lambda tensor: True)
+    monkeypatch.setattr(cuda_graphs, "captured", lambda tensor: True)
     check(groups, "all", "random", device)
     assert used == [Strategy.DENSE, Strategy.FUSED, Strategy.FUSED]
 
@@ -49,10 +50,10 @@ def test_what_was_rehearsed_is_captured(groups, device, monkeypatch, caplog):
 def test_the_kernel_of_the_table_is_rehearsed(device, monkeypatch):
     """Its settings are those that won with everything active."""
     problem = Problem((50, 16), (8, 16), None, False, torch.float16)
-    monkeypatch.setattr(dispatch, "_rehearsed", {})
-    chosen = list(dispatch.contestants(problem, 8, dispatch.place_of(device)))[-1]
+    monkeypatch.setattr(cuda_graphs, "_rehearsed", {})
+    chosen = list(selection.contestants(problem, 8, selection.place_of(device)))[-1]
     assert chosen.settings
-    monkeypatch.setattr(dispatch, "choice_for", lambda *_: chosen)
+    monkeypatch.setattr(selection, "choice_for", lambda *_: chosen)
     given, backend = [], triton.linear_backward
     monkeypatch.setattr(
         triton,
@@ -70,7 +71,7 @@ def test_the_kernel_of_the_table_is_rehearsed(device, monkeypatch):
         )
     assert_gradient(grad, dy.double().t() @ x.double(), channels_now, 50)
     assert given == [chosen.settings]
-    assert list(dispatch._rehearsed.values()) == [chosen]
+    assert list(cuda_graphs._rehearsed.values()) == [chosen]
 
 
 def check(groups, then, now, device) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.backends.triton.conv_wgrad import conv_wgrad
 from neq_kernels.backends.triton.depthwise_wgrad import depthwise_wgrad
 from neq_kernels.backends.triton.tiles import Tiles
-from neq_kernels.problem import ConvGeometry
 from tests import oracle
 from tests.backends.triton.cases import DTYPES, EXECUTOR, MASKS, assert_gradient, channels
 

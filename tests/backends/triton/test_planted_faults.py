@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from neq_kernels.backends import triton
+from neq_kernels.backends.triton import backend as triton
 from neq_kernels.backends.triton import linear_wgrad, packed_wgrad
 from neq_kernels.channels import NeuronLayout
-from neq_kernels.optim import rows
+from neq_kernels.optim import reference
 from tests.backends.triton import test_conv_wgrad, test_linear_wgrad, test_packed_wgrad
 from tests.backends.triton.cases import assert_gradient, channels, poison
 
@@ -115,7 +115,7 @@ def optimizer(module: ModuleType, device: str, function: str) -> None:
     counts = steps.to(device, copy=True)
     missing: tuple[Any, ...] = () if n_state == 1 else (None,)
     order, layout = chosen.order(), NeuronLayout()
-    getattr(rows, function)(*exact, *missing, steps, order, chosen.n_active, layout, **flags)
+    getattr(reference, function)(*exact, *missing, steps, order, chosen.n_active, layout, **flags)
     lists: list[list[Tensor]] = [[t] for t in ours] + [[] for _ in missing]
     blocks = list(layout.blocks(ours[0]) or ())
     getattr(module, function)(

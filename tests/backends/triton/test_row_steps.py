@@ -12,11 +12,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from neq_kernels.backends import triton
+from neq_kernels.backends.triton import backend as triton
 from neq_kernels.backends.triton import row_steps
 from neq_kernels.channels import WHOLE_PARAMETER, ActiveChannels, NeuronLayout
-from neq_kernels.optim import attach, rows
-from neq_kernels.optim import row_steps as attached
+from neq_kernels.optim import attach, reference
+from neq_kernels.optim import row_steps as row_steps_module
 from tests.backends.arrange import arranged, assert_as_precise_as_torch, bits
 from tests.backends.arrange import random as randoms
 from tests.backends.triton.cases import DTYPES, channels
@@ -84,7 +84,7 @@ class Case:
     def plain_step(self, function: str, state: tuple[str | None, ...], flags: dict) -> None:
         given = (name and getattr(self, name) for name in state)
         where = self.order, self.n, self.layout
-        getattr(rows, function)(self.param, self.grad, *given, *where, **flags)
+        getattr(reference, function)(self.param, self.grad, *given, *where, **flags)
 
 
 def step_together(
@@ -315,11 +315,11 @@ def run(make, dtype, channels_last, frozen_state, device):
 def test_attached_optimizers(name, channels_last, frozen_state, launches, device, monkeypatch):
     make, settings = OPTIMIZERS[name], (channels_last, frozen_state)
     with monkeypatch.context() as patch:
-        patch.setattr(rows, "sgd_rows_", None)
-        patch.setattr(rows, "adam_rows_", None)
+        patch.setattr(reference, "sgd_rows_", None)
+        patch.setattr(reference, "adam_rows_", None)
         ours, counts = run(make, torch.float32, *settings, device)
     assert len(launches) == 5
-    monkeypatch.setattr(attached, "_kernels", lambda tensors, layout: rows)
+    monkeypatch.setattr(row_steps_module, "_kernels", lambda tensors, layout: reference)
     torchs, _ = run(make, torch.float32, *settings, "cpu")
     exact, expected_counts = run(make, torch.float64, *settings, "cpu")
     assert counts == expected_counts
@@ -329,13 +329,13 @@ def test_attached_optimizers(name, channels_last, frozen_state, launches, device
 
 def test_what_cannot_be_served_is_left_to_plain_torch(device):
     p = torch.zeros(4, 3, 2, 2).to(device)
-    assert attached._kernels([p, p.clone()], ROWS) is triton
-    assert attached._kernels([p.bfloat16()] * 2, ROWS) is triton
-    assert attached._kernels([p.double()] * 2, ROWS) is rows
-    assert attached._kernels([p.mT] * 2, ROWS) is rows
-    assert attached._kernels([p, p.bfloat16()], ROWS) is rows
+    assert row_steps_module._kernels([p, p.clone()], ROWS) is triton
+    assert row_steps_module._kernels([p.bfloat16()] * 2, ROWS) is triton
+    assert row_steps_module._kernels([p.double()] * 2, ROWS) is reference
+    assert row_steps_module._kernels([p.mT] * 2, ROWS) is reference
+    assert row_steps_module._kernels([p, p.bfloat16()], ROWS) is reference
     vast = torch.zeros(1).to(device).expand(2, 2**27)
-    assert attached._kernels([vast] * 2, ROWS) is rows
+    assert row_steps_module._kernels([vast] * 2, ROWS) is reference
 
 
 def test_nothing_active_takes_no_launch(launches, device):

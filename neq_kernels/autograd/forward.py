@@ -1,0 +1,46 @@
+"""The forward of every layer: PyTorch's own functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_CONV = (F.conv1d, F.conv2d, F.conv3d)
+
+
+_CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+def linear_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` in the forward of a Function."""
+    out = F.linear(input, weight, bias)
+    if not torch.compiler.is_compiling() and out._is_view():
+        # Of the library's own making; autograd would refuse in-place activations on it.
+        out = torch.ops.aten._unsafe_view(out, out.shape)
+    return out
+
+
+def convolution(weight: Tensor, transposed: bool) -> Callable[..., Tensor]:
+    """The library's function for as many dimensions."""
+    functions: tuple[Callable[..., Tensor], ...] = _CONV_TRANSPOSE if transposed else _CONV
+    return functions[weight.dim() - 3]
+
+
+def convolve(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int] | str,
+    dilation: Sequence[int],
+    groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
+) -> Tensor:
+    function = convolution(weight, transposed)
+    if transposed:
+        return function(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return function(input, weight, bias, stride, padding, dilation, groups)

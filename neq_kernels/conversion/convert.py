@@ -1,0 +1,168 @@
+"""Turning the layers of a model into neuron layers, in place, and back."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from neq_kernels.autograd.arguments import GradInput
+from neq_kernels.channels import ActiveChannels
+from neq_kernels.conversion.eligibility import (
+    NEURON_CLASSES,
+    Filter,
+    reasons_against,
+    replaced_blocks,
+    replacements,
+    stock_class,
+)
+from neq_kernels.conversion.report import conversion_report
+from neq_kernels.layers import traversal
+from neq_kernels.layers.anchor import StoppedParameters
+from neq_kernels.layers.base import NeuronLayer
+from neq_kernels.layers.following import FollowingParameters
+from neq_kernels.layers.traversal import named_neuron_layers, neuron_layers, unwrap
+
+_STATE = ("channels", "grad_input", "specialized", "stopped")
+
+
+def convert(
+    model: nn.Module,
+    *,
+    filter: Filter | None = None,
+    grad_input: GradInput = "exact",
+    norms: bool = True,
+    others: Literal["train", "follow"] = "train",
+) -> nn.Module:
+    """Give the layers of ``model`` neurons that can be frozen.
+
+    The class of each layer of an exact torch.nn type changes in place: the objects, their
+    parameters, hooks, ``state_dict`` and every reference to them stay. All channels start active,
+    and the model computes what it did. Convert before wrapping in DistributedDataParallel, FSDP or
+    ``torch.compile``. Converting again does nothing to what is converted.
+
+    Args:
+        model: any module.
+        filter: ``filter(name, module) -> bool``, False leaves a layer alone.
+        grad_input: ``"exact"``: input gradients are the dense ones. ``"active"``: the approximation
+            that only active channels propagate.
+        norms: convert norm layers too (their neurons are channel-wise scales and shifts).
+        others: parameters no neuron owns (class tokens, layer scales, position tables) ``"train"``
+            on, or ``"follow"``: they stop while every neuron of the module that holds them is
+            frozen (of its nearest ancestor with neurons, if it has none; for the outermost module
+            its last neuron layer, the output, does not count). Parameters of whole unconverted
+            layers, such as embeddings, follow their nearest ancestor likewise.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: an unknown option, or no layer can be converted; the message says why not.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if grad_input not in ("exact", "active"):
+        raise ValueError(f"grad_input: expected 'exact' or 'active', got {grad_input!r}")
+    if others not in ("train", "follow"):
+        raise ValueError(f"others: expected 'train' or 'follow', got {others!r}")
+    inner = unwrap(model)
+    known = [layer for _, layer in named_neuron_layers(inner)]
+    stopped = known[0].stopped if known else StoppedParameters()
+    shared = {layer.weight: layer.channels for layer in known}
+    reasons = reasons_against(inner, filter, norms)
+    for block, block_class in replaced_blocks(inner):
+        _become(block, block_class)
+    for name, layer in inner.named_modules():
+        if isinstance(layer, NeuronLayer) or reasons[name] is not None:
+            continue
+        _become(layer, NEURON_CLASSES[type(layer)])
+        assert isinstance(layer, NeuronLayer)
+        n = layer.layout.n_neurons(layer.weight)
+        layer.channels = shared.setdefault(layer.weight, ActiveChannels(n))
+        layer.channels.prepare(layer.weight.device)
+        layer.grad_input, layer.specialized, layer.stopped = grad_input, False, stopped
+    if next(named_neuron_layers(inner), None) is None:
+        raise ValueError(
+            "model: expected at least one layer that can be converted, got none:\n"
+            f"{conversion_report(inner)}"
+        )
+    if others == "follow" and next(traversal.following_parameters(inner), None) is None:
+        _follow(inner, stopped)
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undo :func:`convert`: every layer has its torch.nn class back. Returns ``model``.
+
+    Raises:
+        ValueError: a layer's class was changed again since, by a parametrization for example.
+    """
+    inner = unwrap(model)
+    for name, layer in named_neuron_layers(inner):
+        if type(layer) not in NEURON_CLASSES.values():
+            raise ValueError(
+                f"{name}: expected the class that convert gave it, got {type(layer).__name__}; "
+                "remove what was put on top first, such as a parametrization"
+            )
+    for module in inner.modules():
+        if isinstance(module, NeuronLayer):
+            for name in _STATE:
+                module.__dict__.pop(name, None)
+            _become(module, stock_class(module))
+        following = module.__dict__.pop("neq_following", None)
+        if following is not None:
+            following.remove()
+        for stock, replacement in replacements().items():
+            if type(module) is replacement:
+                _become(module, stock)
+    return model
+
+
+def specialize(model: nn.Module, enabled: bool = True) -> nn.Module:
+    """Let ``torch.compile`` recompile when a layer stops or starts again.
+
+    By default one compiled graph serves all masks, so a wholly frozen layer still saves its input,
+    keeps backprop alive and gets a gradient of zeros. Specialised, each change of the set of wholly
+    frozen layers costs one recompilation and wholly frozen layers cost nothing, as in eager. Raise
+    ``torch._dynamo.config.recompile_limit`` to the number of changes you expect. Without effect
+    under a process group, where the reducer must see every parameter.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: ``model`` has no neuron layers.
+    """
+    for layer in neuron_layers(model):
+        layer.specialized = enabled
+    return model
+
+
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    module.__class__ = kind
+
+
+def _follow(model: nn.Module, stopped: StoppedParameters) -> None:
+    owners = traversal.neuron_owners(model)
+    parents = {child: module for module in model.modules() for child in module.children()}
+    followers: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.requires_grad or parameter in owners:
+                continue
+            block = module
+            while block in parents and not _deciding_layers(block, model):
+                block = parents[block]
+            if _deciding_layers(block, model):
+                followers.setdefault(block, []).append((module, name))
+    for block, places in followers.items():
+        block.neq_following = FollowingParameters(  # type: ignore[assignment]
+            block, _deciding_layers(block, model), places, stopped
+        )
+
+
+def _deciding_layers(block: nn.Module, model: nn.Module) -> list[NeuronLayer]:
+    """The neuron layers of a block; of the whole model all but the last, its output."""
+    found = [layer for _, layer in named_neuron_layers(block)]
+    return found[:-1] if block is model else found

@@ -1,0 +1,177 @@
+"""The table of choices that were measured to be fastest, in memory and on disk.
+
+Nothing is measured unless it is asked for: :func:`neq_kernels.tune` measures the layers of a model,
+``NEQ_KERNELS_TUNE=1`` each layer when it is met first. Winners are kept in
+``NEQ_KERNELS_TUNING_DIR`` (by default ``neq_kernels`` in the user's cache folder), one file for
+each GPU, or CPU, instruction set and number of threads, and version of PyTorch and of this package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from neq_kernels.backends.problem import Choice, Problem, Strategy
+
+logger = logging.getLogger(__name__)
+
+DIRECTORY_VARIABLE = "NEQ_KERNELS_TUNING_DIR"
+MEASURE_VARIABLE = "NEQ_KERNELS_TUNE"
+_FORMAT = 1
+_BUCKETS_PER_DOUBLING = 4
+
+
+def count_bucket(n: int, k: int) -> int:
+    """The most active channels that share a table entry with ``n`` of ``k``: four entries for each
+    doubling, and one for all channels active."""
+    if n in (0, k):
+        return n
+    step = math.ceil(_BUCKETS_PER_DOUBLING * math.log2(n) - 1e-9)
+    return min(k - 1, math.floor(2 ** (step / _BUCKETS_PER_DOUBLING) + 1e-9))
+
+
+def key(problem: Problem, n: int) -> str:
+    """How a table names a problem with ``n`` active channels."""
+    g = problem.geometry
+    parts: list[Any] = [problem.input_size, problem.weight_size]
+    if g is not None:
+        parts += [g.stride, g.padding, g.dilation, g.output_padding, (g.groups,)]
+    words = ["x".join(map(str, part)) for part in parts]
+    kind = "linear" if g is None else ("transposed" if g.transposed else "conv")
+    layout = "channels_last" if problem.channels_last else "contiguous"
+    dtype = str(problem.dtype).removeprefix("torch.")
+    bucket = count_bucket(n, problem.neurons)
+    return " ".join([kind, *words, layout, dtype, f"active<={bucket}"])
+
+
+class TuningTable:
+    """Winners by :func:`key`.
+
+    Args:
+        folder: where files are kept; None keeps everything in memory.
+        measured_with: what the winners hold for; a file that says otherwise is not used.
+    """
+
+    def __init__(self, folder: Path | None, measured_with: Mapping[str, Any]) -> None:
+        self._measured_with = dict(measured_with)
+        self._path = None if folder is None else folder / file_name("tuning", self._measured_with)
+        self._winners: dict[str, Choice] = {}
+        if self._path is not None:
+            self._read(self._path)
+
+    def __len__(self) -> int:
+        return len(self._winners)
+
+    def get(self, problem: Problem, n: int) -> Choice | None:
+        """The winner for ``n`` active channels, or None when that was not measured."""
+        return self._winners.get(key(problem, n)) if self._winners else None
+
+    def put(self, problem: Problem, n: int, winner: Choice) -> None:
+        """Keep a winner, in memory; :meth:`save` writes the file."""
+        self._winners[key(problem, n)] = winner
+
+    def save(self) -> Path | None:
+        """Write the file, whole or not at all; returns its path, None where there is none or it
+        cannot be written (a warning says why)."""
+        if self._path is None:
+            return None
+        text = json.dumps(
+            {"format": _FORMAT, "measured_with": self._measured_with, **self.state_dict()}, indent=1
+        )
+        return self._path if write_whole(self._path, text) else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The winners, for a checkpoint: JSON types only."""
+        return {
+            "winners": {name: _written(choice) for name, choice in sorted(self._winners.items())}
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Use exactly the winners of a checkpoint, so that a resumed run makes the same bits.
+
+        Raises:
+            ValueError: ``state`` is not what :meth:`state_dict` returned.
+        """
+        self._winners = parsed(state)
+
+    def _read(self, path: Path) -> None:
+        try:
+            saved = json.loads(path.read_text())
+            if saved["format"] != _FORMAT or saved["measured_with"] != self._measured_with:
+                raise ValueError("it was measured with something else")
+            self._winners = parsed(saved)
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("the tuning table %s is ignored: %s", path, error)
+
+
+def write_whole(path: Path, text: str) -> bool:
+    """Write a file, whole or not at all; False where that is not possible (a warning says why)."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            file.write(text)
+        os.replace(file.name, path)
+    except OSError as error:
+        logger.warning("%s is not saved: %s", path.name, error)
+        return False
+    return True
+
+
+def _written(choice: Choice) -> str:
+    name = ":".join(filter(None, [choice.backend, choice.strategy.name]))
+    return " ".join([name, *(str(int(setting)) for setting in choice.settings)])
+
+
+def _read(text: str) -> Choice:
+    name, *settings = text.split()
+    backend, _, strategy = name.rpartition(":")
+    return Choice(Strategy[strategy], tuple(map(int, settings)), backend)
+
+
+def parsed(state: Mapping[str, Any]) -> dict[str, Choice]:
+    """The winners of a state.
+
+    Raises:
+        ValueError: it is not what ``TuningTable.state_dict`` returned.
+    """
+    try:
+        return {str(name): _read(winner) for name, winner in state["winners"].items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"tuning: expected winners as state_dict() returns them ({error!r})"
+        ) from error
+
+
+def directory() -> Path:
+    """Where tables are kept."""
+    chosen = os.environ.get(DIRECTORY_VARIABLE)
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neq_kernels"
+
+
+def measures_on_the_fly() -> bool:
+    """Whether the user asked for measuring each problem when it is met first.
+
+    Raises:
+        ValueError: ``NEQ_KERNELS_TUNE`` is neither 0 nor 1.
+    """
+    choice = os.environ.get(MEASURE_VARIABLE) or "0"
+    if choice not in ("0", "1"):
+        raise ValueError(f"{MEASURE_VARIABLE}: expected 0 or 1, got {choice!r}")
+    return choice == "1"
+
+
+def file_name(kind: str, about: Mapping[str, Any]) -> str:
+    """Of a file of this kind that holds for what ``about`` says."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    return f"{kind}-{digest[:16]}.json"

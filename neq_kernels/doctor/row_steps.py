@@ -1,0 +1,133 @@
+"""Check the row steps of the optimizers against torch.optim."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neq_kernels.backends import cpu
+from neq_kernels.channels import ActiveChannels, NeuronLayout
+from neq_kernels.dispatch import selection
+from neq_kernels.doctor.cases import LAYOUTS, OPTIMIZERS
+from neq_kernels.doctor.checks import (
+    FLOAT16_EPS,
+    FLOAT64_TOLERANCE,
+    GPU_DTYPES,
+    SEED,
+    Check,
+    distance,
+    largest,
+    leaf,
+    masks,
+    served,
+)
+from neq_kernels.optim import reference
+from neq_kernels.optim.multi_tensor import Batches, RowStep
+
+
+def row_step_checks() -> Iterator[Check]:
+    """Row steps against torch's own optimizers, frozen rows bit for bit."""
+    steppers: list[tuple[str, ModuleType, str]] = [("torch", reference, "cpu")]
+    if cpu.unavailable() is None:
+        steppers.append(("cpu", cpu, "cpu"))
+    for backend, device in served():
+        if backend in selection.FOR_GPUS:
+            steppers.append((backend, selection.FOR_GPUS[backend], device))
+    for (backend, module, device), name in itertools.product(steppers, ("SGD", "Adam", "AdamW")):
+        failures = []
+        n = 0
+        is_for_gpus = backend in selection.FOR_GPUS
+        dtypes = GPU_DTYPES if is_for_gpus else (torch.float64,)
+        kinds = [(kind, options) for kind, options in OPTIMIZERS if kind.__name__ == name]
+        for (kind, options), layout, dtype in itertools.product(kinds, LAYOUTS, dtypes):
+            label, shape, where, channels_last = layout
+            parameter = leaf(shape, dtype, device, channels_last)
+            if is_for_gpus and not module.steps_rows(parameter, where):
+                continue
+            if dtype == torch.float16 and name != "SGD":
+                options = options | {"eps": FLOAT16_EPS}
+            for mask, active in masks(where.n_neurons(parameter)).items():
+                n += 1
+                problem = _wrong_step(module, kind, options, parameter, where, active)
+                if problem:
+                    failures.append(f"{label}, {dtype}, {options}, active: {mask}: {problem}")
+        yield Check(f"{name} row step", backend, device, n, tuple(failures))
+
+
+def _wrong_step(
+    module: ModuleType,
+    optimizer: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    start: Tensor,
+    layout: NeuronLayout,
+    active: list[int],
+) -> str:
+    """Empty if three steps are right. The error allowed is as for gradients."""
+    channels = ActiveChannels(layout.n_neurons(start))
+    channels.set(active)
+    ours, theirs = start.clone(), torch.nn.Parameter(start.clone())
+    exact = torch.nn.Parameter(start.to(torch.float64, copy=True))
+    stock, in_float64 = optimizer([theirs], **options), optimizer([exact], **options)
+    step = _row_step(module, stock, ours, channels, layout)
+    torch.manual_seed(SEED)
+    try:
+        for _ in range(3):
+            theirs.grad = torch.randn_like(theirs)
+            exact.grad = theirs.grad.double()
+            step(theirs.grad.clone())
+            stock.step()
+            in_float64.step()
+    except Exception as error:  # as above
+        return f"{type(error).__name__}: {error}"
+    moving, held = (index.to(start.device) for index in (channels.active, channels.frozen))
+    got, same_dtype, want = (
+        layout.gather(tensor.detach(), moving) for tensor in (ours, theirs, exact)
+    )
+    is_float64 = start.dtype == torch.float64
+    rounding = FLOAT64_TOLERANCE if is_float64 else torch.finfo(start.dtype).eps
+    allowed = 2 * distance(same_dtype, want) + rounding * max(largest(want), 1.0)
+    off = distance(got, want)
+    if not off <= allowed:
+        return f"active rows off by {off:.2e}, allowed {allowed:.2e}"
+    if not torch.equal(layout.gather(ours, held), layout.gather(start, held)):
+        return "frozen rows moved"
+    return ""
+
+
+def _row_step(
+    module: ModuleType,
+    stock: torch.optim.Optimizer,
+    parameter: Tensor,
+    channels: ActiveChannels,
+    layout: NeuronLayout,
+) -> Callable[[Tensor], None]:
+    group = stock.param_groups[0]
+    device = parameter.device
+    steps = torch.zeros(len(channels), dtype=torch.int64, device=device)
+    shared = {name: group[name] for name in ("lr", "weight_decay", "maximize")}
+    state: tuple[Tensor | None, ...]
+    if isinstance(stock, torch.optim.SGD):
+        keys = ("momentum", "dampening", "nesterov")
+        shared |= {name: group[name] for name in keys}
+        state = torch.zeros_like(parameter) if group["momentum"] else None, steps
+        function = "sgd_rows_"
+    else:
+        shared |= {"beta1": group["betas"][0], "beta2": group["betas"][1], "eps": group["eps"]}
+        shared["decoupled"] = isinstance(stock, torch.optim.AdamW)
+        mean, square = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        largest = torch.zeros_like(parameter) if group["amsgrad"] else None
+        state = mean, square, largest, steps
+        function = "adam_rows_"
+    row_step = RowStep(parameter, state, channels.order(device), channels.n_active, layout, module)
+    batches = Batches(function, [row_step])
+
+    def step(grad: Tensor) -> None:
+        parameter.grad = grad
+        batches.run(shared)
+
+    return step

@@ -1,0 +1,54 @@
+"""Keep parameters of wholly frozen layers visible to a data-parallel reducer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+
+class StoppedParameters:
+    """Parameters of wholly frozen layers that the forward has passed without a graph.
+
+    DistributedDataParallel waits for every parameter in every backward. The next output that does
+    need a gradient takes the waiting parameters along as extra inputs of a Function that returns
+    None for them; the reducer then sees them and fills their gradient with zeros. One object is
+    shared by all layers of a converted model.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: dict[int, Parameter] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StoppedParameters:
+        return StoppedParameters()
+
+    def __reduce__(self) -> tuple[type[StoppedParameters], tuple[()]]:
+        return StoppedParameters, ()
+
+    def add(self, parameters: Iterable[Parameter]) -> None:
+        """Let these parameters wait for the next live output."""
+        self.waiting.update((id(p), p) for p in parameters if p.requires_grad)
+
+    def anchor(self, output: Tensor) -> Tensor:
+        """``output``, tied to the waiting parameters if it needs a gradient."""
+        if not self.waiting or not output.requires_grad:
+            return output
+        anchored: Tensor = _Anchor.apply(output, *self.waiting.values())
+        self.waiting.clear()
+        return anchored
+
+
+class _Anchor(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *parameters: Tensor) -> Tensor:
+        # Marked as modified rather than returned as a view: in-place activations must follow.
+        ctx.mark_dirty(output)
+        ctx.n_parameters = len(parameters)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_output, *(None,) * ctx.n_parameters

@@ -1,0 +1,103 @@
+"""Convolutions with neurons that can be frozen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neq_kernels import functional
+from neq_kernels.channels import NeuronLayout
+from neq_kernels.layers.base import NeuronLayer
+
+
+class _AnyConv(NeuronLayer):
+    # torch.nn declares these differently from class to class.
+    kernel_size: Any
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: Any
+
+    def channel_dim(self, output: Tensor) -> int:
+        return output.dim() - len(self.kernel_size) - 1
+
+    def _convolve(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, **options: Any
+    ) -> Tensor:
+        out = functional.conv(
+            input,
+            weight,
+            bias,
+            self.channels,
+            stride=self.stride,
+            padding=padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            grad_input=self.grad_input,
+            **options,
+        )
+        return self._anchored(out)
+
+
+class _Conv(_AnyConv):
+    padding_mode: Any
+    _reversed_padding_repeated_twice: Any
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self._learned()
+        if self.padding_mode == "zeros":
+            return self._convolve(input, weight, bias, self.padding)
+        padded = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        return self._convolve(padded, weight, bias, 0)
+
+
+class Conv1d(_Conv, nn.Conv1d):
+    """``torch.nn.Conv1d`` with neurons that can be frozen: one per output channel."""
+
+
+class Conv2d(_Conv, nn.Conv2d):
+    """``torch.nn.Conv2d`` with neurons that can be frozen: one per output channel."""
+
+
+class Conv3d(_Conv, nn.Conv3d):
+    """``torch.nn.Conv3d`` with neurons that can be frozen: one per output channel."""
+
+
+class _ConvTranspose(_AnyConv):
+    _output_padding: Any
+
+    @property
+    def layout(self) -> NeuronLayout:
+        return NeuronLayout(self.groups, axis=1)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        output_padding = self._output_padding(
+            input,
+            output_size,
+            self.stride,
+            self.padding,
+            self.kernel_size,
+            len(self.kernel_size),
+            self.dilation,
+        )
+        return self._convolve(
+            input,
+            *self._learned(),
+            self.padding,
+            transposed=True,
+            output_padding=tuple(output_padding),
+        )
+
+
+class ConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
+    """``torch.nn.ConvTranspose1d`` with neurons that can be frozen: one per output channel."""
+
+
+class ConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
+    """``torch.nn.ConvTranspose2d`` with neurons that can be frozen: one per output channel."""
+
+
+class ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
+    """``torch.nn.ConvTranspose3d`` with neurons that can be frozen: one per output channel."""

@@ -1,0 +1,20 @@
+"""Linear layers with neurons that can be frozen."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from neq_kernels import functional
+from neq_kernels.layers.base import NeuronLayer
+
+
+class Linear(NeuronLayer, nn.Linear):
+    """``torch.nn.Linear`` with neurons that can be frozen: one per output feature."""
+
+    def channel_dim(self, output: Tensor) -> int:
+        return output.dim() - 1
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self._learned()
+        out = functional.linear(input, weight, bias, self.channels, grad_input=self.grad_input)
+        return self._anchored(out)

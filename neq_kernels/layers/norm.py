@@ -1,0 +1,84 @@
+"""Norm layers with neurons that can be frozen."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neq_kernels import functional
+from neq_kernels.autograd import functions
+from neq_kernels.autograd.call_state import all_active, watched
+from neq_kernels.layers.base import NeuronLayer
+
+
+class _Norm(NeuronLayer):
+    is_norm = True
+
+    def channel_dim(self, output: Tensor) -> int:
+        return 1
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The stock layer, run on a scale and shift whose gradients are masked."""
+        channels = self.channels
+        weight, bias = self._learned()
+        if not functions.learns(weight, bias):
+            return self._anchored(self._normalize(input, weight, bias))
+        if all_active(channels, input):
+            return self._anchored(watched(self._normalize(input, weight, bias), channels))
+        return self._anchored(self._normalize(input, *functional.affine(weight, bias, channels)))
+
+    def _normalize(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+
+class LayerNorm(_Norm, nn.LayerNorm):
+    """``torch.nn.LayerNorm`` over one dimension: one neuron per normalised feature."""
+
+    def channel_dim(self, output: Tensor) -> int:
+        return output.dim() - 1
+
+    def _normalize(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+class GroupNorm(_Norm, nn.GroupNorm):
+    """``torch.nn.GroupNorm`` with neurons that can be frozen: one per channel's scale and shift."""
+
+    def _normalize(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.group_norm(input, self.num_groups, weight, bias, self.eps)
+
+
+class _BatchNorm(_Norm, nn.modules.batchnorm._BatchNorm):
+    """Running statistics are updated as ever: they are no parameters."""
+
+    def _normalize(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        batch_statistics = self.training or (self.running_mean is None and self.running_var is None)
+        tracked = not self.training or self.track_running_stats
+        return F.batch_norm(
+            input,
+            self.running_mean if tracked else None,
+            self.running_var if tracked else None,
+            weight,
+            bias,
+            batch_statistics,
+            momentum,
+            self.eps,
+        )
+
+
+class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    """``torch.nn.BatchNorm1d`` with neurons that can be frozen: one per channel."""
+
+
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    """``torch.nn.BatchNorm2d`` with neurons that can be frozen: one per channel."""
+
+
+class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+    """``torch.nn.BatchNorm3d`` with neurons that can be frozen: one per channel."""

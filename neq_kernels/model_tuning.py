@@ -1,0 +1,138 @@
+"""Measuring which strategies are fastest for the layers of a model; saving and restoring them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from neq_kernels.backends.problem import Choice, Problem
+from neq_kernels.conversion.convert import revert
+from neq_kernels.dispatch import autotune, selection, verified_backends
+from neq_kernels.dispatch.stopwatch import CudaClock
+from neq_kernels.dispatch.tuning_table import count_bucket, parsed
+from neq_kernels.doctor import runner
+from neq_kernels.layers.traversal import unwrap
+from neq_kernels.measure.problems import problems_of
+
+logger = logging.getLogger(__name__)
+
+_DEVICE_TYPES = ("cpu", "cuda")
+
+
+def tune(
+    model: nn.Module,
+    *inputs: Any,
+    shares: Sequence[float] | None = None,
+    seconds: float = 0.05,
+) -> dict[str, dict[int, Choice]]:
+    """Measure the strategies for every linear layer and convolution of a model, keep the winners.
+
+    From then on the layers use them: in this process, and in later ones on the same kind of GPU, or
+    of CPU with the same number of threads. Weight gradients of another shape, and numbers of active
+    channels that were not measured, go by heuristics as before. On a GPU those own kernels take
+    part that the self-check of ``neq doctor`` found right there; where it never ran it runs first.
+
+    Args:
+        model: converted or not; it is not changed. On the CPU or on one GPU.
+        inputs: of one forward, with the batch size and image size of the training steps.
+        shares: of active channels, each above 0 and at most 1; by default every number of channels
+            that the table tells apart, which takes minutes for a large network.
+        seconds: to spend on each measurement.
+
+    Returns:
+        by layer, the winner for each measured number of active channels.
+
+    Raises:
+        ValueError: a share out of range, no layer to measure, or a model that is neither on the CPU
+            nor on one GPU.
+    """
+    if shares is not None and not all(0 < share <= 1 for share in shares):
+        raise ValueError(f"shares: expected above 0 and at most 1, got {list(shares)}")
+    plain = revert(copy.deepcopy(unwrap(model)))
+    devices = {p.device for p in plain.parameters()}
+    if len(devices) > 1 or any(device.type not in _DEVICE_TYPES for device in devices):
+        found = sorted(map(str, devices))
+        raise ValueError(f"model: expected parameters on the CPU or on one GPU, got {found}")
+    layers = problems_of(plain, *inputs)
+    if not layers:
+        raise ValueError("model: expected linear layers or convolutions, got none that ran")
+    device = devices.pop()
+    if device.type == "cuda" and verified_backends.proved() is None:
+        logger.info("checking the kernels on this GPU, once")
+        runner.prove()
+    place = selection.place_of(device.type)
+    table = selection.table_for(place)
+    clock = None if device.type == "cpu" else CudaClock(device)
+    winners: dict[Problem, dict[int, Choice]] = {}
+    for name, problem in layers.items():
+        if problem in winners:
+            continue
+        winners[problem] = {
+            n: autotune.fastest(
+                problem,
+                n,
+                selection.contestants(problem, n, place),
+                device,
+                seconds,
+                clock,
+            )
+            for n in _counts(problem.neurons, shares)
+        }
+        for n, winner in winners[problem].items():
+            table.put(problem, n, winner)
+        logger.info("tuned %s: %d of %d problems", name, len(winners), len(set(layers.values())))
+    selection.forget_choices()
+    table.save()
+    return {name: winners[problem] for name, problem in layers.items()}
+
+
+def tuning_state_dict() -> dict[str, Any]:
+    """The measured winners in use and the backends that serve, by type of device, for a checkpoint:
+    those of the present number of threads and, where there is one, of the GPU."""
+    places = [selection.place_of(name) for name in _device_types()]
+    return {
+        place.device_type: {
+            **selection.table_for(place).state_dict(),
+            "backends": list(place.backends),
+        }
+        for place in places
+    }
+
+
+def load_tuning_state_dict(state: Mapping[str, Any]) -> None:
+    """Use exactly the winners of a checkpoint, so that a resumed run makes the same bits. Where
+    other backends serve than did then it does not; a warning says so.
+
+    Raises:
+        ValueError: ``state`` is not what :func:`tuning_state_dict` returned; nothing is changed.
+    """
+    if not isinstance(state, Mapping) or not set(state) <= set(_DEVICE_TYPES):
+        found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(f"tuning: expected winners for {list(_DEVICE_TYPES)}, got {found}")
+    for winners in state.values():
+        parsed(winners)
+    for device_type, winners in state.items():
+        place = selection.place_of(device_type)
+        selection.table_for(place).load_state_dict(winners)
+        before, now = winners.get("backends"), list(place.backends)
+        if device_type in _device_types() and before not in (None, now):
+            logger.warning(
+                "tuning: %s tensors were served by %s, now by %s: bits may differ (see neq doctor)",
+                *(device_type, before, now),
+            )
+    selection.forget_choices()
+
+
+def _device_types() -> tuple[str, ...]:
+    """Those that can be used here."""
+    return _DEVICE_TYPES if torch.cuda.is_available() else ("cpu",)
+
+
+def _counts(k: int, shares: Sequence[float] | None) -> list[int]:
+    wanted = range(1, k + 1) if shares is None else [max(1, round(s * k)) for s in shares]
+    return sorted({count_bucket(n, k) for n in wanted})

@@ -1,0 +1,310 @@
+"""attach: make a torch optimizer leave frozen neurons alone."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import LBFGS, Optimizer
+
+from neq_kernels.optim.guard import Guard
+from neq_kernels.optim.invalidation import Watch
+from neq_kernels.optim.ownership import OwnedParameter, Ownership
+from neq_kernels.optim.row_steps import (
+    ROW_STEPS,
+    FrozenState,
+    Group,
+    GroupPlan,
+    RowSteps,
+    group_refusal,
+    parameter_refusal,
+)
+from neq_kernels.optim.step_counts import drop_counts, restore_counts, saved_counts_as_lists
+
+logger = logging.getLogger(__name__)
+
+
+class ParameterUpdate(NamedTuple):
+    """How one parameter of an attached optimizer is updated.
+
+    Attributes:
+        name: its name in the model, or its position in the optimizer if it is not the model's.
+        update: ``"rows"`` (only active neurons are stepped), ``"guard"`` (everything is stepped,
+            frozen neurons are put back) or ``"torch"`` (no neuron owns it).
+        reason: why not ``"rows"``; empty for ``"rows"``.
+    """
+
+    name: str
+    update: Literal["rows", "guard", "torch"]
+    reason: str
+
+
+@dataclass
+class _StepPlan:
+    """Who steps which parameter, and how, until ``watch`` sees a change.
+
+    Attributes:
+        left: the parameters torch steps, group by group.
+        guarded: those of them the guard holds.
+        by_rows: the parameters with row steps, of the groups that have any.
+        groups: their row steps; None before the first step.
+        watch: None before the first step.
+    """
+
+    left: list[list[Parameter]] = field(default_factory=list)
+    guarded: dict[Parameter, OwnedParameter] = field(default_factory=dict)
+    by_rows: list[tuple[Group, dict[Parameter, OwnedParameter]]] = field(default_factory=list)
+    groups: list[GroupPlan] | None = None
+    watch: Watch | None = None
+
+
+class AttachedOptimizer:
+    """What :func:`attach` returns: how each parameter is updated, and the way back."""
+
+    def __init__(
+        self, optimizer: Optimizer, ownership: Ownership, frozen_state: FrozenState
+    ) -> None:
+        self._optimizer = optimizer
+        self._ownership = ownership
+        self._guard = Guard(optimizer)
+        self._logged: set[str] = set()
+        row_steps = ROW_STEPS.get(type(optimizer))
+        self._rows = None if row_steps is None else row_steps(optimizer, frozen_state)
+        self._plan: _StepPlan | None = None
+        restore_counts(optimizer, ownership.parameters)
+        # A step compiled by the user breaks its graph here: what is active is decided on the host.
+        eager: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.compiler.disable
+        self._step_first = eager(self._run_closure_and_rows)
+        after_step = optimizer.register_step_post_hook(eager(self._after_step))
+        # The user's own post-hooks must see the frozen neurons where they belong.
+        optimizer._optimizer_step_post_hooks.move_to_end(after_step.id, last=False)  # type: ignore[attr-defined]
+        self._hooks = [
+            optimizer.register_step_pre_hook(eager(self._before_step)),
+            after_step,
+            optimizer.register_state_dict_post_hook(saved_counts_as_lists),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
+        ]
+        for group, p in self._parameters():
+            if p in ownership.parameters and (reason := self._refusal(group, p)):
+                self._log_once(ownership.parameters[p], reason)
+
+    def report(self) -> list[ParameterUpdate]:
+        """How each parameter of the optimizer is updated now, in the optimizer's order."""
+        self._refresh()
+        names = self._ownership.names()
+        updates = []
+        for i, (group, p) in enumerate(self._parameters()):
+            name = names.get(p, f"optimizer parameter {i}")
+            if p not in self._ownership.parameters:
+                updates.append(ParameterUpdate(name, "torch", "no neuron owns it"))
+            elif reason := self._refusal(group, p):
+                updates.append(ParameterUpdate(name, "guard", reason))
+            else:
+                updates.append(ParameterUpdate(name, "rows", ""))
+        return updates
+
+    def remove(self) -> None:
+        """Give the optimizer back to torch: from the next step on every neuron is updated."""
+        for hook in self._hooks:
+            hook.remove()
+        drop_counts(self._optimizer, self._ownership.parameters)
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._refuse_capture()
+        if self._rows is None:
+            self._refresh()
+            self._guard.save(self._owned())
+            return None
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        rest: Any = object.__new__(type(optimizer))
+        rest.__dict__.update(optimizer.__dict__)
+        # Torch steps the rest: a stand-in that shares everything but the parameter lists, so the
+        # gradients of neuron-owned parameters stay where they are whatever happens. The closure is
+        # the first thing a step runs, after all pre-hooks and before all post-hooks.
+        return (rest, functools.partial(self._step_first, rest, closure)), {}
+
+    def _run_closure_and_rows(self, rest: Any, closure: Callable[[], Any] | None) -> Any:
+        loss = None if closure is None else closure()
+        with torch.no_grad():
+            rest.param_groups = self._step_rows()
+        return loss
+
+    def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        self._guard.restore()
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        self._refresh()
+        restore_counts(optimizer, self._ownership.parameters)
+        self._plan = None
+        if self._rows is not None:
+            self._rows.forget()
+
+    def _step_rows(self) -> list[Group]:
+        """Step the neuron-owned parameters; the groups that are left for torch."""
+        assert self._rows is not None
+        self._refresh()
+        plan, self._plan = self._plan, None
+        if plan is None or plan.watch is None or not plan.watch.sees_no_change():
+            plan = self._assign(self._rows)
+        if plan.by_rows and not self._overflowed():
+            for _, own in plan.by_rows:
+                self._unscale(own)
+            if plan.groups is None:
+                plan.groups = [self._rows.plan(group, own) for group, own in plan.by_rows]
+            for group_plan in plan.groups:
+                self._rows.step(group_plan)
+        drop_counts(self._optimizer, plan.guarded)
+        self._guard.save(plan.guarded)
+        if plan.groups is not None or not plan.by_rows:
+            if plan.watch is None:
+                watched = [p for _, own in plan.by_rows for p in own]
+                plan.watch = Watch(self._optimizer, self._ownership, [*watched, *plan.guarded])
+            self._plan = plan
+        groups = self._optimizer.param_groups
+        return [{**g, "params": rest} for g, rest in zip(groups, plan.left, strict=True)]
+
+    def _assign(self, row_steps: RowSteps) -> _StepPlan:
+        """Who steps which parameter."""
+        plan = _StepPlan()
+        for group in self._optimizer.param_groups:
+            own, rest = {}, []
+            for p in group["params"]:
+                owned = self._ownership.parameters.get(p)
+                if owned is None or row_steps.leaves_to_torch(group, p, owned):
+                    rest.append(p)
+                elif reason := self._refusal(group, p):
+                    self._log_once(owned, reason)
+                    plan.guarded[p] = owned
+                    rest.append(p)
+                else:
+                    own[p] = owned
+            if own:
+                plan.by_rows.append((group, own))
+            plan.left.append(rest)
+        return plan
+
+    def _overflowed(self) -> bool:
+        """What a GradScaler tells optimizers with fused kernels."""
+        found_inf: Tensor | None = getattr(self._optimizer, "found_inf", None)
+        return found_inf is not None and bool(found_inf)
+
+    def _unscale(self, parameters: Iterable[Parameter]) -> None:
+        """As torch's fused kernels: the gradient itself is divided by the scaler's factor."""
+        scale: Tensor | None = getattr(self._optimizer, "grad_scale", None)
+        if scale is not None:
+            for p in parameters:
+                if p.grad is not None:
+                    p.grad.div_(scale.to(p.grad.device))
+
+    def _refresh(self) -> None:
+        released = self._ownership.refresh(self._optimizer)
+        drop_counts(self._optimizer, released)
+
+    def _parameters(self) -> Iterator[tuple[Group, Parameter]]:
+        for group in self._optimizer.param_groups:
+            for p in group["params"]:
+                yield group, p
+
+    def _owned(self) -> dict[Parameter, OwnedParameter]:
+        owned = self._ownership.parameters
+        return {p: owned[p] for _, p in self._parameters() if p in owned}
+
+    def _refusal(self, group: Group, p: Parameter) -> str | None:
+        if self._rows is None:
+            return f"{type(self._optimizer).__name__} has no row steps (SGD, Adam and AdamW have)"
+        return group_refusal(group) or parameter_refusal(p)
+
+    def _log_once(self, owned: OwnedParameter, reason: str) -> None:
+        if reason not in self._logged:
+            self._logged.add(reason)
+            logger.warning("%s (and maybe others) takes the guard: %s", owned.name, reason)
+
+    def _refuse_capture(self) -> None:
+        if not torch.cuda.is_initialized() or not torch.cuda.is_current_stream_capturing():
+            return
+        if any(p.is_cuda for p in self._ownership.parameters):
+            raise RuntimeError(
+                "optimizer.step cannot be captured in a CUDA graph once attached: the set of "
+                "active neurons would be baked into the graph"
+            )
+
+
+def attach(
+    optimizer: Optimizer, model: nn.Module, frozen_state: FrozenState = "reset"
+) -> AttachedOptimizer:
+    """Make ``optimizer`` step only the active neurons of ``model``; frozen ones do not move.
+
+    Exact ``torch.optim.SGD``, ``Adam`` and ``AdamW`` get row steps: a frozen neuron costs no
+    optimizer time, and Adam counts the steps of each neuron (``state[p]["neq_step"]``, int64[K], a
+    list of ints in ``state_dict``; ``step`` is the largest count), so its bias correction is right
+    after a pause. While all neurons of a parameter are active and share one history, and for
+    parameters no neuron owns, torch's own step runs. ``state_dict`` can be loaded by the plain
+    optimizer and the other way round. ``optimizer.step``, closures, schedulers, ``GradScaler``,
+    parameter groups and ``add_param_group`` work as before.
+
+    Any other optimizer, and any parameter that row steps cannot serve (a ``differentiable`` or
+    ``capturable`` group, a sparse gradient, a tensor subclass), takes the guard: it steps
+    everything, then the frozen neurons' weights and their rows in state tensors of the parameter's
+    shape are put back (``"keep"``, whatever ``frozen_state`` says). That costs a copy of those rows
+    before and after each step. Other state goes on for all neurons alike: one warning names it. If
+    such a step raises, the frozen neurons are not put back; what an optimizer does to weights
+    outside ``step`` is out of reach.
+
+    Args:
+        optimizer: the user's optimizer. Its parameters may belong to neurons or not.
+        model: the converted model, also wrapped in data parallel or ``torch.compile``.
+        frozen_state: what happens to the state of a frozen neuron. ``"reset"``: momentum, both
+            moments, the largest second moment and its step count become 0 when it freezes.
+            ``"keep"``: all held. ``"reference"``: as in the published code of NEq
+            (arXiv:2207.09455): momentum and first moment become 0, the second moment decays at
+            every step and the count goes on.
+
+    Returns:
+        A handle with ``report()`` and ``remove()``.
+
+    Raises:
+        TypeError: ``optimizer`` is no ``torch.optim.Optimizer``, or it is ``LBFGS``, whose state
+            mixes all parameters.
+        ValueError: unknown ``frozen_state``; a model without neuron layers; an optimizer that
+            holds none of their parameters, or is attached already.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__} "
+            "(attach the optimizer inside a wrapper)"
+        )
+    if isinstance(optimizer, LBFGS):
+        raise TypeError(
+            "optimizer: expected one that updates every weight by itself, got LBFGS, whose "
+            "history mixes the weights of active and frozen neurons"
+        )
+    if frozen_state not in get_args(FrozenState):
+        raise ValueError(
+            f"frozen_state: expected one of {get_args(FrozenState)}, got {frozen_state!r}"
+        )
+    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        if isinstance(getattr(hook, "__self__", None), AttachedOptimizer):
+            raise ValueError(
+                "optimizer: expected one that is not attached, got one that is: call remove() on "
+                "its handle first (for several models attach a torch.nn.ModuleList of them)"
+            )
+    ownership = Ownership(model)
+    if not ownership.parameters:
+        raise ValueError(
+            "model: expected neuron layers, got none: call neq_kernels.convert(model) before attach"
+        )
+    held = (p for group in optimizer.param_groups for p in group["params"])
+    if not any(p in ownership.parameters for p in held):
+        raise ValueError(
+            "optimizer: expected it to hold parameters of the model's neuron layers, got none of "
+            "them: make it from this model's parameters"
+        )
+    return AttachedOptimizer(optimizer, ownership, frozen_state)

@@ -1,0 +1,105 @@
+"""The row steps of many parameters as few calls: one of a backend for all that it can serve."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from neq_kernels.channels import NeuronLayout
+from neq_kernels.optim import reference
+
+
+class RowStep(NamedTuple):
+    """One parameter's row step.
+
+    Attributes:
+        parameter: stepped with the gradient it has when the step runs.
+        state: the state tensors, in the order the row functions take them.
+        order: the active neurons first.
+        n: how many are active.
+        layout: where a neuron lies in ``parameter``.
+        module: whose row function serves: ``optim.rows`` or a backend (many parameters in a call).
+    """
+
+    parameter: Tensor
+    state: tuple[Tensor | None, ...]
+    order: Tensor
+    n: int
+    layout: NeuronLayout
+    module: ModuleType
+
+
+class _Batch:
+    """Steps of parameters of one dtype on one device, as the lists that backends take."""
+
+    def __init__(self, steps: list[RowStep]) -> None:
+        self._module = steps[0].module
+        self._parameters = [step.parameter for step in steps]
+        # State that is missing for one is missing for all.
+        self._state = [
+            [] if tensors[0] is None else list(tensors)
+            for tensors in zip(*(step.state for step in steps), strict=True)
+        ]
+        self._orders = [step.order for step in steps]
+        self._n = [step.n for step in steps]
+        self._blocks = [i for step in steps for i in _blocks(step.layout, step.parameter)]
+
+    def run(self, function: str, flags: dict[str, Any]) -> None:
+        grads = [p.grad for p in self._parameters]
+        step = getattr(self._module, function)
+        step(self._parameters, grads, *self._state, self._orders, self._n, self._blocks, **flags)
+
+
+class Batches:
+    """The row steps of one parameter group.
+
+    Args:
+        function: ``"sgd_rows_"`` or ``"adam_rows_"``.
+        steps: parameters that have a gradient.
+    """
+
+    def __init__(self, function: str, steps: Iterable[RowStep]) -> None:
+        self._function = function
+        self._single: list[RowStep] = []
+        alike: dict[object, list[RowStep]] = {}
+        for step in steps:
+            if step.module is reference:
+                self._single.append(step)
+            else:
+                p, missing = step.parameter, tuple(tensor is None for tensor in step.state)
+                alike.setdefault((step.module, p.dtype, p.device, missing), []).append(step)
+        self._batches = [_Batch(some) for some in alike.values()]
+
+    def run(self, flags: dict[str, Any]) -> None:
+        """One step of every parameter, with the group's settings as they are now."""
+        for batch in self._batches:
+            batch.run(self._function, flags)
+        for p, state, order, n, layout, _ in self._single:
+            getattr(reference, self._function)(p, p.grad, *state, order, n, layout, **flags)
+
+
+class ScalarSteps:
+    """The scalar ``step`` of some parameters, advanced together."""
+
+    def __init__(self, scalars: list[Tensor]) -> None:
+        self._on_cpu = [scalar for scalar in scalars if scalar.is_cpu]
+        self._elsewhere = [scalar for scalar in scalars if not scalar.is_cpu]
+        self._one = torch.tensor(1.0, device="cpu")
+
+    def advance(self) -> None:
+        """Add 1 to each."""
+        if self._on_cpu:
+            # A Python number would be made a tensor once for every element of the list.
+            torch._foreach_add_(self._on_cpu, self._one, alpha=1.0)
+        if self._elsewhere:
+            torch._foreach_add_(self._elsewhere, 1)
+
+
+def _blocks(layout: NeuronLayout, parameter: Tensor) -> tuple[int, int, int, int]:
+    blocks = layout.blocks(parameter)
+    assert blocks is not None, "a backend was chosen for a memory format it cannot serve"
+    return blocks
