@@ -15,10 +15,10 @@ JOBS ?= 2
 .PHONY: demo demo-quick test lint install clean
 
 demo: install
-	$(PY) -m benchmarks.demo
+	$(PY) -m benchmarks.training.demo
 
 demo-quick: install
-	$(PY) -m benchmarks.demo --quick --out runs/demo-quick
+	$(PY) -m benchmarks.training.demo --quick --out runs/demo-quick
 
 test: install
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(PYTEST_ARGS)

@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         help="FLOPs of one image through a model",
         description="FLOPs of one image through a model. Convolution, linear and norm layers are "
         "counted; see neq_kernels.flops for the rule.",
-        epilog="examples: neq flops swin_b; neq flops benchmarks.models:resnet32 --size 32 "
+        epilog="examples: neq flops swin_b; neq flops benchmarks.common.models:resnet32 --size 32 "
         "--classes 10; neq flops deeplabv3_resnet50 --size 480 --classes 21 --option aux_loss=True",
     )
     _add_model_arguments(command)

@@ -14,12 +14,7 @@ from neq_kernels.autograd import eager
 from neq_kernels.autograd.arguments import GradInput
 from neq_kernels.autograd.call_state import all_active, stopped
 from neq_kernels.autograd.eager import plan_conv, plan_linear
-from neq_kernels.autograd.functions import (
-    detached,
-    learns,
-    unplanned_conv,
-    unplanned_linear,
-)
+from neq_kernels.autograd.functions import detached, learns, unplanned_conv, unplanned_linear
 from neq_kernels.channels import ActiveChannels
 
 

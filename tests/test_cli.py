@@ -87,10 +87,12 @@ def test_doctor_reports_a_forced_backend_that_does_not_exist(neq, monkeypatch):
 
 
 def test_flops_by_both_conventions(neq):
-    code, out, _ = neq("flops", "benchmarks.models:resnet32", "--size", "32", "--classes", "10")
+    code, out, _ = neq(
+        "flops", "benchmarks.common.models:resnet32", "--size", "32", "--classes", "10"
+    )
     assert code == 0
     title, *rows = out.splitlines()
-    assert title == "benchmarks.models:resnet32, one 3x32x32 image: 69.47M MACs forward"
+    assert title == "benchmarks.common.models:resnet32, one 3x32x32 image: 69.47M MACs forward"
     figures = {row.split()[0]: row.split()[1] for row in rows}
     assert figures["paper"] == figures["forward"] == figures["wgrad"] == "138.94M"
     assert figures["executed"] == "415.93M"
@@ -121,7 +123,7 @@ def test_flops_as_json(neq):
 
 
 def test_flops_layer_by_layer_is_aligned(neq):
-    code, out, _ = neq("flops", "benchmarks.models:resnet20", "--size", "32", "--layers")
+    code, out, _ = neq("flops", "benchmarks.common.models:resnet20", "--size", "32", "--layers")
     assert code == 0
     header, *rows = out.splitlines()[1:41]
     assert header.split() == ["layer", "kind", "MACs", "share", "dgrad", "MACs", "wgrad", "MACs"]
@@ -189,7 +191,7 @@ def test_help_and_version(neq):
 
 
 def test_bench_times_every_distinct_layer(neq):
-    arguments = ("bench", "benchmarks.models:resnet20", "--size", "8", "--batch", "2")
+    arguments = ("bench", "benchmarks.common.models:resnet20", "--size", "8", "--batch", "2")
     code, out, _ = neq(*arguments, "--classes", "4", "--shares", "0.5", "--seconds", "0.001")
     assert code == 0
     rows = [line.split() for line in out.splitlines()[2:]]

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from benchmarks.budget import Deadline
+from benchmarks.common.deadline import Deadline
 from neq_kernels.dispatch.stopwatch import WARMUP, cold_times
 from tests.benchmarks.fake_gpu import FakeClock
 

@@ -2,7 +2,8 @@
 
 For CPU tensors a linear model of the time of each strategy decides. Its coefficients (seconds per
 million elements read or written, and per billion products) are in ``costs/``; they were fitted
-by ``python -m benchmarks.fit`` to measurements that lie beside the results of the benchmarks.
+by ``python -m benchmarks.kernels.fit_cost_model`` to the measurements in
+``benchmarks/results/fit.csv``.
 """
 
 from __future__ import annotations

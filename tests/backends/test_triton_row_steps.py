@@ -7,18 +7,18 @@ import re
 import pytest
 import torch
 
-from benchmarks import targets
-from benchmarks.ahead_of_time import TARGETS, build, compile_for, recorded
+from benchmarks.inspection import gpu_kernels
+from benchmarks.inspection.compile import TARGETS, build, compile_for, recorded
 
 # With as many tensors as there can be, and as few.
 TENSORS = {"adam amsgrad": 5, "sgd counted nesterov": 3, "sgd": 2}
 
 
-@pytest.mark.parametrize("dtype", targets.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", gpu_kernels.DTYPES, ids=str)
 @pytest.mark.parametrize("name", TENSORS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_long_neurons_are_read_in_vectors_and_no_tile_changes_its_layout(target, name, dtype):
-    case = next(c for c in targets.cases() if (c.name, c.dtype) == (name, dtype))
+    case = next(c for c in gpu_kernels.cases() if (c.name, c.dtype) == (name, dtype))
     with recorded() as launches:
         case.call()
     (launch,) = launches

@@ -7,7 +7,7 @@ import types
 
 import torch
 
-from benchmarks.gpu_device import Lab
+from benchmarks.common.gpu_device import Lab
 
 NAME = "FAKE GPU OF A TEST"
 

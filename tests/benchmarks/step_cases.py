@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from benchmarks.cases import Case
+from benchmarks.common.workloads import Case
 
 
 def build(num_classes: int) -> nn.Module:

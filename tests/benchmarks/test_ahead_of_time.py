@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import triton
 
-from benchmarks import ahead_of_time
-from benchmarks.ahead_of_time import inspect_cubin
+from benchmarks.inspection import compile
+from benchmarks.inspection.compile import inspect_cubin
 
 # Two kernels: one with 2048 bytes of shared memory, one with a loop around one product.
 SOURCE = """
@@ -117,7 +117,7 @@ LISTING = """
 def test_a_loop_is_what_is_executed_again_wherever_it_stands():
     """Waiting stands behind the end of the kernel: between the two lies what is no part of it."""
     lines = [line for line in LISTING.splitlines() if line.strip()]
-    assert ahead_of_time._innermost(lines, ahead_of_time._NVIDIA_JUMP) == (7, 1)
+    assert compile._innermost(lines, compile._NVIDIA_JUMP) == (7, 1)
 
 
 def test_loops_of_amd_assembly():
@@ -132,4 +132,4 @@ def test_loops_of_amd_assembly():
         s_endpgm
 """
     lines = [line for line in text.splitlines() if line.strip()]
-    assert ahead_of_time._innermost(lines, ahead_of_time._AMD_JUMP) == (4, 1)
+    assert compile._innermost(lines, compile._AMD_JUMP) == (4, 1)

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from benchmarks import freed_memory
+from benchmarks.overheads import freed_memory
 
 PROGRAM = """
 import resource, sys

@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from benchmarks.models import OWN_MODELS, build, load_weights
+from benchmarks.common.models import OWN_MODELS, build, load_weights
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_names_that_are_not_ours_go_to_the_libraries():
 
 
 def test_depth_must_be_6n_plus_2():
-    from benchmarks.models import CifarResNet
+    from benchmarks.common.models import CifarResNet
 
     with pytest.raises(ValueError, match="6n"):
         CifarResNet(21)

@@ -1,4 +1,4 @@
-"""benchmarks.controller end to end, and the bytes it counts; no figure is judged."""
+"""benchmarks.overheads.controller end to end, and the bytes it counts; no figure is judged."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import neq_kernels as neq
-from benchmarks import controller
-from benchmarks.cases import CASES
-from benchmarks.peak_memory import peak_allocated
-from benchmarks.record import load
+from benchmarks.common.records import load
+from benchmarks.common.workloads import CASES
+from benchmarks.overheads import controller
+from benchmarks.overheads.peak_memory import peak_allocated
 from tests.benchmarks.step_cases import BLOCKS
 
 MEBI = 2**20

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cuda_launches, cuda_targets, targets
-from benchmarks.ahead_of_time import inspect_cubin
-from benchmarks.cuda_launches import declared, readable
+from benchmarks.inspection import cuda_kernels, cuda_launches, gpu_kernels
+from benchmarks.inspection.compile import inspect_cubin
+from benchmarks.inspection.cuda_launches import declared, readable
 
 pytestmark = pytest.mark.skipif(
     cuda_launches.unavailable() is not None, reason=str(cuda_launches.unavailable())
@@ -109,7 +109,7 @@ def by_kernel(rows):
 
 @pytest.fixture(scope="module")
 def found(planted):
-    return by_kernel(cuda_targets.rows(["sm_80"], planted))
+    return by_kernel(cuda_kernels.rows(["sm_80"], planted))
 
 
 def test_spills_fail(found):
@@ -126,7 +126,7 @@ def test_launches_are_what_the_launchers_make(found, planted):
     assert found["spills"][0]["case"] == "pack transposed"
     assert found["spills"][0]["warps"] == 32
     (larger,) = [
-        row for row in cuda_targets.rows(["sm_90"], planted) if row.get("shared") == 200 << 10
+        row for row in cuda_kernels.rows(["sm_90"], planted) if row.get("shared") == 200 << 10
     ]
     assert larger["fails"] == ""
 
@@ -149,7 +149,7 @@ def test_what_nvcc_refuses_fails(found):
 
 
 def test_what_later_gpus_alone_can_do_is_said_and_does_not_fail(planted):
-    (row,) = by_kernel(cuda_targets.rows(["sm_75"], planted))["later"]
+    (row,) = by_kernel(cuda_kernels.rows(["sm_75"], planted))["later"]
     assert (row["needs"], row["fails"]) == ("sm_80", "")
 
 
@@ -175,7 +175,7 @@ def test_names_for_readers():
 
 @pytest.fixture(scope="module")
 def own():
-    return list(cuda_targets.rows(["sm_80"]))
+    return list(cuda_kernels.rows(["sm_80"]))
 
 
 def test_no_kernel_fails(own):
@@ -186,14 +186,14 @@ def test_no_kernel_fails(own):
 
 def test_all_jobs_and_dtypes_are_there(own):
     jobs = {(row.get("job"), row.get("dtype")) for row in own}
-    of_every_dtype = {(job, dtype) for job in cuda_targets.JOBS for dtype in cuda_launches.DTYPES}
+    of_every_dtype = {(job, dtype) for job in cuda_kernels.JOBS for dtype in cuda_launches.DTYPES}
     assert of_every_dtype <= jobs
 
 
 def test_products_copy_asynchronously_and_multiply_in_tensor_cores(own):
-    products = [row for row in own if row.get("job") in cuda_targets.PRODUCTS]
+    products = [row for row in own if row.get("job") in cuda_kernels.PRODUCTS]
     assert min(row["asynchronous"] for row in products) > 0
-    half = [row for row in products if row["dtype"] in cuda_targets.HALF]
+    half = [row for row in products if row["dtype"] in cuda_kernels.HALF]
     assert min(row["share"] for row in half) > 0
     assert not any(row["tensor_core"] for row in products if row["dtype"] == "float32")
 
@@ -204,9 +204,9 @@ def test_both_languages_stand_side_by_side(own, monkeypatch, tmp_path, capsys):
     figures = {"registers": 99, "spills": 0, "shared": 1, "loop": 8, "asynchronous": 3}
     triton = names | about | figures | {"occupancy": 0.25, "share": 0.5, "fails": ""}
     languages = {"triton": (lambda _: [triton], ["sm_80"]), "cuda": (lambda _: own, ["sm_80"])}
-    monkeypatch.setattr(targets, "LANGUAGES", languages)
+    monkeypatch.setattr(gpu_kernels, "LANGUAGES", languages)
     arguments = ["--targets", "sm_80", "--out", str(tmp_path), "--languages", "triton", "cuda"]
-    targets.main(arguments)
+    gpu_kernels.main(arguments)
     printed = capsys.readouterr().out
     lines = [line.split() for line in printed.splitlines() if line.startswith("linear  ")]
     assert lines[0] == ["linear", "half", "sm_80", "triton", "1", "99", "0.25", "0.50", "3"]
@@ -217,12 +217,12 @@ def test_both_languages_stand_side_by_side(own, monkeypatch, tmp_path, capsys):
 
 def test_without_nvcc_the_other_language_is_compiled(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cuda_launches, "unavailable", lambda: "no nvcc found")
-    monkeypatch.setattr(targets, "rows", lambda _: iter([]))
+    monkeypatch.setattr(gpu_kernels, "rows", lambda _: iter([]))
     arguments = ["--targets", "sm_80", "--out", str(tmp_path)]
-    assert targets.main(arguments) == 0
+    assert gpu_kernels.main(arguments) == 0
     assert "without the kernels in CUDA C++: no nvcc found" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        targets.main([*arguments, "--languages", "cuda"])
+        gpu_kernels.main([*arguments, "--languages", "cuda"])
     assert "--languages cuda: no nvcc found" in capsys.readouterr().err
 
 

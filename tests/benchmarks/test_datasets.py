@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import datasets
-from benchmarks.datasets import DataError
+from benchmarks.training.data import datasets
+from benchmarks.training.data.datasets import DataError
 
 
 def save(path: Path, **arrays: np.ndarray) -> str:

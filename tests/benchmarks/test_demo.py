@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import demo
-from benchmarks.interrupt import Interruptible
-from benchmarks.runs import RunError, RunFolder
+from benchmarks.common.interrupt import Interruptible
+from benchmarks.training import demo
+from benchmarks.training.run_folder import RunError, RunFolder
 
 ROOT = Path(__file__).parents[2]
 RUNS = ["scratch-dense", "scratch-neq", "continued-dense", "continued-neq", "continued-stochastic"]
@@ -89,7 +89,15 @@ def test_foreign_folder_is_left_alone(tmp_path: Path) -> None:
 
 def test_interrupt(tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    command = [sys.executable, "-m", "benchmarks.demo", "--threads", "1", "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.training.demo",
+        "--threads",
+        "1",
+        "--out",
+        str(out),
+    ]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

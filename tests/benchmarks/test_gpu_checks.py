@@ -7,11 +7,12 @@ import time
 
 import pytest
 
-from benchmarks import gpu_checks, jobs
-from benchmarks.budget import Deadline
-from benchmarks.gpu_checks import FAILED, PASSED, UNFINISHED
-from benchmarks.interrupt import Interrupted
-from benchmarks.jobs import Ended, Job
+from benchmarks.common import processes
+from benchmarks.common.deadline import Deadline
+from benchmarks.common.interrupt import Interrupted
+from benchmarks.common.processes import Ended, Job
+from benchmarks.gpu_session import checks as gpu_session_checks
+from benchmarks.gpu_session.checks import FAILED, PASSED, UNFINISHED
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_jobs_run_side_by_side_and_what_hangs_is_ended(module):
         "hangs": module("hangs", "import time; print('began', flush=True); time.sleep(60)"),
     }
     start = time.monotonic()
-    ended = jobs.run(told, Deadline.after(1.0), grace=0.5)
+    ended = processes.run(told, Deadline.after(1.0), grace=0.5)
     assert time.monotonic() - start < 5
     assert (ended["good"].code, ended["good"].output) == (0, "done\n")
     assert ended["bad"].code == 3
@@ -47,7 +48,7 @@ def test_a_job_that_ignores_the_request_and_its_children_end_too(module, tmp_pat
         "print(child.pid, flush=True)\n"
         "time.sleep(60)\n"
     )
-    ended = jobs.run({"stubborn": module("stubborn", text)}, Deadline.after(0.6), grace=0.2)
+    ended = processes.run({"stubborn": module("stubborn", text)}, Deadline.after(0.6), grace=0.2)
     assert ended["stubborn"].code is None
     pid = int(ended["stubborn"].output)
     for _ in range(50):
@@ -73,7 +74,7 @@ def test_an_interrupt_ends_the_jobs(module):
     job = module("hangs", "import time; time.sleep(60)")
     start = time.monotonic()
     with pytest.raises(Interrupted):
-        jobs.run({"hangs": job}, Deadline.after(60.0), check, grace=0.5)
+        processes.run({"hangs": job}, Deadline.after(60.0), check, grace=0.5)
     assert time.monotonic() - start < 5
 
 
@@ -82,11 +83,11 @@ def test_variables_are_set_and_removed(module, monkeypatch):
     text = "import os; print(os.environ.get('NEQ_TEST_GONE'), os.environ.get('NEQ_TEST_NEW'))"
     job = module("env", text)
     told = Job(job.module, (), {"NEQ_TEST_GONE": None, "NEQ_TEST_NEW": "2"}, job.folder)
-    assert jobs.run({"env": told}, Deadline.after(20.0))["env"].output == "None 2\n"
+    assert processes.run({"env": told}, Deadline.after(20.0))["env"].output == "None 2\n"
 
 
 def judged(code, output):
-    return gpu_checks.judge_tests("tests", "triton", Ended(code, output, 1.0))
+    return gpu_session_checks.judge_tests("tests", "triton", Ended(code, output, 1.0))
 
 
 def test_passed_failed_and_unfinished_tests():
@@ -124,26 +125,29 @@ def line(op, backend, device, *failures):
 
 def self_check(code, *lines):
     both = ("triton", "aten")
-    return gpu_checks.judge_self_check(Ended(code, "\n".join(lines), 1.0), both)
+    return gpu_session_checks.judge_self_check(Ended(code, "\n".join(lines), 1.0), both)
 
 
 def test_the_self_check_blames_a_backend_on_the_gpu_or_everything():
     good = line("linear", "aten", "cuda")
     bad = line("conv", "triton", "cuda", "off by 1")
-    assert gpu_checks.failed_backends(self_check(0, good, line("conv", "triton", "cuda"))) == []
-    assert gpu_checks.failed_backends(self_check(0, good, bad)) == ["triton"]
+    assert (
+        gpu_session_checks.failed_backends(self_check(0, good, line("conv", "triton", "cuda")))
+        == []
+    )
+    assert gpu_session_checks.failed_backends(self_check(0, good, bad)) == ["triton"]
     cpu = line("SGD row step", "torch", "cpu", "frozen rows moved")
-    assert gpu_checks.failed_backends(self_check(0, good, cpu)) == ["aten", "triton"]
+    assert gpu_session_checks.failed_backends(self_check(0, good, cpu)) == ["aten", "triton"]
 
 
 def test_a_self_check_that_dies_or_says_nothing_failed():
     good = line("linear", "aten", "cuda")
     died = self_check(-6, good, "free(): invalid pointer")
-    assert gpu_checks.failed_backends(died) == ["aten", "triton"]
+    assert gpu_session_checks.failed_backends(died) == ["aten", "triton"]
     assert died[-1].detail == ("the process died (exit code -6)", "free(): invalid pointer")
-    assert gpu_checks.failed_backends(self_check(0)) == ["aten", "triton"]
+    assert gpu_session_checks.failed_backends(self_check(0)) == ["aten", "triton"]
     slow = self_check(None, good)
-    assert gpu_checks.failed_backends(slow) == []
+    assert gpu_session_checks.failed_backends(slow) == []
     assert slow[-1].status == UNFINISHED
 
 
@@ -154,29 +158,29 @@ def test_the_tests_are_told_to_use_the_gpu(monkeypatch):
         seen.update(wanted)
         good = line("linear", "aten", "cuda")
         return {
-            name: Ended(0, good if name == gpu_checks.SELFCHECK else "2 passed in 1s", 1.0)
+            name: Ended(0, good if name == gpu_session_checks.SELFCHECK else "2 passed in 1s", 1.0)
             for name in wanted
         }
 
-    monkeypatch.setattr(jobs, "run", run)
-    checks = gpu_checks.run(["triton", "cuda", "aten"], Deadline.after(1.0))
+    monkeypatch.setattr(processes, "run", run)
+    checks = gpu_session_checks.run(["triton", "cuda", "aten"], Deadline.after(1.0))
     assert [check.status for check in checks] == [PASSED] * 4
     assert seen["triton"].environment["NEQ_TRITON_EXECUTOR"] == "cuda"
     assert seen["triton"].environment["NEQ_KERNELS_BACKEND"] == "triton"
     assert seen["triton"].arguments[-1] == "tests/backends/triton"
     assert seen["cuda"].environment["NEQ_CUDA_EXECUTOR"] == "cuda"
-    assert seen["cuda"].arguments[-2:] == list(gpu_checks.OF_CUDA)
+    assert seen["cuda"].arguments[-2:] == list(gpu_session_checks.OF_CUDA)
     assert seen["aten"].environment["NEQ_KERNELS_BACKEND"] is None
     for path in seen["aten"].arguments[-2:]:
-        assert (gpu_checks.ROOT / path.split("::")[0]).is_file()
-    assert seen[gpu_checks.SELFCHECK].module == "neq_kernels.doctor"
+        assert (gpu_session_checks.ROOT / path.split("::")[0]).is_file()
+    assert seen[gpu_session_checks.SELFCHECK].module == "neq_kernels.doctor"
 
 
 def test_the_tests_that_are_named_exist():
-    for path in gpu_checks.OF_CUDA:
-        assert (gpu_checks.ROOT / path).is_file()
-    for path in gpu_checks.OF_ANY_BACKEND:
+    for path in gpu_session_checks.OF_CUDA:
+        assert (gpu_session_checks.ROOT / path).is_file()
+    for path in gpu_session_checks.OF_ANY_BACKEND:
         file, _, name = path.partition("::")
-        assert f"def {name}" in (gpu_checks.ROOT / file).read_text()
-    capture = (gpu_checks.ROOT / gpu_checks.OF_ANY_BACKEND[0]).read_text()
+        assert f"def {name}" in (gpu_session_checks.ROOT / file).read_text()
+    capture = (gpu_session_checks.ROOT / gpu_session_checks.OF_ANY_BACKEND[0]).read_text()
     assert 'if EXECUTOR == "cuda":\n    test_a_graph_serves_every_mask = ' in capture

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import gpu_kernels, kernels, peers, shapes
-from benchmarks.budget import Deadline
-from benchmarks.gpu_device import OUT_OF_MEMORY, DeviceLost
-from benchmarks.gpu_kernels import Options
-from benchmarks.shapes import Shape
+from benchmarks.common.deadline import Deadline
+from benchmarks.common.gpu_device import OUT_OF_MEMORY, DeviceLost
+from benchmarks.kernels import comparison, gpu, layer_shapes, peers
+from benchmarks.kernels.gpu import Options
+from benchmarks.kernels.layer_shapes import Shape
 from neq_kernels.backends.problem import Choice, ConvGeometry, Problem, Strategy
 from neq_kernels.dispatch import selection
 from tests.benchmarks.fake_gpu import TickingClock, lab
@@ -28,7 +28,7 @@ OPTIONS = Options(shares=(1.0, 0.5), seconds=1e-3)
 
 def rows(shape=SHAPE, options=OPTIONS, deadline=None, where=None, check=lambda: None):
     deadline = deadline or Deadline.after(100.0)
-    return list(gpu_kernels.measure(shape, options, where or lab(), deadline, check))
+    return list(gpu.measure(shape, options, where or lab(), deadline, check))
 
 
 def named(rows, share):
@@ -46,7 +46,7 @@ def test_every_provider_beside_dense_and_the_peer():
         assert ("over_dense_median" in row) == (name != "dense")
         assert ("over_index_select_median" in row) == (name != "index_select")
         assert ("strategy" in row) == (name == "neq")
-        assert row["error_over_dense"] <= kernels.MOST_ERROR
+        assert row["error_over_dense"] <= comparison.MOST_ERROR
         assert (row["active"], row["channels"], row["dtype"]) == (6, 12, "float32")
 
 
@@ -128,7 +128,7 @@ def test_out_of_memory_and_faults_are_rows(monkeypatch):
     def no_operands(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(gpu_kernels.contest, "operands", no_operands)
+    monkeypatch.setattr(gpu.contest, "operands", no_operands)
     found = rows()
     assert [row["error"] for row in found] == [OUT_OF_MEMORY] * 2
     assert [row["share"] for row in found] == [1.0, 0.5]
@@ -164,15 +164,15 @@ def test_tf32_is_a_rounding_where_it_is_allowed(monkeypatch):
     try:
         for value, rounding in (("tf32", 2**-10), ("ieee", torch.finfo(torch.float32).eps)):
             setting.fp32_precision = value
-            assert gpu_kernels._rounding(CONV) == rounding
+            assert gpu._rounding(CONV) == rounding
             half = CONV._replace(dtype=torch.bfloat16)
-            assert gpu_kernels._rounding(half) == torch.finfo(torch.bfloat16).eps
+            assert gpu._rounding(half) == torch.finfo(torch.bfloat16).eps
     finally:
         setting.fp32_precision = before
 
 
 def test_the_layers_of_a_gpu():
-    found = shapes.gpu_shapes()
+    found = layer_shapes.gpu_shapes()
     keys = [(s.network, s.layer, s.layout, s.problem.dtype) for s in found]
     assert len(set(keys)) == len(keys)
     assert {s.network for s in found} == {"transformer", "resnet50", "vit_b_16", "convnext_tiny"}

@@ -9,11 +9,13 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import neq_kernels as neq
-from benchmarks import gpu_device, gpu_energy, gpu_report, gpu_steps, peer_layers, step
-from benchmarks.budget import Deadline
-from benchmarks.cases import GPU_CASES, random_masks, set_masks
-from benchmarks.gradients import BFLOAT16, FLOAT32, differences
-from benchmarks.record import Record
+from benchmarks.common import gpu_device
+from benchmarks.common.deadline import Deadline
+from benchmarks.common.records import Record
+from benchmarks.common.workloads import GPU_CASES, random_masks, set_masks
+from benchmarks.gpu_session import report
+from benchmarks.steps import comparison, gpu, gpu_energy, peers
+from benchmarks.steps.correctness import BFLOAT16, FLOAT32, differences
 from neq_kernels.dispatch import selection
 from neq_kernels.measure import EnergyMeter, bandwidth
 from neq_kernels.measure.energy import NO_COUNTER, DeviceEnergy, EnergyReading
@@ -31,17 +33,17 @@ def test_each_of_our_backends_serves_its_own_steps(tmp_path, monkeypatch):
         served.append((backend, selection.backend_for("cpu")))
         return iter(())
 
-    monkeypatch.setattr(gpu_steps, "measure", measure)
-    with Record(tmp_path, gpu_steps.NAME, {}) as record:
-        options = gpu_steps.Options()
-        gpu_steps.run((CASE,), options, fake_gpu.lab(), Deadline.after(1.0), record)
+    monkeypatch.setattr(gpu, "measure", measure)
+    with Record(tmp_path, gpu.NAME, {}) as record:
+        options = gpu.Options()
+        gpu.run((CASE,), options, fake_gpu.lab(), Deadline.after(1.0), record)
     assert served == [("cpu", "cpu"), ("aten", "aten")]
 
 
 def contest_rows(case):
-    options = gpu_steps.Options((0.5,), 1e-3, 2)
+    options = gpu.Options((0.5,), 1e-3, 2)
     deadline = Deadline.after(100.0)
-    return list(gpu_steps.measure(case, "cpu", options, fake_gpu.lab(), deadline, lambda: None))
+    return list(gpu.measure(case, "cpu", options, fake_gpu.lab(), deadline, lambda: None))
 
 
 def test_a_model_that_does_not_fit_is_a_row():
@@ -58,8 +60,8 @@ def test_a_step_with_a_wrong_gradient_is_not_timed(monkeypatch):
         first = next(iter(masks))
         set_masks(model, {**masks, first: (masks[first] + 1) % 8})
 
-    wrong = step.Provider("neq", step.OURS.build, wrong_masks)
-    monkeypatch.setattr(step, "PROVIDERS", (*step.PROVIDERS[:2], wrong))
+    wrong = comparison.Provider("neq", comparison.OURS.build, wrong_masks)
+    monkeypatch.setattr(comparison, "PROVIDERS", (*comparison.PROVIDERS[:2], wrong))
     monkeypatch.setattr(bandwidth, "BUFFER_BYTES", 2**16)
     rows = contest_rows(CASE)
     assert [row["provider"] for row in rows] == ["neq"]
@@ -71,12 +73,12 @@ def test_a_step_with_a_wrong_gradient_is_not_timed(monkeypatch):
 def test_peer_1_and_ours_are_right_under_autocast(autocast):
     case = replace(CASE, autocast=autocast)
     models = {"dense": case.model("nhwc"), "neq": neq.convert(case.model("nhwc"))}
-    models["peer1"] = peer_layers.convert(case.model("nhwc"))
+    models["peer1"] = peers.convert(case.model("nhwc"))
     masks = random_masks(models["neq"], 0.5)
     set_masks(models["neq"], masks)
-    peer_layers.set_active(models["peer1"], masks)
+    peers.set_active(models["peer1"], masks)
     batch = case.batches("nhwc", 1)[0]
-    tolerance = step.tolerance_of(case)
+    tolerance = comparison.tolerance_of(case)
     assert tolerance == (FLOAT32 if autocast is None else BFLOAT16)
     assert differences(models, masks, batch, case.loss, tolerance=tolerance) == {}
     models["neq"][8].weight.register_hook(lambda grad: 1.1 * grad)
@@ -85,8 +87,8 @@ def test_peer_1_and_ours_are_right_under_autocast(autocast):
 
 def test_the_peer_saves_what_autocast_would_save():
     kept = []
-    model = peer_layers.convert(CASE.model("nhwc"))
-    peer_layers.set_active(model, random_masks(neq.convert(CASE.model("nhwc")), 0.5))
+    model = peers.convert(CASE.model("nhwc"))
+    peers.set_active(model, random_masks(neq.convert(CASE.model("nhwc")), 0.5))
     x = CASE.batches("nhwc", 1)[0][0]
     with (
         torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
@@ -119,7 +121,7 @@ def test_without_a_counter_there_are_no_joules(tmp_path):
     assert right
     assert [row["no_counter"] for row in rows] == [NO_COUNTER]
     assert "Driver Not Loaded" in rows[0]["reasons"]
-    text = "".join(gpu_report._energy(rows, tmp_path))
+    text = "".join(report._energy(rows, tmp_path))
     assert "no energy counter on this machine" in text
 
 

@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 
-from benchmarks import figures, fit, kernel_targets, kernels, peers, shapes, suite
-from benchmarks.record import Record, load
-from benchmarks.shapes import Shape
+from benchmarks.common.records import Record, load
+from benchmarks.kernels import comparison, cpu, fit_cost_model, goals, layer_shapes, peers
+from benchmarks.kernels.layer_shapes import Shape
+from benchmarks.suite import __main__ as suite
+from benchmarks.suite import figures
 from neq_kernels.backends.problem import ConvGeometry, Problem, Strategy
 from neq_kernels.dispatch import backward, cost_model, trial
 
@@ -34,14 +36,14 @@ FAST = ["--runs", "1", "--seconds", "0.001"]
 
 @pytest.fixture
 def tiny_shapes(monkeypatch):
-    monkeypatch.setattr(kernels, "shape_set", lambda names: TINY)
+    monkeypatch.setattr(cpu, "shape_set", lambda names: TINY)
     problems = {(s.network, s.layer, s.layout): s.problem for s in TINY}
-    for module in (fit, figures):
+    for module in (fit_cost_model, figures):
         monkeypatch.setattr(module, "problems_by_cell", lambda: problems)
 
 
 def test_the_shape_set_has_every_layer_once_in_both_layouts():
-    found = shapes.shape_set(("resnet32", "vit_b_16"))
+    found = layer_shapes.shape_set(("resnet32", "vit_b_16"))
     problems = [shape.problem for shape in found]
     assert len(set(problems)) == len(problems)
     convolutions = [p for p in problems if p.geometry is not None]
@@ -50,13 +52,13 @@ def test_the_shape_set_has_every_layer_once_in_both_layouts():
     )
     assert ("resnet32", "layer3.0.conv2", "nhwc") in {(s.network, s.layer, s.layout) for s in found}
     with pytest.raises(ValueError, match="expected some of resnet32"):
-        shapes.shape_set(("resnet33",))
+        layer_shapes.shape_set(("resnet33",))
 
 
 @pytest.mark.usefixtures("tiny_shapes")
 def test_every_cell_has_every_provider(tmp_path, capsys):
     arguments = ["--strategies", "--tuned", "--peers", "mask", "permuted"]
-    assert kernels.main([*FAST, *arguments, "--out", str(tmp_path)]) == 0
+    assert cpu.main([*FAST, *arguments, "--out", str(tmp_path)]) == 0
     header, rows = load(tmp_path / "kernels.jsonl")
     assert header["settings"]["read_bandwidth"] > 0
     cells = {(row["layer"], row["active"]) for row in rows}
@@ -83,7 +85,7 @@ def test_a_wrong_gradient_is_not_timed(tmp_path, monkeypatch, capsys):
         return lambda *operands: tuple(None if g is None else 1.01 * g for g in call(*operands))
 
     monkeypatch.setattr(backward, "linear_call", off_by_a_percent)
-    assert kernels.main([*FAST, "--out", str(tmp_path)]) == 1
+    assert cpu.main([*FAST, "--out", str(tmp_path)]) == 1
     rows = load(tmp_path / "kernels.jsonl")[1]
     wrong = [row for row in rows if "wrong" in row]
     assert {(row["provider"], row["layer"]) for row in wrong} == {("neq", "c")}
@@ -102,7 +104,7 @@ def test_a_peer_with_a_missing_row_is_caught():
     calls = {"dense": lambda: exact.float(), "good": lambda: gradient}
     short = gradient.clone()
     short[channels.active[0]] = 0
-    errors = kernels.errors_over_dense({**calls, "short": lambda: short}, exact, channels)
+    errors = comparison.errors_over_dense({**calls, "short": lambda: short}, exact, channels)
     assert errors["good"] <= 1
     assert errors["short"] > 1000
 
@@ -115,15 +117,15 @@ def row(over, provider="neq", run=0, **about):
 
 def test_targets_count_a_cell_with_its_better_run():
     rows = [row(0.9, run=0), row(0.98, run=1), row(4.0, layer="m"), row(0.5, provider="other")]
-    judged = {each.target.name: each for each in kernel_targets.judge(rows)}
+    judged = {each.target.name: each for each in goals.judge(rows)}
     slower = judged["fewer active, against dense"]
     assert (slower.value, slower.cells, slower.below, slower.passes) == (0.98, 2, 0, True)
     mean = judged["NCHW, against index_select"]
     assert mean.value == pytest.approx((2 * 0.98 * 2 * 4.0) ** 0.5)
     assert "all active, against dense" not in judged
-    short = kernel_targets.judge([row(0.9), row(2.0, layer="m")])
+    short = goals.judge([row(0.9), row(2.0, layer="m")])
     assert [each.passes for each in short if each.target.worst] == [False]
-    assert "short" in kernel_targets.text(short, lambda passes: "ok" if passes else "short")
+    assert "short" in goals.text(short, lambda passes: "ok" if passes else "short")
 
 
 @pytest.mark.usefixtures("tiny_shapes")
@@ -137,10 +139,10 @@ def test_the_fit_finds_the_coefficients_that_made_the_times(monkeypatch, tmp_pat
                 Strategy.DENSE: costs[Strategy.DENSE][0] + f["all products"] * 90.0,
                 Strategy.FUSED: costs[Strategy.FUSED][0] + f["products"] * 300.0,
             }
-    fit.write_data(tmp_path / "fit.csv", cells)
-    again = fit.read_data(tmp_path / "fit.csv")
+    fit_cost_model.write_data(tmp_path / "fit.csv", cells)
+    again = fit_cost_model.read_data(tmp_path / "fit.csv")
     assert set(again) == set(cells)
-    fitted = fit.fit(again)
+    fitted = fit_cost_model.fit(again)
     monkeypatch.setattr(cost_model, "_costs", lambda: fitted)
     for cell, seconds in cells.items():
         problem = {(s.network, s.layer, s.layout): s.problem for s in TINY}[cell[:3]]
@@ -152,31 +154,31 @@ def test_the_fit_finds_the_coefficients_that_made_the_times(monkeypatch, tmp_pat
 
 
 def test_the_fitted_costs_choose_what_was_measured_to_be_good():
-    cells = fit.read_data(fit.DATA)
-    problems = shapes.problems_by_cell()
+    cells = fit_cost_model.read_data(fit_cost_model.DATA)
+    problems = layer_shapes.problems_by_cell()
     regrets = []
     for cell, seconds in cells.items():
         chosen = cost_model.strategy(problems[cell[:3]], cell[3], list(seconds))
         regrets.append(seconds[chosen] / min(seconds.values()))
     assert len(regrets) > 1000
-    assert kernel_targets.geometric_mean(regrets) < 1.1
+    assert goals.geometric_mean(regrets) < 1.1
 
 
 def test_fit_without_a_record_of_strategies(tmp_path, capsys):
-    assert fit.main([str(tmp_path / "none.jsonl")]) == 2
+    assert fit_cost_model.main([str(tmp_path / "none.jsonl")]) == 2
     with Record(tmp_path, "kernels", {}) as record:
         record.add(row(1.0))
-    assert fit.main([str(tmp_path / "kernels.jsonl")]) == 2
-    assert "expected a record of benchmarks.kernels --strategies" in capsys.readouterr().err
+    assert fit_cost_model.main([str(tmp_path / "kernels.jsonl")]) == 2
+    assert "expected a record of benchmarks.kernels.cpu --strategies" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("tiny_shapes")
 def test_pictures_and_page_come_from_the_records(tmp_path, monkeypatch):
-    assert kernels.main([*FAST, "--tuned", "--out", str(tmp_path)]) == 0
+    assert cpu.main([*FAST, "--tuned", "--out", str(tmp_path)]) == 0
     page = tmp_path / "README.md"
     page.write_text(f"before\n{suite.BEGIN}old\n{suite.END}after\n")
     monkeypatch.setattr(suite, "PAGE", page)
-    monkeypatch.setattr(suite, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(suite, "TABLES_AND_PICTURES", tmp_path / "results")
     assert suite.main(["--publish", "--out", str(tmp_path)]) == 0
     text = page.read_text()
     assert text.startswith("before\n")

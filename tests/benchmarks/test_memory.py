@@ -1,4 +1,4 @@
-"""benchmarks.memory end to end, and the bytes it counts; no figure is judged."""
+"""benchmarks.overheads.memory end to end, and the bytes it counts; no figure is judged."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ import torch
 from torch import nn
 
 import neq_kernels as neq
-from benchmarks import memory
-from benchmarks.cases import CASES, loss
-from benchmarks.peak_memory import peak_bytes, peak_in_child, saved_bytes
-from benchmarks.prefixes import freeze_neurons, freeze_parameters, prefixes, run_without_grad
-from benchmarks.record import load
+from benchmarks.common.records import load
+from benchmarks.common.workloads import CASES, loss
+from benchmarks.overheads import memory
+from benchmarks.overheads.peak_memory import peak_bytes, peak_in_child, saved_bytes
+from benchmarks.overheads.prefixes import (
+    freeze_neurons,
+    freeze_parameters,
+    prefixes,
+    run_without_grad,
+)
 from tests.benchmarks.step_cases import BLOCKS
 
 CASE = BLOCKS["blocks"]

@@ -11,9 +11,9 @@ import pytest
 import torch
 import triton
 
-from benchmarks import ahead_of_time
-from benchmarks.dense_product import product
-from benchmarks.occupancy import MULTIPROCESSORS, occupancy, resident_warps
+from benchmarks.inspection import compile
+from benchmarks.inspection.dense_product import product
+from benchmarks.inspection.gate import MULTIPROCESSORS, occupancy, resident_warps
 from neq_kernels.backends.triton.tiles import Tiles
 
 KIB = 1024
@@ -140,9 +140,9 @@ def test_nvidias_own_calculator_agrees(target, nvidias_calculator):
 @pytest.mark.parametrize("block", [16, 64, 128])
 def test_amds_compiler_agrees(target, block):
     dy, x = (torch.empty(512, 256, dtype=torch.float16, device="meta") for _ in range(2))
-    with ahead_of_time.recorded() as launches:
+    with compile.recorded() as launches:
         product(dy, x, Tiles(block, block, 16, 4, 1), "ieee")
-    assembly = ahead_of_time.build(launches[0], ahead_of_time.TARGETS[target]).asm["amdgcn"]
-    registers = ahead_of_time.inspect_assembly(assembly, 4, 0).registers
+    assembly = compile.build(launches[0], compile.TARGETS[target]).asm["amdgcn"]
+    registers = compile.inspect_assembly(assembly, 4, 0).registers
     waves_per_partition = int(re.search(r"; Occupancy: (\d+)", assembly)[1])
     assert resident_warps(target, registers, 0, 4) == 4 * waves_per_partition

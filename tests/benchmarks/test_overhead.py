@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import overhead
-from benchmarks.record import load
+from benchmarks.common.records import load
+from benchmarks.overheads import overhead
 from neq_kernels.backends import cpu
 
 

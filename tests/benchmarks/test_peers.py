@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.peers import PROVIDERS, Provider
+from benchmarks.kernels.peers import PROVIDERS, Provider
 from neq_kernels.backends.problem import ConvGeometry
 
 K = 8

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import publish
+from benchmarks.training.report import publish
 
 SUMMARY = {
     "machine": {

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import report
-from benchmarks.accounting import Comparison, Result
-from benchmarks.report import Scene, summary_row
+from benchmarks.training.report import report
+from benchmarks.training.report.report import Scene, summary_row
+from benchmarks.training.report.results import Comparison, Result
 
 MACHINE = {
     "cpu": "a <processor>",
@@ -156,7 +156,7 @@ def test_loss_of_time_is_called_a_loss(scene: Scene) -> None:
 def test_comparison_command(
     scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from benchmarks.runs import RunFolder
+    from benchmarks.training.run_folder import RunFolder
 
     for found in scene.results:
         folder = RunFolder(tmp_path / found.name)

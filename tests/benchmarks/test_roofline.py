@@ -3,9 +3,15 @@
 import pytest
 import torch
 
-from benchmarks import roofline
-from benchmarks.data_sheets import Gpu
-from benchmarks.roofline import Work, counted_ratio, expected_sectors, needed_bytes, needed_part
+from benchmarks.kernels import roofline
+from benchmarks.kernels.data_sheets import Gpu
+from benchmarks.kernels.roofline import (
+    Work,
+    counted_ratio,
+    expected_sectors,
+    needed_bytes,
+    needed_part,
+)
 from neq_kernels.backends.problem import ConvGeometry, Problem
 
 BF16 = torch.bfloat16

@@ -1,4 +1,4 @@
-"""benchmarks.step end to end, on a network small enough; no figure is judged."""
+"""benchmarks.steps.cpu end to end, on a network small enough; no figure is judged."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import pytest
 import torch
 
 import neq_kernels as neq
-from benchmarks import step
-from benchmarks.cases import CASES, output_layer, random_masks
-from benchmarks.gradients import differences
-from benchmarks.record import load
+from benchmarks.common.records import load
+from benchmarks.common.workloads import CASES, output_layer, random_masks
+from benchmarks.steps import comparison, cpu
+from benchmarks.steps.correctness import differences
 from neq_kernels.measure import bandwidth
 from tests.benchmarks.step_cases import TINY
 
 
 @pytest.fixture(autouse=True)
 def _tiny_cases(monkeypatch):
-    monkeypatch.setattr(step, "CASES", TINY)
-    monkeypatch.setattr(step, "QUICK", (("tiny", "nhwc"),))
+    monkeypatch.setattr(cpu, "CASES", TINY)
+    monkeypatch.setattr(cpu, "QUICK", (("tiny", "nhwc"),))
     monkeypatch.setattr(bandwidth, "BUFFER_BYTES", 2**20)
 
 
 def run(tmp_path, *arguments):
-    code = step.main(["--out", str(tmp_path), "--seconds", "0.01", *arguments])
+    code = cpu.main(["--out", str(tmp_path), "--seconds", "0.01", *arguments])
     return code, *load(tmp_path / "step.jsonl")
 
 
@@ -36,18 +36,18 @@ def test_one_row_per_cell_and_provider(tmp_path, capsys):
         (layout, r, provider)
         for layout in ("nchw", "nhwc")
         for r in (1.0, 0.5, 0.0)
-        for provider in ("dense", "peer1", "neq", step.NO_WGRAD)
+        for provider in ("dense", "peer1", "neq", comparison.NO_WGRAD)
     ]
     assert header["settings"]["cases"] == [["tiny", "nchw"], ["tiny", "nhwc"]]
     for row in rows:
-        assert row["rounds"] == step.LEAST_ROUNDS or row["rounds"] <= step.MOST_ROUNDS
+        assert row["rounds"] == comparison.LEAST_ROUNDS or row["rounds"] <= comparison.MOST_ROUNDS
         for phase in ("forward", "backward", "optimizer", "total"):
             quantiles = [row[f"{phase}_seconds_{level}"] for level in ("p20", "median", "p80")]
             assert quantiles == sorted(quantiles)
         assert ("speedup_median" in row) == (row["provider"] != "dense")
         if row["r"] == 1 and row["provider"] == "neq":
             assert row["bound"] == row["bound_floor"] == 1
-            assert row["target"] == step.TARGET_OF_DENSE
+            assert row["target"] == comparison.TARGET_OF_DENSE
         if row["provider"] == "neq":
             assert row["bound_floor"] <= row["bound"]
             # Records keep four digits.
@@ -67,7 +67,7 @@ def test_one_row_per_cell_and_provider(tmp_path, capsys):
 def test_quick_has_the_quick_cases(tmp_path):
     _, header, rows = run(tmp_path, "--quick")
     assert header["settings"]["cases"] == [["tiny", "nhwc"]]
-    assert {row["r"] for row in rows} == set(step.QUICK_SHARES)
+    assert {row["r"] for row in rows} == set(cpu.QUICK_SHARES)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
@@ -82,18 +82,18 @@ def wrong_mask(model, masks, r):
     neq_masks = dict(masks)
     first = next(iter(neq_masks))
     neq_masks[first] = (neq_masks[first] + 1) % 8
-    step.set_masks(model, neq_masks)
+    cpu.set_masks(model, neq_masks)
 
 
 def scaled_gradient(model, masks, r):
-    step.set_masks(model, masks)
+    cpu.set_masks(model, masks)
     model[0].weight.register_hook(lambda grad: grad * 1.01)
 
 
 @pytest.mark.parametrize("fault", [wrong_mask, scaled_gradient])
 def test_a_wrong_result_has_no_figure_and_fails(tmp_path, capsys, monkeypatch, fault):
-    wrong = step.Provider("neq", step.OURS.build, fault)
-    monkeypatch.setattr(step, "PROVIDERS", (*step.PROVIDERS[:2], wrong))
+    wrong = comparison.Provider("neq", comparison.OURS.build, fault)
+    monkeypatch.setattr(comparison, "PROVIDERS", (*comparison.PROVIDERS[:2], wrong))
     code, _, rows = run(tmp_path, "--layouts", "nchw", "--r", "0.5")
     assert code == 1
     (row,) = rows
@@ -135,14 +135,14 @@ def test_the_gate_sees_a_wrong_loss_and_a_missing_gradient():
 )
 def test_bad_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
-        step.main(arguments)
+        cpu.main(arguments)
     assert stopped.value.code == 2
     assert arguments[0] in capsys.readouterr().err
 
 
 def test_an_output_folder_that_is_a_file_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert step.main(["--out", str(tmp_path / "file")]) == 2
+    assert cpu.main(["--out", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().err.startswith("error:")
 
 
@@ -170,7 +170,7 @@ def test_the_real_cases_are_the_same_at_every_call(name):
 
 def test_backprop_passes_layers_without_a_weight_gradient():
     layers = [torch.nn.Linear(4, 4), torch.nn.ReLU(inplace=True), torch.nn.Linear(4, 2)]
-    model = step.without_wgrads(torch.nn.Sequential(*layers), ["0"])
+    model = comparison.without_wgrads(torch.nn.Sequential(*layers), ["0"])
     arrived = []
 
     def watch(module, args, output):

@@ -5,9 +5,9 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks import ahead_of_time, targets
-from benchmarks.ahead_of_time import Compiled
-from benchmarks.dense_product import product
+from benchmarks.inspection import compile, gpu_kernels
+from benchmarks.inspection.compile import Compiled
+from benchmarks.inspection.dense_product import product
 from neq_kernels.backends.triton import multi_tensor
 from neq_kernels.backends.triton.linear_wgrad import linear_wgrad
 from neq_kernels.backends.triton.tiles import Tiles
@@ -17,7 +17,7 @@ SPILLING = Tiles(64, 128, 16, 1, 1)
 
 
 def launches_of(call):
-    with ahead_of_time.recorded() as launches:
+    with compile.recorded() as launches:
         call()
     return launches
 
@@ -26,7 +26,7 @@ def launches_of(call):
 def test_a_dense_product_multiplies_in_tensor_cores_without_spills(target):
     dy, x = (torch.empty(512, 256, dtype=torch.float16, device="meta") for _ in range(2))
     (launch,) = launches_of(lambda: product(dy, x, Tiles(32, 64, 64, 4, 3), "ieee"))
-    compiled = ahead_of_time.compile_for(launch, ahead_of_time.TARGETS[target])
+    compiled = compile.compile_for(launch, compile.TARGETS[target])
     assert launch.arguments["t"] == 512
     assert compiled.warps == 4
     assert compiled.spills == 0
@@ -39,11 +39,11 @@ def test_a_dense_product_multiplies_in_tensor_cores_without_spills(target):
 def test_a_kernel_that_needs_more_registers_than_there_are_spills(target):
     dy, x = (torch.empty(512, 512, dtype=torch.float16, device="meta") for _ in range(2))
     (launch,) = launches_of(lambda: product(dy, x, SPILLING, "ieee"))
-    assert ahead_of_time.compile_for(launch, ahead_of_time.TARGETS[target]).spills > 0
+    assert compile.compile_for(launch, compile.TARGETS[target]).spills > 0
 
 
 def test_every_case_launches_kernels():
-    names = {launch.name for case in targets.cases() for launch in launches_of(case.call)}
+    names = {launch.name for case in gpu_kernels.cases() for launch in launches_of(case.call)}
     assert names == {
         "wgrad_kernel",
         "add_parts_kernel",
@@ -56,16 +56,16 @@ def test_every_case_launches_kernels():
     }
 
 
-@pytest.mark.parametrize("name", [*targets.SGD, *targets.ADAM])
+@pytest.mark.parametrize("name", [*gpu_kernels.SGD, *gpu_kernels.ADAM])
 def test_an_optimizers_case_is_what_its_name_says(name):
-    case = next(c for c in targets.cases() if c.name == name)
+    case = next(c for c in gpu_kernels.cases() if c.name == name)
     (launch,) = launches_of(case.call)
     flags = {key: value for key, value in launch.arguments.items() if isinstance(value, bool)}
-    if name in targets.ADAM:
-        assert flags == {"AMSGRAD": targets.ADAM[name]}
+    if name in gpu_kernels.ADAM:
+        assert flags == {"AMSGRAD": gpu_kernels.ADAM[name]}
     else:
         keys = ("MOMENTUM", "COUNTED", "NESTEROV")
-        assert flags == dict(zip(keys, targets.SGD[name], strict=True))
+        assert flags == dict(zip(keys, gpu_kernels.SGD[name], strict=True))
 
 
 GATED = {
@@ -80,18 +80,18 @@ GATED = {
 
 def only(names, monkeypatch):
     """The table has no other cases, and these in one dtype."""
-    chosen = [c for c in targets.cases() if c.dtype == torch.bfloat16 and c.name in names]
-    monkeypatch.setattr(targets, "cases", lambda: chosen)
+    chosen = [c for c in gpu_kernels.cases() if c.dtype == torch.bfloat16 and c.name in names]
+    monkeypatch.setattr(gpu_kernels, "cases", lambda: chosen)
 
 
 def failures(rows):
     return [row.get("error") or row["fails"] for row in rows if row.get("error") or row["fails"]]
 
 
-@pytest.mark.parametrize("target", ahead_of_time.TARGETS)
+@pytest.mark.parametrize("target", compile.TARGETS)
 def test_kernels_multiply_in_tensor_cores_without_spills(target, monkeypatch):
     only(GATED, monkeypatch)
-    rows = list(targets.rows([target]))
+    rows = list(gpu_kernels.rows([target]))
     assert {row["case"] for row in rows} == GATED
     assert failures(rows) == []
     products = [row for row in rows if "share" in row]
@@ -103,22 +103,27 @@ def test_kernels_multiply_in_tensor_cores_without_spills(target, monkeypatch):
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 def test_a_packed_product_has_the_main_loop_of_a_dense_one(target, monkeypatch):
     only({"linear n=512 splits=8"}, monkeypatch)
-    rows = [row for row in targets.rows([target]) if row["kernel"] == "packed_wgrad.product_kernel"]
+    rows = [
+        row for row in gpu_kernels.rows([target]) if row["kernel"] == "packed_wgrad.product_kernel"
+    ]
     assert len(rows) == 2
     assert failures(rows) == []
-    assert all(row["share"] >= targets.LEAST_SHARE * row["dense_share"] > 0 for row in rows)
+    assert all(row["share"] >= gpu_kernels.LEAST_SHARE * row["dense_share"] > 0 for row in rows)
 
 
 def test_a_slow_main_loop_fails():
     fast, slow = (Compiled(8, 64, 0, 1024, loop, 8, 0) for loop in (80, 100))
-    assert targets.judged(slow, "sm_90", fast, targets.LEAST_SHARE)["fails"] == "slow main loop"
-    assert targets.judged(slow, "sm_90", fast)["fails"] == ""
+    assert (
+        gpu_kernels.judged(slow, "sm_90", fast, gpu_kernels.LEAST_SHARE)["fails"]
+        == "slow main loop"
+    )
+    assert gpu_kernels.judged(slow, "sm_90", fast)["fails"] == ""
 
 
 def plant(call, monkeypatch, **about):
     """The table has but this case."""
-    planted = targets.Case("planted", torch.bfloat16, call, **about)
-    monkeypatch.setattr(targets, "cases", lambda: [planted])
+    planted = gpu_kernels.Case("planted", torch.bfloat16, call, **about)
+    monkeypatch.setattr(gpu_kernels, "cases", lambda: [planted])
 
 
 @pytest.mark.parametrize("target", ["sm_80", "gfx1100"])
@@ -130,14 +135,14 @@ def test_a_product_that_spills_fails(target, monkeypatch):
         linear_wgrad(dy, x, weight, order, count, 512, True, tiles=SPILLING, splits=1)
 
     plant(call, monkeypatch, multiplies=True)
-    assert failures(targets.rows([target])) == ["spills"]
+    assert failures(gpu_kernels.rows([target])) == ["spills"]
 
 
 @pytest.mark.parametrize("target", ["sm_80", "gfx1100"])
 def test_an_optimizer_that_spills_fails(target, monkeypatch):
     monkeypatch.setattr(multi_tensor, "_STRETCH", 8192)
     only({"adam amsgrad"}, monkeypatch)
-    assert failures(targets.rows([target])) == ["spills"]
+    assert failures(gpu_kernels.rows([target])) == ["spills"]
 
 
 @triton.jit
@@ -166,7 +171,7 @@ def test_a_product_without_a_tensor_core_fails(target, monkeypatch):
         wgrad_kernel[(1,)](dy, x, out, PRECISION="ieee", **sizes, num_warps=4, num_stages=1)
 
     plant(call, monkeypatch, multiplies=True)
-    assert failures(targets.rows([target])) == ["no tensor core"]
+    assert failures(gpu_kernels.rows([target])) == ["no tensor core"]
 
 
 def test_what_the_compiler_refuses_fails(monkeypatch):
@@ -176,7 +181,7 @@ def test_what_the_compiler_refuses_fails(monkeypatch):
         wgrad_kernel[(1,)](none, none, none, PRECISION="ieee", **sizes)
 
     plant(call, monkeypatch)
-    (failure,) = failures(targets.rows(["sm_90"]))
+    (failure,) = failures(gpu_kernels.rows(["sm_90"]))
     assert failure.startswith("CompilationError")
 
 
@@ -198,12 +203,12 @@ FINE = Compiled(4, 64, 0, 1024, 100, 10, 0)
     ],
 )
 def test_what_fails(compiled, plain, fails):
-    row = targets.judged(compiled, "sm_80", plain)
+    row = gpu_kernels.judged(compiled, "sm_80", plain)
     assert row["fails"] == fails
     assert row["registers"] == compiled.registers
     assert row.get("dense_share") == (plain and plain.tensor_core / max(1, plain.loop))
 
 
 def test_the_share_of_resident_warps():
-    assert targets.judged(FINE, "sm_80")["occupancy"] == 0.5
-    assert targets.judged(FINE, "gfx942")["occupancy"] == 1
+    assert gpu_kernels.judged(FINE, "sm_80")["occupancy"] == 0.5
+    assert gpu_kernels.judged(FINE, "gfx942")["occupancy"] == 1

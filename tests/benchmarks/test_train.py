@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import train
-from benchmarks.arm import Arm
-from benchmarks.runs import RunError, RunFolder
+from benchmarks.training import train
+from benchmarks.training.run import Arm
+from benchmarks.training.run_folder import RunError, RunFolder
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--model", "tests.benchmarks.tiny:build", "--batch", "16", "--probe", "8", "--lr", "0.02"]
@@ -54,7 +54,7 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def start(out: Path, data: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "benchmarks.train", *arguments(out, data, *more)]
+    command = [sys.executable, "-m", "benchmarks.training.train", *arguments(out, data, *more)]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -56,7 +56,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from tests.cuda_on_cpu.build import Library, build
-from tests.cuda_on_cpu.traffic import Launch
+from tests.cuda_on_cpu.traffic.launch import Launch
 
 __all__ = ["MODES", "Device", "EmulationError", "Launch", "Library", "Mode", "Run", "build"]
 

@@ -7,7 +7,7 @@ import torch
 
 from tests.cuda_on_cpu.cases import library, line_of, product
 from tests.cuda_on_cpu.emulator import Launch, Mode, Run
-from tests.cuda_on_cpu.traffic import Requests
+from tests.cuda_on_cpu.traffic.launch import Requests
 
 
 def aligned(n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import neq_kernels as neq
-from benchmarks.models import build
+from benchmarks.common.models import build
 from neq_kernels.layers.base import NeuronLayer
 from neq_kernels.measure import flops
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import neq_kernels as neq
-from benchmarks.models import CifarResNet
+from benchmarks.common.models import CifarResNet
 from neq_kernels.layers.traversal import named_neuron_layers
 from neq_kernels.measure import flops
 from neq_kernels.measure.flops import FlopCount, LayerFlops

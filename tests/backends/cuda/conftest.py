@@ -1,5 +1,5 @@
 """The backend itself. CPU tensors go to its library with the emulator in the place of a GPU; where
-``NEQ_CUDA_EXECUTOR=cuda`` says so, as ``benchmarks/gpu_checks.py`` does, a GPU's to the real."""
+``NEQ_CUDA_EXECUTOR=cuda`` says so (``benchmarks/gpu_session/checks.py``), a GPU's to the real."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """What executes the kernels, an emulator or a GPU, has to be named, as
-``tests/backends/test_triton.py`` and ``benchmarks/gpu_checks.py`` do."""
+``tests/backends/test_triton.py`` and ``benchmarks/gpu_session/checks.py`` do."""
 
 from __future__ import annotations
 

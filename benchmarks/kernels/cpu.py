@@ -1,0 +1,205 @@
+"""Weight gradients alone: every layer of the shape set, against what a user would write instead.
+
+>>> python -m benchmarks.kernels.cpu --out runs/bench
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import cli
+from benchmarks.common.records import Record, Row
+from benchmarks.kernels import goals, peers
+from benchmarks.kernels.comparison import (
+    DENSE,
+    MOST_ERROR,
+    MOST_ERROR_OF_PEERS,
+    OURS,
+    PEER,
+    TUNED,
+    description,
+    errors_over_dense,
+    exact_gradient,
+    peer_call,
+    quantiles,
+)
+from benchmarks.kernels.layer_shapes import NAMES, QUICK, TINY, Shape, shape_set
+from neq_kernels.backends.problem import Choice, Problem, Strategy
+from neq_kernels.channels import ActiveChannels
+from neq_kernels.dispatch import autotune, backward, selection, stopwatch, trial
+from neq_kernels.measure.bandwidth import read_bandwidth
+
+SHARES = ("1", "0.75", "0.5", "0.25", "0.1", "1/K")
+QUICK_SHARES = ("1", "0.5", "0.1")
+ALWAYS = (DENSE, PEER, OURS)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured besides dense, the strongest peer and ours."""
+
+    shares: Sequence[str]
+    peers: Sequence[str]
+    strategies: bool
+    tuned: bool
+    seconds: float
+
+
+def measure(shape: Shape, options: Options, run: int) -> Iterator[Row]:
+    """Rows of one shape. A provider whose gradient is wrong is not timed; its row says so."""
+    problem = shape.problem
+    grad_output, input, weight = trial.operands(problem)
+    exact = exact_gradient(problem, grad_output, input, weight)
+    k, done = problem.neurons, set()
+    for share in options.shares:
+        n = k if share == "1" else (1 if share == "1/K" else max(1, round(float(share) * k)))
+        if n in done:
+            continue
+        done.add(n)
+        channels = trial.spread(n, k)
+        calls = _providers(problem, channels, grad_output, input, weight, options)
+        about: Row = {
+            "run": run,
+            "network": shape.network,
+            "layer": shape.layer,
+            **description(problem),
+            "layout": shape.layout,
+            "share": share,
+            "active": n,
+            "channels": k,
+        }
+        errors = errors_over_dense(calls, exact, channels)
+        right = {}
+        for name, error in errors.items():
+            most = MOST_ERROR if name.startswith(OURS) else MOST_ERROR_OF_PEERS
+            if error <= most:
+                right[name] = calls[name]
+            else:
+                yield {**about, "provider": name, "wrong": f"{error:.1f} times the dense error"}
+        chosen = selection.choice_for(problem, n, selection.place_of("cpu")).strategy
+        samples = stopwatch.in_turns(right, options.seconds, least_rounds=5)
+        for name in samples:
+            row = {**about, "provider": name, "error_over_dense": errors[name]}
+            row |= quantiles(name, samples)
+            if name == OURS:
+                row["strategy"] = chosen.name.lower()
+            yield row
+
+
+def _providers(
+    problem: Problem,
+    channels: ActiveChannels,
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    options: Options,
+) -> dict[str, Callable[[], Tensor]]:
+    calls: dict[str, Callable[[], Tensor]] = {}
+    active, n = channels.active, channels.n_active
+    for name in (DENSE, PEER, *options.peers):
+        provider = peers.PROVIDERS[name]
+        if provider.why_not(problem.geometry, weight) or (provider.contiguous and n > 1):
+            continue  # a peer for neighbouring channels is no peer for these
+        calls[name] = peer_call(provider, problem, grad_output, input, weight, active)
+    calls[OURS] = _ours(problem, channels, grad_output, input, weight)
+    backend = selection.backend_for("cpu")
+    usable = selection.candidates(problem, backend)
+    module = selection.module_of(backend)
+
+    def by(strategy: Strategy) -> Callable[[], Tensor]:
+        return trial.wgrad(problem, module, Choice(strategy), grad_output, input, weight, channels)
+
+    if options.strategies:
+        calls |= {f"{OURS} {s.name.lower()}": by(s) for s in usable}
+    if options.tuned:
+        possible = selection.contestants(problem, n, selection.place_of("cpu"))
+        winner = autotune.fastest(problem, n, possible, seconds=options.seconds / 2)
+        calls[TUNED] = by(winner.strategy)
+    return calls
+
+
+def _ours(
+    problem: Problem, channels: ActiveChannels, grad_output: Tensor, input: Tensor, weight: Tensor
+) -> Callable[[], Tensor]:
+    """What a layer runs while its active channels do not change."""
+    geometry, wanted = problem.geometry, (False, True, False)
+    if geometry is None:
+        replaced, call = False, backward.linear_call(input, weight, channels)
+    else:
+        replaced = backward.replaces_library(input, weight, geometry)
+        call = backward.conv_call(input, weight, geometry, channels)
+    if channels.n_active == len(channels) and not replaced:
+        return peer_call(peers.DENSE, problem, grad_output, input, weight, channels.active)
+    if call is None:
+        place = selection.place_of("cpu")
+        choice = selection.choice_for(problem, channels.n_active, place)
+        module = place.module(choice)
+        return trial.wgrad(problem, module, choice, grad_output, input, weight, channels)
+
+    def ours() -> Tensor:
+        gradient = call(grad_output, input, weight, wanted)[1]
+        assert gradient is not None
+        return gradient
+
+    return ours
+
+
+def _peak_flops() -> float:
+    """Of a large product of matrices by the library, per second."""
+    size = 1536
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    seconds = stopwatch.in_turns({"mm": lambda: a @ b}, 1.0)["mm"]
+    return 2 * size**3 / min(seconds)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.cpu", description=__doc__)
+    cli.add_common_arguments(parser)
+    parser.add_argument(
+        "--networks", nargs="+", choices=(*NAMES, TINY), metavar="NAME", help=f"of {NAMES}"
+    )
+    parser.add_argument("--shares", nargs="+", choices=SHARES, help="of active channels")
+    others = [name for name in peers.PROVIDERS if name not in ALWAYS]
+    parser.add_argument("--peers", nargs="+", choices=others, default=[], help="more peers")
+    parser.add_argument("--strategies", action="store_true", help="each strategy by itself too")
+    parser.add_argument("--tuned", action="store_true", help="the measured choice of strategy too")
+    parser.add_argument("--runs", type=cli.positive, help="independent runs (2; quick: 1)")
+    parser.add_argument("--seconds", type=cli.seconds, help="for each cell (0.06; quick: 0.03)")
+    args = parser.parse_args(arguments)
+    cli.prepare(args)
+    runs = args.runs or (1 if args.quick else 2)
+    options = Options(
+        shares=args.shares or (QUICK_SHARES if args.quick else SHARES),
+        peers=args.peers,
+        strategies=args.strategies,
+        tuned=args.tuned,
+        seconds=args.seconds or (0.03 if args.quick else 0.06),
+    )
+    shapes = shape_set(args.networks or (QUICK if args.quick else NAMES))
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    settings |= {"peak_flops": _peak_flops(), "read_bandwidth": read_bandwidth("cpu")}
+    with Record(args.out, "kernels", settings) as record:
+        for run in range(runs):
+            for i, shape in enumerate(shapes):
+                print(f"\rrun {run + 1}/{runs}, shape {i + 1}/{len(shapes)}", end="", flush=True)
+                for row in measure(shape, options, run):
+                    record.add(row)
+    print()
+    for provider in (OURS, TUNED) if args.tuned else (OURS,):
+        print(f"\n{provider}")
+        judged = goals.judge(record.rows, provider)
+        print(goals.text(judged, cli.verdict))
+    wrong = [row for row in record.rows if "wrong" in row]
+    for row in wrong:
+        print(f"wrong: {row['provider']} on {row['network']} {row['layer']}: {row['wrong']}")
+    return cli.WRONG_RESULT if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

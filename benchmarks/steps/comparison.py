@@ -1,0 +1,273 @@
+"""One training step of several providers in turns: gradients compared, times and bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import neq_kernels as neq
+from benchmarks.common import cli
+from benchmarks.common.records import Row
+from benchmarks.common.workloads import Case, Layout, random_masks, set_masks
+from benchmarks.steps import peers
+from benchmarks.steps.correctness import BFLOAT16, FLOAT32, Tolerance, differences
+from neq_kernels.layers.traversal import named_neuron_layers
+from neq_kernels.measure import StepShares, Variant, backward_shares, bound, flops, step_time
+from neq_kernels.measure import frozen_parameter_fraction as frozen_parameters
+from neq_kernels.measure.timing import PHASES, Quantiles
+
+TARGET_OF_BOUND = 0.96
+
+
+TARGET_OF_DENSE = 0.97
+
+
+WARMUP, LEAST_ROUNDS, MOST_ROUNDS = 2, 7, 60
+
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    # A small lr: no value may blow up or become denormal while the same step is timed again.
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-4, momentum=0.9, weight_decay=5e-4),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-4),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-4),
+}
+
+
+COLUMNS = (
+    ("model", -18),
+    ("layout", -6),
+    ("r", 4),
+    ("provider", -8),
+    ("step ms", 8),
+    ("speed-up", 8),
+    ("p20-p80", 11),
+    ("backward", 8),
+    ("bound", 6),
+    ("floored", 7),
+    ("of bound", 8),
+)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A way to train. ``build`` gets a plain model and the optimizer's maker; ``masks`` sets the
+    active channels."""
+
+    name: str
+    build: Callable[[nn.Module, Callable[..., Optimizer]], tuple[nn.Module, Optimizer]]
+    masks: Callable[[nn.Module, dict[str, Tensor], float], None]
+
+
+def _dense(model: nn.Module, make: Callable[..., Optimizer]) -> tuple[nn.Module, Optimizer]:
+    return model, make(model.parameters())
+
+
+def _peer(model: nn.Module, make: Callable[..., Optimizer]) -> tuple[nn.Module, Optimizer]:
+    return peers.convert(model), make(model.parameters())
+
+
+def _neq(model: nn.Module, make: Callable[..., Optimizer]) -> tuple[nn.Module, Optimizer]:
+    neq.convert(model, others="follow")
+    optimizer = make(model.parameters())
+    neq.attach(optimizer, model)
+    return model, optimizer
+
+
+class _Alive(torch.autograd.Function):
+    """Its first argument, needing a gradient for the sake of the second, which gets none."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, token: Tensor) -> Tensor:
+        ctx.mark_dirty(output)  # not a view: in-place activations must follow
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def without_wgrads(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    """``model``, changed: the named layers learn nothing, but backprop comes down to each of
+    them."""
+    token = torch.zeros(1, requires_grad=True)
+
+    def keep_alive(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        if output.requires_grad or not torch.is_grad_enabled():
+            return output
+        alive: Tensor = _Alive.apply(output, token)
+        return alive
+
+    for name in names:
+        layer = model.get_submodule(name)
+        layer.requires_grad_(False)
+        layer.register_forward_hook(keep_alive)
+    return model
+
+
+NO_WGRAD = "no wgrad"
+
+
+DENSE = Provider("dense", _dense, lambda model, masks, r: None)
+
+
+OURS = Provider("neq", _neq, lambda model, masks, r: set_masks(model, masks))
+
+
+PROVIDERS = (
+    DENSE,
+    Provider("peer1", _peer, lambda model, masks, r: peers.set_active(model, masks, others=r > 0)),
+    OURS,
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is the same in every cell."""
+
+    shares: tuple[float, ...]
+    optimizer: str
+    seconds: float
+    rounds_of_shares: int
+
+
+def rows(case: Case, layout: Layout, options: Options) -> Iterator[Row]:
+    """The results of one model in one layout, provider by provider."""
+    contest = Contest(case, layout, options)
+    for r in options.shares:
+        yield from contest.rows(r)
+
+
+class Contest:
+    """The providers of one model in one layout, built, and where the dense step's time goes.
+
+    Args:
+        providers: dense first; None: all.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        layout: Layout,
+        options: Options,
+        providers: Sequence[Provider] | None = None,
+    ) -> None:
+        self._case, self._layout, self._options = case, layout, options
+        self._providers = PROVIDERS if providers is None else providers
+        self._batches = case.batches(layout)
+        make = OPTIMIZERS[options.optimizer]
+        dense, *others = self._providers
+        plain, optimizer = dense.build(case.model(layout), make)
+        self._shares: StepShares = backward_shares(
+            plain, self._batches, case.loss, make, warmup=1, repeats=options.rounds_of_shares
+        )
+        self._built = {dense.name: (plain, optimizer)}
+        self._built |= {each.name: each.build(case.model(layout), make) for each in others}
+        products = [name for name, layer in named_neuron_layers(self._ours) if not layer.is_norm]
+        passed = without_wgrads(case.model(layout), products)
+        learned = [p for p in passed.parameters() if p.requires_grad]
+        self._no_wgrad = Variant(NO_WGRAD, passed, case.loss, make(learned) if learned else None)
+
+    @property
+    def _ours(self) -> nn.Module:
+        return self._built[OURS.name][0]
+
+    def rows(self, r: float) -> Iterator[Row]:
+        """With the share ``r`` of the channels active, provider by provider. What is wrong is not
+        timed."""
+        case = self._case
+        about = {"model": case.name, "layout": self._layout, "r": r, "images": case.images}
+        masks = random_masks(self._ours, r)
+        for provider in self._providers:
+            provider.masks(self._built[provider.name][0], masks, r)
+        models = {name: model for name, (model, _) in self._built.items()}
+        wrong = differences(
+            models, masks, self._batches[0], case.loss, tolerance=tolerance_of(case)
+        )
+        if wrong:
+            yield from (about | {"provider": name, "error": text} for name, text in wrong.items())
+        else:
+            yield from self._timed(about)
+
+    def _timed(self, about: Row) -> Iterator[Row]:
+        case, options, built, shares = self._case, self._options, self._built, self._shares
+        variants = [Variant(name, model, case.loss, opt) for name, (model, opt) in built.items()]
+        rounds = round(options.seconds / (shares.seconds.median * (len(variants) + 1)))
+        times = step_time(
+            [*variants, self._no_wgrad],
+            self._batches,
+            warmup=WARMUP,
+            repeats=min(max(rounds, LEAST_ROUNDS), MOST_ROUNDS),
+        )
+        dense = times[DENSE.name]
+        pairs = zip(dense.backward, times[NO_WGRAD].backward, strict=True)
+        wgrads = Quantiles.of([whole - passed for whole, passed in pairs])
+        phases = {phase: dense.quantiles(phase).median for phase in PHASES}
+        shares = shares.rescaled(dense.quantiles(), phases, wgrads.median)
+        now = flops.count(self._ours, self._batches[0][0][:1])
+        frozen = frozen_parameters(self._ours)
+        bounds: Row = {
+            "bound": bound(shares, now, frozen),
+            "bound_floor": bound(shares, now, frozen, floor=True),
+            "wgrad_share": shares.wgrad,
+            "read_bandwidth": shares.read_bandwidth,
+            "write_bandwidth": shares.write_bandwidth,
+        }
+        for name in (*built, NO_WGRAD):
+            row = about | {"provider": name, "rounds": len(times[name].total)}
+            for phase in (*PHASES, "total"):
+                row |= flat(f"{phase}_seconds", times[name].quantiles(phase))
+            if name != DENSE.name:
+                row |= flat("speedup", times.speedup(name, over=DENSE.name))
+                backward = times.speedup(name, over=DENSE.name, phase="backward")
+                row |= flat("backward_speedup", backward)
+            if name not in (DENSE.name, NO_WGRAD):
+                row |= bounds | judged(about["r"], row["speedup_median"], bounds)
+            yield row
+
+
+def tolerance_of(case: Case) -> Tolerance:
+    """What the gate lets pass."""
+    return FLOAT32 if case.autocast is None else BFLOAT16
+
+
+def judged(r: float, speedup: float, bounds: Row) -> Row:
+    target = TARGET_OF_DENSE if r == 1 else TARGET_OF_BOUND
+    ratio, ratio_floor = speedup / bounds["bound"], speedup / bounds["bound_floor"]
+    return {
+        "ratio": ratio,
+        "ratio_floor": ratio_floor,
+        "target": target,
+        "passes": ratio >= target,
+        "passes_floor": ratio_floor >= target,
+    }
+
+
+def flat(name: str, quantiles: Quantiles) -> dict[str, float]:
+    """Quantiles as columns of a row."""
+    return {f"{name}_{level}": value for level, value in asdict(quantiles).items()}
+
+
+def cells(row: Row) -> tuple[list[str], str]:
+    """A row as it is printed, and the verdict. Only ours has a target to reach."""
+    texts = [row["model"], row["layout"], f"{row['r']:g}", row["provider"]]
+    verdict = ""
+    if "error" in row:
+        verdict = cli.red(f"WRONG {row['error']}")
+    else:
+        texts.append(f"{1e3 * row['total_seconds_median']:.1f}")
+    if "speedup_median" in row:
+        texts += [
+            f"{row['speedup_median']:.3f}",
+            f"{row['speedup_p20']:.2f}-{row['speedup_p80']:.2f}",
+            f"{row['backward_speedup_median']:.3f}",
+        ]
+    if "bound" in row:
+        texts += [f"{row['bound']:.3f}", f"{row['bound_floor']:.3f}", f"{row['ratio']:.3f}"]
+        judged = row["passes_floor"] if row["provider"] == OURS.name else None
+        verdict = cli.verdict(judged, f"(>= {row['target']:g})")
+    return [*texts, *[""] * (len(COLUMNS) - len(texts))], verdict
