@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from neq_kernels.dispatch import tuning_table
-from tests.oracle import forced_backend, usable_backends
+from tests.support.oracle import forced_backend, usable_backends
 
 settings.register_profile(
     "neq",

@@ -12,7 +12,7 @@ NEQ_BUILD_CUDA=0 NEQ_BUILD_SANITIZE=1 "$python" setup.py -q build_ext \
   --build-lib "$scratch/lib" --build-temp "$scratch/temp" >"$scratch/build.log" 2>&1 ||
   { cat "$scratch/build.log" >&2; exit 1; }
 
-tests=(tests/backends/test_cpu*.py tests/test_ops.py tests/test_channel_similarity.py tests/test_ops_precision.py)
+tests=(tests/backends/test_cpu*.py tests/test_ops.py tests/backends/test_channel_similarity.py tests/test_ops_precision.py)
 
 # Python itself is not instrumented: the sanitizer's runtime has to be there first, and what Python
 # never frees is no leak of ours.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from neq_kernels import ActiveChannels, NeuronLayout
 from neq_kernels.channels import WHOLE_PARAMETER
-from tests import oracle
+from tests.support import oracle
 
 
 def state(channels):

@@ -13,8 +13,8 @@ from neq_kernels import ActiveChannels
 from neq_kernels.autograd import eager
 from neq_kernels.autograd.call_state import all_active, watched
 from neq_kernels.functional import affine, conv, linear
-from tests import oracle
-from tests.oracle import Conv
+from tests.support import oracle
+from tests.support.oracle import Conv
 
 CASES = {
     "plain": Conv((3, 2), 3, 4, stride=(2, 1), padding=(1, 0), dilation=(1, 2)),

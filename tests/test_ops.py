@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import oracle
-from tests.op_cases import (
+from tests.support import oracle
+from tests.support.op_cases import (
     ALL,
     CONVS,
     FORMATS,
@@ -21,7 +21,7 @@ from tests.op_cases import (
     run_conv,
     run_linear,
 )
-from tests.oracle import Conv
+from tests.support.oracle import Conv
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())

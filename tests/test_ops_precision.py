@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from neq_kernels.backends.problem import Strategy
 from neq_kernels.dispatch import selection as dispatch_selection
-from tests import oracle
-from tests.op_cases import (
+from tests.support import oracle
+from tests.support.op_cases import (
     CONVS,
     FORMATS,
     MASKS,

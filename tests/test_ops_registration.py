@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.op_cases import (
+from tests.support.op_cases import (
     ALL,
     CONVS,
     FORMATS,
@@ -19,7 +19,7 @@ from tests.op_cases import (
     run_linear,
     selection,
 )
-from tests.oracle import Conv
+from tests.support.oracle import Conv
 
 
 @pytest.mark.parametrize("n", [0, 1, 5, 12, 23, 24])

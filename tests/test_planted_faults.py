@@ -9,8 +9,9 @@ from torch import Tensor
 from neq_kernels.backends import aten, cpu
 from neq_kernels.backends.problem import Choice, Strategy
 from neq_kernels.dispatch import selection
-from tests import oracle, test_ops, test_ops_precision
-from tests.op_cases import CONVS, MASKS
+from tests import test_ops, test_ops_precision
+from tests.support import oracle
+from tests.support.op_cases import CONVS, MASKS
 
 
 def test_allocations_are_poisoned():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from neq_kernels.backends import cpu
 from neq_kernels.channels import WHOLE_PARAMETER, NeuronLayout
-from tests.backends.arrange import (
+from tests.support.arrange import (
     ANY,
     DENSE,
     FLOATING,

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from neq_kernels.backends import cpu
-from tests.backends.arrange import (
+from tests.support.arrange import (
     FLOATING,
     arranged,
     assert_as_precise_as_torch,

@@ -8,8 +8,8 @@ import torch
 from neq_kernels.backends import cpu
 from neq_kernels.backends.problem import ConvGeometry, Strategy
 from neq_kernels.channels import ActiveChannels
-from tests import oracle
-from tests.backends.arrange import threads
+from tests.support import oracle
+from tests.support.arrange import threads
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="tests of the extension")
 

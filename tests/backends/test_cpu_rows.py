@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from neq_kernels.backends import cpu
 from neq_kernels.channels import WHOLE_PARAMETER, NeuronLayout
 from neq_kernels.optim import reference as plain
-from tests.backends.arrange import (
+from tests.support.arrange import (
     FLOATING,
     arranged,
     assert_as_precise_as_torch,
@@ -18,7 +18,7 @@ from tests.backends.arrange import (
     seeds,
     threads,
 )
-from tests.row_functions import step_one
+from tests.support.row_functions import step_one
 
 NAN = float("nan")
 SGD = {

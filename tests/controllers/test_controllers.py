@@ -9,7 +9,7 @@ from torch import nn
 
 import neq_kernels as neq
 from neq_kernels.controllers import FixedController, NEqController, StochasticController
-from tests.controllers.nets import conv_net, images, masks, picture, train, wiggle
+from tests.support.nets import conv_net, images, masks, picture, train, wiggle
 
 
 class Twins(nn.Module):

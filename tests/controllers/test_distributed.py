@@ -5,9 +5,9 @@ import torch
 import torch.multiprocessing as mp
 
 from neq_kernels.controllers import NEqController
-from tests.controllers import ranks
-from tests.controllers.nets import conv_net, images, train
-from tests.controllers.test_probe import assert_same
+from tests.controllers.probe.test_probe import assert_same
+from tests.support import ranks
+from tests.support.nets import conv_net, images, train
 
 
 @pytest.fixture(scope="module")

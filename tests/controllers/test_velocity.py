@@ -6,7 +6,7 @@ import torch
 import neq_kernels as neq
 from neq_kernels.controllers import NEqController
 from neq_kernels.controllers.velocity import VELOCITIES
-from tests.controllers.nets import Rotating, masks
+from tests.support.nets import Rotating, masks
 
 PHI = (0.90, 0.95, 0.97, 0.975, 0.976)
 DELTA = (-0.10, 0.05, 0.02, 0.005, 0.001)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.optim import SGD, Adam, AdamW
 
 from neq_kernels.optim import attach, reference, row_steps
-from tests.optim.nets import (
+from tests.support.optimizer_nets import (
     KERNELS,
     TRANSPOSED,
     frozen_rows,
@@ -23,7 +23,7 @@ from tests.optim.nets import (
     set_gradients,
     use_kernels,
 )
-from tests.optim.oracle import NeuronwiseOptimizer
+from tests.support.optimizer_oracle import NeuronwiseOptimizer
 
 SGD_FLAGS = [
     {"momentum": m, "dampening": d, "nesterov": n, "weight_decay": w, "maximize": x}

@@ -10,7 +10,7 @@ from lion_pytorch import Lion
 from torch.optim import SGD, Adadelta, Adafactor, Adagrad, Adam, NAdam, RMSprop, Rprop
 
 from neq_kernels.optim import attach
-from tests.optim.nets import (
+from tests.support.optimizer_nets import (
     frozen_rows,
     layers,
     make_net,

@@ -9,7 +9,7 @@ from torch.optim import SGD, Adam
 
 from neq_kernels.backends import cpu
 from neq_kernels.optim import attach, row_steps
-from tests.optim.nets import layers, make_net
+from tests.support.optimizer_nets import layers, make_net
 
 MAKE = {
     "SGD": lambda ps: SGD(ps, lr=0.05, momentum=0.9, weight_decay=0.1),

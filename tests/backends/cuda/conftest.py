@@ -13,9 +13,9 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 from neq_kernels.backends import cuda
 from neq_kernels.dispatch import selection
-from tests import oracle
-from tests.backends.cuda.cases import DEVICE, FOLDER
 from tests.cuda_on_cpu.emulator import build
+from tests.support import oracle
+from tests.support.cuda_cases import DEVICE, FOLDER
 
 
 class CountedOps:

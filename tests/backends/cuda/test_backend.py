@@ -15,9 +15,9 @@ from neq_kernels.channels import NeuronLayout
 from neq_kernels.dispatch import cuda_graphs, selection
 from neq_kernels.doctor import checks as doctor_checks
 from neq_kernels.doctor import gradients, runner
-from tests.backends.cuda.cases import DEVICE, DTYPES, images
 from tests.backends.cuda.conftest import build_emulated
-from tests.backends.triton.cases import MASKS, assert_gradient, channels
+from tests.support.cuda_cases import DEVICE, DTYPES, images
+from tests.support.gpu_cases import MASKS, assert_gradient, channels
 
 
 def on_device(view):

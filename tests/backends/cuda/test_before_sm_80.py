@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.backends.cuda.cases import FOLDER
 from tests.cuda_on_cpu.emulator import MODES, Run, build
+from tests.support.cuda_cases import FOLDER
 
 SOURCE = Path(__file__).with_name("before_sm_80.cu")
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.channels import ActiveChannels
-from tests.backends.cuda.cases import DTYPES, FOLDER, SMALLEST, pointer, poisoned
-from tests.backends.triton.cases import MASKS, assert_gradient, channels
 from tests.backends.triton.test_conv_wgrad import LAYOUTS, geometry, operands
 from tests.cuda_on_cpu.emulator import MODES, EmulationError, Launch, Library, Mode, Run, build
+from tests.support.cuda_cases import DTYPES, FOLDER, SMALLEST, pointer, poisoned
+from tests.support.gpu_cases import MASKS, assert_gradient, channels
 
 
 class Cut(ctypes.Structure):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.backends.cuda.cases import DTYPES, SMALLEST, library, poisoned
-from tests.backends.triton.cases import MASKS, assert_gradient, channels
 from tests.cuda_on_cpu.emulator import MODES, Run
+from tests.support.cuda_cases import DTYPES, SMALLEST, library, poisoned
+from tests.support.gpu_cases import MASKS, assert_gradient, channels
 
 
 def pack(rows, chosen, *, most=None, transposed=False, blocks=2, mode=MODES[0], kernels=None):

@@ -10,9 +10,9 @@ import torch
 
 from neq_kernels.backends.problem import ConvGeometry
 from tests.backends.cuda import test_pack, test_wgrad
-from tests.backends.cuda.cases import library, without
-from tests.backends.triton.cases import channels
 from tests.cuda_on_cpu.emulator import MODES, EmulationError
+from tests.support.cuda_cases import library, without
+from tests.support.gpu_cases import channels
 
 GATHERED = partial(test_wgrad.check_linear, 100, 32, 72, torch.float16, "random", parts=2)
 PACKED = partial(GATHERED, packed=True)

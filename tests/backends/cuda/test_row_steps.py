@@ -10,9 +10,6 @@ from torch import Tensor
 
 from neq_kernels.backends import gpu_base
 from neq_kernels.channels import NeuronLayout
-from tests.backends.arrange import assert_as_precise_as_torch, bits
-from tests.backends.cuda.cases import DTYPES, FOLDER
-from tests.backends.triton.cases import MASKS, channels
 from tests.backends.triton.test_row_steps import (
     ADAM,
     ADAM_FLAGS,
@@ -24,6 +21,9 @@ from tests.backends.triton.test_row_steps import (
     Case,
 )
 from tests.cuda_on_cpu.emulator import MODES, EmulationError, Launch, Library, Mode, Run, build
+from tests.support.arrange import assert_as_precise_as_torch, bits
+from tests.support.cuda_cases import DTYPES, FOLDER
+from tests.support.gpu_cases import MASKS, channels
 
 SGD_NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
 ADAM_NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay")

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from neq_kernels.backends import reference
-from tests.backends.cuda.cases import DTYPES, FOLDER
 from tests.cuda_on_cpu.emulator import MODES, EmulationError, Launch, Library, Mode, Run, build
+from tests.support.cuda_cases import DTYPES, FOLDER
 
 
 def library(*replace: tuple[str, str, str]) -> Library:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from neq_kernels.backends.problem import ConvGeometry
-from tests.backends.cuda.cases import DTYPES, SMALLEST, images, library, pointer, poisoned, wgrad
-from tests.backends.triton.cases import MASKS, assert_gradient, channels
 from tests.cuda_on_cpu.emulator import MODES, EmulationError, Run
+from tests.support.cuda_cases import DTYPES, SMALLEST, images, library, pointer, poisoned, wgrad
+from tests.support.gpu_cases import MASKS, assert_gradient, channels
 
 TILES = {"few": 1, "wide": 20, "packed": 1}
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.backends.triton.cases import EXECUTOR
+from tests.support.gpu_cases import EXECUTOR
 
 collect_ignore_glob = [] if EXECUTOR else ["test_*.py"]
 
@@ -34,7 +34,7 @@ def _full_precision() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _prepared_sanitizer() -> Iterator[None]:
     if EXECUTOR == "sanitizer":
-        from tests.backends.triton.sanitizer import prepared_sanitizer
+        from tests.support.triton_sanitizer import prepared_sanitizer
 
         with prepared_sanitizer():
             yield

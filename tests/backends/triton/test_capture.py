@@ -12,7 +12,7 @@ from neq_kernels import ops
 from neq_kernels.backends.problem import ConvGeometry, Problem, Strategy
 from neq_kernels.backends.triton import backend as triton
 from neq_kernels.dispatch import cuda_graphs, selection
-from tests.backends.triton.cases import EXECUTOR, MASKS, assert_gradient, channels, poison
+from tests.support.gpu_cases import EXECUTOR, MASKS, assert_gradient, channels, poison
 
 
 @pytest.mark.parametrize("now", MASKS)

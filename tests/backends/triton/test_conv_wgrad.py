@@ -9,8 +9,8 @@ from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.backends.triton.conv_wgrad import conv_wgrad
 from neq_kernels.backends.triton.depthwise_wgrad import depthwise_wgrad
 from neq_kernels.backends.triton.tiles import Tiles
-from tests import oracle
-from tests.backends.triton.cases import DTYPES, EXECUTOR, MASKS, assert_gradient, channels
+from tests.support import oracle
+from tests.support.gpu_cases import DTYPES, EXECUTOR, MASKS, assert_gradient, channels
 
 SMALL = Tiles(16, 16, 16, 4, 2)
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}

@@ -8,7 +8,7 @@ import torch
 from neq_kernels.backends import aten
 from neq_kernels.backends.triton import backend as triton
 from neq_kernels.channels import NeuronLayout
-from tests.backends.triton.cases import DTYPES, MASKS, assert_gradient, channels, poison
+from tests.support.gpu_cases import DTYPES, MASKS, assert_gradient, channels, poison
 
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 

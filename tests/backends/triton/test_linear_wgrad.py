@@ -8,7 +8,7 @@ import torch
 from neq_kernels.backends.triton import linear_wgrad as module
 from neq_kernels.backends.triton import tiles as tiles_module
 from neq_kernels.backends.triton.tiles import Tiles
-from tests.backends.triton.cases import DTYPES, MASKS, assert_gradient, channels
+from tests.support.gpu_cases import DTYPES, MASKS, assert_gradient, channels
 
 SMALL = Tiles(16, 32, 16, 4, 2)
 

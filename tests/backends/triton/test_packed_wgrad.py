@@ -8,8 +8,8 @@ import torch
 from neq_kernels.backends.triton import packed_wgrad
 from neq_kernels.backends.triton.linear_wgrad import linear_wgrad
 from neq_kernels.backends.triton.tiles import Tiles, choices
-from tests.backends.triton.cases import DTYPES, MASKS, assert_gradient, channels, poison
 from tests.backends.triton.test_linear_wgrad import operands
+from tests.support.gpu_cases import DTYPES, MASKS, assert_gradient, channels, poison
 
 SMALL = Tiles(16, 32, 16, 4, 2, packed=True)
 HALVES = [dtype for dtype in DTYPES if dtype != torch.float32]

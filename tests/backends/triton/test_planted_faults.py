@@ -19,7 +19,7 @@ from neq_kernels.backends.triton import linear_wgrad, packed_wgrad
 from neq_kernels.channels import NeuronLayout
 from neq_kernels.optim import reference
 from tests.backends.triton import test_conv_wgrad, test_linear_wgrad, test_packed_wgrad
-from tests.backends.triton.cases import assert_gradient, channels, poison
+from tests.support.gpu_cases import assert_gradient, channels, poison
 
 
 def linear(module: ModuleType, device: str, splits: int) -> None:

@@ -17,10 +17,10 @@ from neq_kernels.backends.triton import row_steps
 from neq_kernels.channels import WHOLE_PARAMETER, ActiveChannels, NeuronLayout
 from neq_kernels.optim import attach, reference
 from neq_kernels.optim import row_steps as row_steps_module
-from tests.backends.arrange import arranged, assert_as_precise_as_torch, bits
-from tests.backends.arrange import random as randoms
-from tests.backends.triton.cases import DTYPES, channels
-from tests.optim.nets import make_net, random_masks, set_gradients
+from tests.support.arrange import arranged, assert_as_precise_as_torch, bits
+from tests.support.arrange import random as randoms
+from tests.support.gpu_cases import DTYPES, channels
+from tests.support.optimizer_nets import make_net, random_masks, set_gradients
 
 SGD_FLAGS = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.0}
 SGD_FLAGS |= {"nesterov": False, "maximize": False}

@@ -7,7 +7,7 @@ import torch
 
 from neq_kernels.backends import reference
 from neq_kernels.backends.triton.similarity import channel_similarity
-from tests.backends.triton.cases import DTYPES
+from tests.support.gpu_cases import DTYPES
 
 
 @pytest.mark.parametrize("splits", [None, 1, 3])

@@ -15,8 +15,8 @@ from neq_kernels.backends.triton import backend as triton
 from neq_kernels.backends.triton import conv_wgrad, depthwise_wgrad, linear_wgrad
 from neq_kernels.dispatch import selection
 from neq_kernels.layers.traversal import named_neuron_layers
-from tests import oracle
-from tests.backends.triton.cases import DTYPES, EXECUTOR
+from tests.support import oracle
+from tests.support.gpu_cases import DTYPES, EXECUTOR
 
 STEPS = 3
 SERVED = ("sgd_rows_", "channel_similarity")
