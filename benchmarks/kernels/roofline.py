@@ -6,8 +6,8 @@ is needed.
 
 Predicted, of the layers that ``benchmarks.gpu_session`` times, in bfloat16: the longer of the bytes
 at the memory's bandwidth and the arithmetic at the peak of the tensor cores (of depthwise
-convolutions: of float32 outside them), both from data sheets. No kernel reaches either; launches, tiles
-and latencies are not counted.
+convolutions: of float32 outside them), both from data sheets. No kernel reaches either; launches,
+tiles and latencies are not counted.
 
 dense: reads dY and X, writes the gradient. own: reads the 32-byte sectors of dY that hold an active
 channel (the expected number, channels being active at random) and X, writes the gradient, zeros
