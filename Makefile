@@ -2,6 +2,7 @@
 #   make demo    trains five small networks and writes runs/demo/report.html
 #   make test    the whole test suite
 #   make lint    ruff, mypy, clang-format
+#   make docs    the documentation's site in build/docs
 # VENV=path uses (or makes) a virtual environment elsewhere; PYTHON=path chooses the interpreter.
 
 SHELL := /bin/bash
@@ -11,8 +12,9 @@ PY := $(VENV)/bin/python
 BUILD_INPUTS := constraints.txt pyproject.toml setup.py MANIFEST.in $(shell find csrc -type f 2>/dev/null)
 STAMP := $(VENV)/.neq_kernels_installed
 JOBS ?= 2
+DOCS_EXTRA := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
 
-.PHONY: demo demo-quick test lint install clean
+.PHONY: demo demo-quick test lint docs install clean
 
 demo: install
 	$(PY) -m benchmarks.training.demo
@@ -28,6 +30,11 @@ lint: install
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+
+# Reads the sources only: PyTorch and the extension are not needed.
+docs: $(PY)
+	$(PY) -m pip install --quiet -c constraints.txt $$($(PY) -c '$(DOCS_EXTRA)')
+	$(PY) -m properdocs build --strict --config-file mkdocs.yml
 
 install: $(STAMP)
 
