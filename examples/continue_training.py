@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import neq_kernels as neq
 
-DATA = Path(__file__).parents[1] / "benchmarks" / "data" / "fashion_mnist_12k.npz"
+DATA = Path(__file__).parents[1] / "benchmarks" / "training" / "data" / "fashion_mnist_12k.npz"
 
 
 class Trainer:

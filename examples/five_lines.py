@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import neq_kernels as neq  # neq
 
-DATA = Path(__file__).parents[1] / "benchmarks" / "data" / "fashion_mnist_12k.npz"
+DATA = Path(__file__).parents[1] / "benchmarks" / "training" / "data" / "fashion_mnist_12k.npz"
 
 
 def positive(text: str) -> int:
