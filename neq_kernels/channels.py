@@ -111,7 +111,7 @@ class ActiveChannels:
         self._n_active = n_channels
         self._start = 0
         # Apart from the count: compiled code may be specialised on it, and on nothing else.
-        self._stopped = False
+        self._none_active = False
         # What others have derived from the present set; emptied when it changes.
         self.plans: dict[Hashable, Any] = {}
         cpu = torch.device("cpu")
@@ -146,9 +146,9 @@ class ActiveChannels:
         return self._start
 
     @property
-    def stopped(self) -> bool:
+    def none_active(self) -> bool:
         """Whether no channel is active."""
-        return self._stopped
+        return self._none_active
 
     @property
     def generation(self) -> int:
@@ -221,7 +221,7 @@ class ActiveChannels:
         is_run = n > 0 and int(active[-1]) - int(active[0]) == n - 1
         self._n_active = n
         self._start = int(active[0]) if is_run else -1
-        self._stopped = n == 0
+        self._none_active = n == 0
         self._generation += 1
         self.plans.clear()
         self._host_count.copy_(torch.tensor([n, self._start], device="cpu"))

@@ -50,7 +50,7 @@ def linear(
         return unplanned_linear(input, weight, bias, channels, grad_input)
     key = (known, grad_input)
     if key in channels.plans:
-        plan: eager.Plan | None = channels.plans[key]
+        plan: eager.LayerPlan | None = channels.plans[key]
     else:
         plan = plan_linear(input, weight, bias, channels, grad_input)
         eager.keep(channels, key, plan)
@@ -99,7 +99,7 @@ def conv(
         return unplanned_conv(input, weight, bias, channels, arguments, grad_input)
     key = (known, arguments, grad_input)
     if key in channels.plans:
-        plan: eager.Plan | None = channels.plans[key]
+        plan: eager.LayerPlan | None = channels.plans[key]
     else:
         plan = plan_conv(input, weight, bias, channels, arguments, grad_input)
         eager.keep(channels, key, plan)

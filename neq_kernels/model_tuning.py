@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from neq_kernels.backends.problem import Choice, Problem
+from neq_kernels.backends.problem import KernelChoice, Problem
 from neq_kernels.conversion.convert import revert
 from neq_kernels.dispatch import autotune, selection, verified_backends
 from neq_kernels.dispatch.stopwatch import CudaClock
@@ -29,7 +29,7 @@ def tune(
     *inputs: Any,
     shares: Sequence[float] | None = None,
     seconds: float = 0.05,
-) -> dict[str, dict[int, Choice]]:
+) -> dict[str, dict[int, KernelChoice]]:
     """Measure the strategies for every linear layer and convolution of a model, keep the winners.
 
     From then on the layers use them: in this process, and in later ones on the same kind of GPU, or
@@ -68,7 +68,7 @@ def tune(
     place = selection.place_of(device.type)
     table = selection.table_for(place)
     clock = None if device.type == "cpu" else CudaClock(device)
-    winners: dict[Problem, dict[int, Choice]] = {}
+    winners: dict[Problem, dict[int, KernelChoice]] = {}
     for name, problem in layers.items():
         if problem in winners:
             continue

@@ -32,7 +32,7 @@ def test_everything_is_active_at_first():
     channels = ActiveChannels(3)
     assert state(channels) == ([True] * 3, 3, [0, 1, 2], [], [0, 1, 2], [3], [3, 0])
     assert channels.generation == 0
-    assert not channels.stopped
+    assert not channels.none_active
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=70))
@@ -51,7 +51,7 @@ def test_set_derives_everything_from_the_mask(mask):
         [n],
         [n, active[0] if is_run else -1],
     )
-    assert channels.stopped == (n == 0)
+    assert channels.none_active == (n == 0)
     assert len(channels) == len(mask)
 
 

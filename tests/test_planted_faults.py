@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from neq_kernels.backends import aten, cpu
-from neq_kernels.backends.problem import Choice, Strategy
+from neq_kernels.backends.problem import KernelChoice, Strategy
 from neq_kernels.dispatch import selection
 from tests import test_ops, test_ops_precision
 from tests.support import oracle
@@ -116,9 +116,9 @@ def one_channel_short(backward):
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason="the extension is what is tested")
 @pytest.mark.parametrize("fault", [next_channel, one_channel_short])
-@pytest.mark.parametrize("strategy", [Strategy.DENSE, Strategy.PACK, Strategy.FUSED])
+@pytest.mark.parametrize("strategy", [Strategy.DENSE, Strategy.PACK, Strategy.CUSTOM])
 def test_planted_faults_in_the_leaf_ops_are_caught(monkeypatch, fault, strategy):
-    monkeypatch.setattr(selection, "choice_for", lambda *_: Choice(strategy))
+    monkeypatch.setattr(selection, "choice_for", lambda *_: KernelChoice(strategy))
     conv_test(CONVS["plain"])
     linear_test()
     planted(monkeypatch, cpu, "conv_backward", fault)

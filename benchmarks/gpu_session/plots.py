@@ -30,7 +30,7 @@ PANELS = (
 BY_DEFAULT_COLOR = "#7c3aed"
 LINES = (
     (PEER, PEER_COLOR, "-"),
-    (f"{OURS} fused", STRATEGY_COLORS["fused"], ":"),
+    (f"{OURS} custom", STRATEGY_COLORS["custom"], ":"),
     (f"{OURS} pack", STRATEGY_COLORS["pack"], ":"),
     (f"{OURS} aten", BY_DEFAULT_COLOR, "--"),
     (OURS, COLORS["neq"], "-"),

@@ -21,7 +21,7 @@ TITLE = "neq_kernels on a GPU"
 PAGE = "report.html"
 FAILED = "failed"
 NOT_RUN = "The tests of the kernels were not run: each gradient was compared before it was timed."
-FIGURES = (PEER, OURS, f"{OURS} fused", f"{OURS} pack", f"{OURS} dense", f"{OURS} aten")
+FIGURES = (PEER, OURS, f"{OURS} custom", f"{OURS} pack", f"{OURS} dense", f"{OURS} aten")
 
 
 def record_of(phase: str, folder: Path) -> Path:
@@ -124,7 +124,7 @@ def _kernels(rows: Sequence[Row], folder: Path) -> list[str]:
         "one of the library: medians of calls in turns, each after a write that leaves nothing of "
         "its operands in the L2 cache, by events on the GPU. <i>index_select</i> is what a careful "
         "user writes (gather, the library, scatter), <i>neq</i> what a layer runs by itself, "
-        "<i>fused</i>, <i>pack</i> and <i>dense</i> one strategy each, <i>aten</i> the backend "
+        "<i>custom</i>, <i>pack</i> and <i>dense</i> one strategy each, <i>aten</i> the backend "
         "that serves if nobody asks for another.</p>"
     ]
     if timed:

@@ -30,7 +30,7 @@ from benchmarks.kernels.comparison import (
     quantiles,
 )
 from benchmarks.kernels.layer_shapes import NAMES, QUICK, TINY, Shape, shape_set
-from neq_kernels.backends.problem import Choice, Problem, Strategy
+from neq_kernels.backends.problem import KernelChoice, Problem, Strategy
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.dispatch import autotune, backward, selection, stopwatch, trial
 from neq_kernels.measure.bandwidth import read_bandwidth
@@ -113,7 +113,9 @@ def _providers(
     module = selection.module_of(backend)
 
     def by(strategy: Strategy) -> Callable[[], Tensor]:
-        return trial.wgrad(problem, module, Choice(strategy), grad_output, input, weight, channels)
+        return trial.wgrad(
+            problem, module, KernelChoice(strategy), grad_output, input, weight, channels
+        )
 
     if options.strategies:
         calls |= {f"{OURS} {s.name.lower()}": by(s) for s in usable}

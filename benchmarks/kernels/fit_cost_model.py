@@ -36,7 +36,7 @@ _READ = ("calls", "input", "active output", "output", "active weight", "weight")
 FEATURES = {
     Strategy.DENSE: ("calls", "input", "output", "weight", "all products"),
     Strategy.PACK: (*_READ, "blocked products"),
-    Strategy.FUSED: (*_READ, "products"),
+    Strategy.CUSTOM: (*_READ, "products"),
 }
 
 

@@ -40,7 +40,7 @@ COLUMNS = (
     ("peer1", 6),
     ("neq", 6),
     ("strategy", -8),
-    ("fused", 6),
+    ("custom", 6),
     ("pack", 6),
     ("dense", 6),
     ("aten", 6),
@@ -143,7 +143,7 @@ class _Cells:
         n = channels.n_active
         if n == len(channels):
             return Strategy.DENSE
-        place = selection.Place((self._lab.backend,), "cuda", 0)
+        place = selection.ExecutionContext((self._lab.backend,), "cuda", 0)
         return selection.choice_for(self._problem, n, place).strategy
 
     def _calls(self, channels: ActiveChannels) -> dict[str, Call]:
@@ -156,7 +156,7 @@ class _Cells:
             if provider.why_not(problem.geometry, operands[2]) is None:
                 calls[name] = comparison.peer_call(provider, problem, *operands, active)
         own = self._lab.backend
-        place = selection.Place((own,), "cuda", 0)
+        place = selection.ExecutionContext((own,), "cuda", 0)
         calls[OURS] = _layer(problem, *operands, channels, own)
         # With every channel active a layer, and all strategies but one, make the library's call.
         partly = n < problem.neurons
@@ -165,7 +165,7 @@ class _Cells:
                 if other != own:
                     calls[f"{OURS} {other}"] = _layer(problem, *operands, channels, other)
         for choice, module in selection.contestants(problem, n, place).items():
-            if not (partly or choice.strategy == Strategy.FUSED):
+            if not (partly or choice.strategy == Strategy.CUSTOM):
                 continue
             name = f"{OURS} {choice.strategy.name.lower()}"
             if name in calls:  # by rule it runs another way
@@ -252,7 +252,7 @@ def _show(table: cli.Table, cell: Sequence[Row]) -> None:
             f"{dense['seconds_median'] * 1e6:.1f}" if "seconds_median" in dense else "-",
             *(ratio(PEER), ratio(OURS)),
             ours.get("strategy", "-"),
-            *(ratio(f"{OURS} {name}") for name in ("fused", "pack", "dense", "aten")),
+            *(ratio(f"{OURS} {name}") for name in ("custom", "pack", "dense", "aten")),
         ],
         "no time left" if "left_out" in first else cli.red("; ".join(wrong)) if wrong else "",
     )

@@ -74,7 +74,7 @@ def freeze_parameters(model: nn.Module, prefix: Prefix) -> None:
     stopped = [
         parameter
         for parameter, owners in neuron_owners(converted).items()
-        if all(channels.stopped for channels, _ in owners)
+        if all(channels.none_active for channels, _ in owners)
     ]
     neq.revert(model)
     for parameter in stopped:

@@ -32,7 +32,7 @@ PEER_COLOR = "#b45309"
 STRATEGY_COLORS = {
     "dense": "#cbd5e1",
     "pack": "#f59e0b",
-    "fused": "#0f766e",
+    "custom": "#0f766e",
 }
 PANELS = (("nchw", "convolutions, NCHW"), ("nhwc", "convolutions, NHWC"), ("rows", "linear"))
 

@@ -41,7 +41,7 @@ from neq_kernels.measure.timing import Quantiles
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayerPlan:
     """The demo's settings; ``base`` is what all arms of both scenes share."""
 
     base: Settings
@@ -50,7 +50,7 @@ class Plan:
     continued_lr: float
 
 
-FULL = Plan(
+FULL = LayerPlan(
     base=Settings(
         model="resnet20",
         data="fashion-mnist",
@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run_demo(plan: Plan, out: Path, interruptible: Interruptible) -> None:
+def run_demo(plan: LayerPlan, out: Path, interruptible: Interruptible) -> None:
     """Train both scenes below ``out`` and write the report.
 
     Raises:

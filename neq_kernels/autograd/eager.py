@@ -37,7 +37,7 @@ _PLAIN = (Tensor, Parameter)
 _MOST_PLANS = 64
 
 
-class Plan:
+class LayerPlan:
     """How a layer is called while ``channels`` does not change.
 
     Args:
@@ -99,7 +99,7 @@ def circumstances(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[A
     )
 
 
-def keep(channels: ActiveChannels, key: Hashable, plan: Plan | None) -> None:
+def keep(channels: ActiveChannels, key: Hashable, plan: LayerPlan | None) -> None:
     """Remember a plan, or that there is none, until the set of active channels changes."""
     if len(channels.plans) >= _MOST_PLANS:
         channels.plans.clear()
@@ -108,7 +108,9 @@ def keep(channels: ActiveChannels, key: Hashable, plan: Plan | None) -> None:
 
 class _PlannedFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, plan: LayerPlan
+    ) -> Tensor:
         ctx.plan = plan
         reads_input = ctx.needs_input_grad[1] and not plan.stopped
         ctx.save_for_backward(input if reads_input else None, weight)
@@ -116,7 +118,7 @@ class _PlannedFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        plan: Plan = ctx.plan
+        plan: LayerPlan = ctx.plan
         check_unchanged(plan.channels, plan.generation)
         if (
             is_grad_enabled()
@@ -156,11 +158,11 @@ def plan_linear(
     bias: Tensor | None,
     channels: ActiveChannels,
     grad_input: GradInput,
-) -> eager.Plan | None:
+) -> eager.LayerPlan | None:
     """None where the extension does not serve."""
     validate(input, weight, bias, channels, weight.shape[0], grad_input)
     if all_active(channels, weight):
-        return eager.Plan(channels, F.linear)
+        return eager.LayerPlan(channels, F.linear)
     if grad_input == "active":
         return None
     call = backward.linear_call(input, weight, channels)
@@ -173,7 +175,7 @@ def plan_linear(
     ) -> ops.Grads:
         return ops.linear_backward(grad_output, input, size, weight, channels, wanted[:3], False)
 
-    return eager.Plan(channels, linear_forward, call, observed)
+    return eager.LayerPlan(channels, linear_forward, call, observed)
 
 
 def plan_conv(
@@ -183,7 +185,7 @@ def plan_conv(
     channels: ActiveChannels,
     arguments: tuple[Any, ...],
     grad_input: GradInput,
-) -> eager.Plan | None:
+) -> eager.LayerPlan | None:
     """None where the extension does not serve."""
     arguments = expanded(weight, arguments)
     stride, padding, dilation, groups, transposed, output_padding = arguments
@@ -205,12 +207,12 @@ def plan_conv(
     geometry = ConvGeometry(stride, padding, dilation, transposed, output_padding, groups)
     everything = all_active(channels, weight)
     if everything and not backward.replaces_library(input, weight, geometry):
-        return eager.Plan(channels, forward)
+        return eager.LayerPlan(channels, forward)
     if grad_input == "active" and not everything:
         return None
     call = backward.conv_call(input, weight, geometry, channels)
     if call is None:
-        return eager.Plan(channels, forward) if everything else None
+        return eager.LayerPlan(channels, forward) if everything else None
     size = input.shape
 
     def observed(
@@ -226,4 +228,4 @@ def plan_conv(
         assert input is not None
         return geometry.backward(grad_output, input, weight, wanted[:3])
 
-    return eager.Plan(channels, forward, call, observed, twice if everything else None)
+    return eager.LayerPlan(channels, forward, call, observed, twice if everything else None)

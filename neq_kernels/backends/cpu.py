@@ -21,7 +21,7 @@ from neq_kernels.channels import NeuronLayout
 ENVIRONMENT_VARIABLE = "NEQ_KERNELS_LIBRARY"
 _LIBRARY = Path(__file__).parent.parent / "_C.so"
 
-_FUSED_DTYPES = (torch.float32, torch.float64)
+_CUSTOM_DTYPES = (torch.float32, torch.float64)
 
 _leaf = torch.ops.neq_kernels_cpu
 _Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -51,8 +51,8 @@ def strategies(problem: Problem) -> tuple[Strategy, ...]:
     """The strategies that can serve."""
     usable = aten.strategies(problem)
     is_plain = problem.geometry is None or problem.is_plain_conv2d
-    if problem.is_depthwise or (is_plain and problem.dtype in _FUSED_DTYPES):
-        return *usable, Strategy.FUSED
+    if problem.is_depthwise or (is_plain and problem.dtype in _CUSTOM_DTYPES):
+        return *usable, Strategy.CUSTOM
     return usable
 
 
@@ -92,7 +92,7 @@ def conv_call(
 
     As :func:`linear_call`.
     """
-    plain = geometry.groups == 1 or strategy == Strategy.FUSED or n == 0
+    plain = geometry.groups == 1 or strategy == Strategy.CUSTOM or n == 0
     if not plain or geometry.layout.blocks(weight) is None:
         return None
     leaf, numbers = _leaf.conv_backward.default, _numbers(strategy.value, n, *_flat(geometry))

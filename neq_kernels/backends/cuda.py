@@ -65,7 +65,7 @@ def serves(device_type: str) -> bool:
 def strategies(problem: Problem) -> tuple[Strategy, ...]:
     """The strategies that can serve."""
     usable = aten.strategies(problem)
-    return (*usable, Strategy.FUSED) if _serves(problem) else usable
+    return (*usable, Strategy.CUSTOM) if _serves(problem) else usable
 
 
 def _serves(problem: Problem) -> bool:
@@ -94,7 +94,7 @@ def linear_backward(
     *,
     count: Tensor | None = None,
 ) -> aten.Grads:
-    """``aten.linear_backward``; by the own kernel where the strategy is ``FUSED``.
+    """``aten.linear_backward``; by the own kernel where the strategy is ``CUSTOM``.
 
     Args:
         count: int32[1] on the device, for the own kernel to read n from; None makes one.
@@ -124,7 +124,7 @@ def conv_backward(
     *,
     count: Tensor | None = None,
 ) -> aten.Grads:
-    """``aten.conv_backward``; by the own kernels where the strategy is ``FUSED``.
+    """``aten.conv_backward``; by the own kernels where the strategy is ``CUSTOM``.
 
     Args:
         count: as for :func:`linear_backward`.

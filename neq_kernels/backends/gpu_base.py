@@ -41,12 +41,12 @@ def linear_backward(
     own_wgrad: OwnWgrad,
 ) -> aten.Grads:
     """``aten.linear_backward``; the weight's gradient by ``own_wgrad``, of matrices, where the
-    strategy is ``FUSED``.
+    strategy is ``CUSTOM``.
 
     Args:
         count: int32[1] on the device, for the own kernel to read n from; None makes one.
     """
-    fused = strategy == Strategy.FUSED and wanted[1] and n > 0
+    fused = strategy == Strategy.CUSTOM and wanted[1] and n > 0
     fused = fused and grad_output.numel() > 0 and weight.numel() > 0
     grads = aten.linear_backward(
         grad_output,
@@ -82,7 +82,7 @@ def conv_backward(
     own_wgrad: OwnWgrad,
 ) -> aten.Grads:
     """``aten.conv_backward``; as :func:`linear_backward`."""
-    fused = strategy == Strategy.FUSED and wanted[1] and n > 0
+    fused = strategy == Strategy.CUSTOM and wanted[1] and n > 0
     fused = fused and grad_output.numel() > 0 and weight.numel() > 0
     grads = aten.conv_backward(
         grad_output,

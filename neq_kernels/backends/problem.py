@@ -20,17 +20,17 @@ class Strategy(IntEnum):
     - ``DENSE``: PyTorch's own kernel for all channels, then zeros over the frozen ones;
     - ``PACK``: the active channels of dY are gathered, or taken as a view where they are
       neighbours, and given to PyTorch's own kernel;
-    - ``FUSED``: own kernel, which gathers as it multiplies.
+    - ``CUSTOM``: own kernel, which gathers as it multiplies.
 
     With no channel active there is nothing to compute, whatever the strategy.
     """
 
     DENSE = 0
     PACK = 1
-    FUSED = 2
+    CUSTOM = 2
 
 
-class Choice(NamedTuple):
+class KernelChoice(NamedTuple):
     """A strategy, for the own kernel of a backend that has several ways of running it the
     ``settings`` that say which (empty: the one that goes by rule), and where several backends serve
     the name of the one that does."""

@@ -18,12 +18,12 @@ from neq_kernels.conversion.eligibility import (
 )
 from neq_kernels.conversion.report import conversion_report
 from neq_kernels.layers import traversal
-from neq_kernels.layers.anchor import StoppedParameters
+from neq_kernels.layers.anchor import ParameterAnchor
 from neq_kernels.layers.base import NeuronLayer
 from neq_kernels.layers.following import FollowingParameters
 from neq_kernels.layers.traversal import named_neuron_layers, neuron_layers, unwrap
 
-_STATE = ("channels", "grad_input", "specialized", "stopped")
+_STATE = ("channels", "grad_input", "specialized", "anchor")
 
 
 def convert(
@@ -68,7 +68,7 @@ def convert(
         raise ValueError(f"others: expected 'train' or 'follow', got {others!r}")
     inner = unwrap(model)
     known = [layer for _, layer in named_neuron_layers(inner)]
-    stopped = known[0].stopped if known else StoppedParameters()
+    anchor = known[0].anchor if known else ParameterAnchor()
     shared = {layer.weight: layer.channels for layer in known}
     reasons = reasons_against(inner, filter, norms)
     for block, block_class in replaced_blocks(inner):
@@ -81,14 +81,14 @@ def convert(
         n = layer.layout.n_neurons(layer.weight)
         layer.channels = shared.setdefault(layer.weight, ActiveChannels(n))
         layer.channels.prepare(layer.weight.device)
-        layer.grad_input, layer.specialized, layer.stopped = grad_input, False, stopped
+        layer.grad_input, layer.specialized, layer.anchor = grad_input, False, anchor
     if next(named_neuron_layers(inner), None) is None:
         raise ValueError(
             "model: expected at least one layer that can be converted, got none:\n"
             f"{conversion_report(inner)}"
         )
     if others == "follow" and next(traversal.following_parameters(inner), None) is None:
-        _follow(inner, stopped)
+        _follow(inner, anchor)
     return model
 
 
@@ -143,7 +143,7 @@ def _become(module: nn.Module, kind: type[nn.Module]) -> None:
     module.__class__ = kind
 
 
-def _follow(model: nn.Module, stopped: StoppedParameters) -> None:
+def _follow(model: nn.Module, anchor: ParameterAnchor) -> None:
     owners = traversal.neuron_owners(model)
     parents = {child: module for module in model.modules() for child in module.children()}
     followers: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
@@ -158,7 +158,7 @@ def _follow(model: nn.Module, stopped: StoppedParameters) -> None:
                 followers.setdefault(block, []).append((module, name))
     for block, places in followers.items():
         block.neq_following = FollowingParameters(  # type: ignore[assignment]
-            block, _deciding_layers(block, model), places, stopped
+            block, _deciding_layers(block, model), places, anchor
         )
 
 

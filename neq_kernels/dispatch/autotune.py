@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from neq_kernels.backends.problem import Choice, Problem, Strategy
+from neq_kernels.backends.problem import KernelChoice, Problem, Strategy
 from neq_kernels.dispatch.stopwatch import Clock, CudaClock, cold_times, in_turns
 from neq_kernels.dispatch.trial import operands, spread, wgrad
 
@@ -28,11 +28,11 @@ _DISAGREEMENT = 0.02
 def fastest(
     problem: Problem,
     n: int,
-    candidates: Mapping[Choice, ModuleType],
+    candidates: Mapping[KernelChoice, ModuleType],
     device: torch.device | str = "cpu",
     seconds: float = 0.05,
     clock: Clock | None = None,
-) -> Choice:
+) -> KernelChoice:
     """The fastest of the candidates for ``n`` active channels spread at random.
 
     Args:
@@ -50,7 +50,7 @@ def fastest(
     dy, x, weight = operands(problem, device)
     channels = spread(n, problem.neurons)
     on_gpu = torch.device(device).type != "cpu"
-    calls: dict[Choice, Callable[[], Tensor]] = {
+    calls: dict[KernelChoice, Callable[[], Tensor]] = {
         choice: wgrad(problem, module, choice, dy, x, weight, channels)
         for choice, module in candidates.items()
     }
@@ -60,14 +60,16 @@ def fastest(
     else:
         samples = in_turns(calls, seconds)
     medians = {choice: sorted(times)[len(times) // 2] for choice, times in samples.items()}
-    if Choice(Strategy.DENSE) in medians:
-        medians[Choice(Strategy.DENSE)] *= _MARGIN
+    if KernelChoice(Strategy.DENSE) in medians:
+        medians[KernelChoice(Strategy.DENSE)] *= _MARGIN
     return min(medians, key=lambda choice: medians[choice])
 
 
-def _right(calls: Mapping[Choice, Callable[[], Tensor]]) -> dict[Choice, Callable[[], Tensor]]:
+def _right(
+    calls: Mapping[KernelChoice, Callable[[], Tensor]],
+) -> dict[KernelChoice, Callable[[], Tensor]]:
     """Those that run and agree with the library."""
-    expected = calls[Choice(Strategy.DENSE)]()
+    expected = calls[KernelChoice(Strategy.DENSE)]()
     allowed = _DISAGREEMENT * expected.abs().max()
     found = {}
     for choice, call in calls.items():

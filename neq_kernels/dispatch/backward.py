@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from neq_kernels.backends import aten, cpu, reference
-from neq_kernels.backends.problem import Choice, ConvGeometry, Problem, Strategy
+from neq_kernels.backends.problem import ConvGeometry, KernelChoice, Problem, Strategy
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.dispatch.cuda_graphs import captured, clear_frozen, replayed_choice
 from neq_kernels.dispatch.selection import (
@@ -61,7 +61,7 @@ def linear_backward(
         return reference.linear_backward(
             grad_output, input, input_size, weight, order, n, output_mask, active_dgrad
         )
-    choice, replayed = Choice(Strategy.DENSE), captured(weight)
+    choice, replayed = KernelChoice(Strategy.DENSE), captured(weight)
     if replayed or (0 < n < k and (output_mask[1] or output_mask[2])):
         problem = Problem.linear(grad_output.numel() // max(1, k), weight)
         if replayed:
@@ -118,7 +118,7 @@ def conv_backward(
         )
     # Where only the input's shape matters (dgrad alone), nothing is allocated for it.
     x = grad_output.new_empty(1).expand(input_size) if input is None else input
-    choice, replayed = Choice(Strategy.DENSE), captured(weight)
+    choice, replayed = KernelChoice(Strategy.DENSE), captured(weight)
     if replayed or (n > 0 and output_mask[1]):
         problem = Problem.conv(x, weight, geometry)
         if replayed:

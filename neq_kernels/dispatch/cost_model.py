@@ -37,7 +37,7 @@ _BLOCK = 8
 
 def strategy(problem: Problem, n: int, usable: Collection[Strategy]) -> Strategy:
     """The one of the ``usable`` strategies that is expected to be fastest for ``n`` channels."""
-    if Strategy.FUSED not in usable:
+    if Strategy.CUSTOM not in usable:
         return _without_costs(problem, n, usable)
     k = problem.neurons
     expected: dict[Strategy, float] = {}
@@ -55,8 +55,8 @@ def strategy_on_gpu(problem: Problem, n: int, usable: Collection[Strategy]) -> S
     rows, and for groups, which the library would have to be given padded; it has the rest, packed
     where the products spared take longer than writing and reading the packed channels."""
     is_grouped = problem.geometry is not None and problem.geometry.groups > 1
-    if Strategy.FUSED in usable and (is_grouped or n <= _ROWS_OF_A_TILE):
-        return Strategy.FUSED
+    if Strategy.CUSTOM in usable and (is_grouped or n <= _ROWS_OF_A_TILE):
+        return Strategy.CUSTOM
     weights = math.prod(problem.weight_size) / max(1, problem.neurons)
     if (problem.neurons - n) * weights < 2 * n * _FLOPS_PER_BYTE:
         return Strategy.DENSE

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from neq_kernels.backends.problem import Choice, Problem, Strategy
+from neq_kernels.backends.problem import KernelChoice, Problem, Strategy
 from neq_kernels.channels import NeuronLayout
 from neq_kernels.dispatch import tuning_table
-from neq_kernels.dispatch.selection import Grads, Place, candidates, choice_for
+from neq_kernels.dispatch.selection import ExecutionContext, Grads, candidates, choice_for
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ _rehearsing = False
 
 
 # What a captured graph may use: the kernels are loaded.
-_rehearsed: dict[tuple[Problem, Place, bool], Choice] = {}
+_rehearsed: dict[tuple[Problem, ExecutionContext, bool], KernelChoice] = {}
 
 
 @contextmanager
@@ -55,21 +55,21 @@ def captured(tensor: Tensor) -> bool:
 
 
 def replayed_choice(
-    problem: Problem, place: Place, output_mask: Sequence[bool], active_dgrad: bool
-) -> Choice:
+    problem: Problem, place: ExecutionContext, output_mask: Sequence[bool], active_dgrad: bool
+) -> KernelChoice:
     if active_dgrad and output_mask[0]:
         raise RuntimeError(
             'grad_input: expected "exact" while a CUDA graph is captured, got "active", which '
             "would go on propagating from the channels that are active now"
         )
-    with_own = [b for b in place.backends if Strategy.FUSED in candidates(problem, b)]
+    with_own = [b for b in place.backends if Strategy.CUSTOM in candidates(problem, b)]
     if not output_mask[1] or not with_own:
-        return Choice(Strategy.DENSE)
+        return KernelChoice(Strategy.DENSE)
     key = problem, place, bool(output_mask[2])
     if _rehearsing:
         choice = choice_for(problem, problem.neurons, place)
-        if choice.strategy != Strategy.FUSED:
-            choice = place.choice(Strategy.FUSED, with_own[0])
+        if choice.strategy != Strategy.CUSTOM:
+            choice = place.choice(Strategy.CUSTOM, with_own[0])
         _rehearsed[key] = choice
     elif key not in _rehearsed:
         logger.warning(
@@ -77,7 +77,7 @@ def replayed_choice(
             "neq_kernels.capturable()",
             tuning_table.key(problem, problem.neurons),
         )
-        return Choice(Strategy.DENSE)
+        return KernelChoice(Strategy.DENSE)
     return _rehearsed[key]
 
 

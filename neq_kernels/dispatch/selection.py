@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from neq_kernels.backends import aten, cpu, cuda, reference
-from neq_kernels.backends.problem import Choice, Problem, Strategy
+from neq_kernels.backends.problem import KernelChoice, Problem, Strategy
 from neq_kernels.backends.triton import backend as triton
 from neq_kernels.dispatch import autotune, cost_model, tuning_table, verified_backends
 from neq_kernels.machine import machine
@@ -105,7 +105,7 @@ def candidates(problem: Problem, backend: str) -> tuple[Strategy, ...]:
     return usable
 
 
-class Place(NamedTuple):
+class ExecutionContext(NamedTuple):
     """Where and by whom something is computed: ``backends`` as :func:`backends_for` names them;
     ``threads`` are 0 on a GPU."""
 
@@ -113,13 +113,15 @@ class Place(NamedTuple):
     device_type: str
     threads: int
 
-    def choice(self, strategy: Strategy, backend: str, settings: tuple[int, ...] = ()) -> Choice:
+    def choice(
+        self, strategy: Strategy, backend: str, settings: tuple[int, ...] = ()
+    ) -> KernelChoice:
         """Of one of the backends. On a GPU, where others may serve tomorrow, it says which;
         PyTorch's own kernel is nobody's."""
         is_named = self.device_type == "cuda" and strategy != Strategy.DENSE
-        return Choice(strategy, settings, backend if is_named else "")
+        return KernelChoice(strategy, settings, backend if is_named else "")
 
-    def module(self, choice: Choice) -> ModuleType:
+    def module(self, choice: KernelChoice) -> ModuleType:
         """That of the backend which serves."""
         return _BACKENDS[choice.backend or self.backends[0]]
 
@@ -135,19 +137,21 @@ class Place(NamedTuple):
         }
 
 
-def place_of(device_type: str) -> Place:
+def place_of(device_type: str) -> ExecutionContext:
     """Where tensors of this device type are worked on now."""
     threads = torch.get_num_threads() if device_type == "cpu" else 0
-    return Place(backends_for(device_type), device_type, threads)
+    return ExecutionContext(backends_for(device_type), device_type, threads)
 
 
-def contestants(problem: Problem, n: int, place: Place) -> Mapping[Choice, ModuleType]:
+def contestants(
+    problem: Problem, n: int, place: ExecutionContext
+) -> Mapping[KernelChoice, ModuleType]:
     """Every way of computing a weight gradient there, and by whom; PyTorch's own kernel once."""
-    found: dict[Choice, ModuleType] = {}
+    found: dict[KernelChoice, ModuleType] = {}
     for backend, usable in place.strategies(problem).items():
         for strategy in usable:
             settings: tuple[tuple[int, ...], ...] = ((),)
-            if strategy == Strategy.FUSED and backend == "triton":
+            if strategy == Strategy.CUSTOM and backend == "triton":
                 settings = triton.settings(problem, n)
             for each in settings:
                 found.setdefault(place.choice(strategy, backend, each), _BACKENDS[backend])
@@ -155,12 +159,12 @@ def contestants(problem: Problem, n: int, place: Place) -> Mapping[Choice, Modul
 
 
 @functools.lru_cache(maxsize=8192)
-def choice_for(problem: Problem, n: int, place: Place) -> Choice:
+def choice_for(problem: Problem, n: int, place: ExecutionContext) -> KernelChoice:
     """How the weight gradient of ``n`` active channels is computed."""
     usable = place.strategies(problem)
     every = tuple(dict.fromkeys(strategy for some in usable.values() for strategy in some))
 
-    def by_rule(strategy: Strategy) -> Choice:
+    def by_rule(strategy: Strategy) -> KernelChoice:
         return place.choice(strategy, next(b for b, some in usable.items() if strategy in some))
 
     if _forced is not None:
@@ -185,7 +189,7 @@ def choice_for(problem: Problem, n: int, place: Place) -> Choice:
 
 
 @functools.cache
-def table_for(place: Place) -> tuning_table.TuningTable:
+def table_for(place: ExecutionContext) -> tuning_table.TuningTable:
     """The table of winners measured in such a place."""
     about = machine()
     measured_with: dict[str, Any] = {

@@ -8,14 +8,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from neq_kernels.backends.problem import Choice, Problem
+from neq_kernels.backends.problem import KernelChoice, Problem
 from neq_kernels.channels import ActiveChannels
 
 
 def wgrad(
     problem: Problem,
     backend: ModuleType,
-    choice: Choice,
+    choice: KernelChoice,
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from neq_kernels.backends.problem import Choice, Problem, Strategy
+from neq_kernels.backends.problem import KernelChoice, Problem, Strategy
 
 logger = logging.getLogger(__name__)
 
@@ -62,18 +62,18 @@ class TuningTable:
     def __init__(self, folder: Path | None, measured_with: Mapping[str, Any]) -> None:
         self._measured_with = dict(measured_with)
         self._path = None if folder is None else folder / file_name("tuning", self._measured_with)
-        self._winners: dict[str, Choice] = {}
+        self._winners: dict[str, KernelChoice] = {}
         if self._path is not None:
             self._read(self._path)
 
     def __len__(self) -> int:
         return len(self._winners)
 
-    def get(self, problem: Problem, n: int) -> Choice | None:
+    def get(self, problem: Problem, n: int) -> KernelChoice | None:
         """The winner for ``n`` active channels, or None when that was not measured."""
         return self._winners.get(key(problem, n)) if self._winners else None
 
-    def put(self, problem: Problem, n: int, winner: Choice) -> None:
+    def put(self, problem: Problem, n: int, winner: KernelChoice) -> None:
         """Keep a winner, in memory; :meth:`save` writes the file."""
         self._winners[key(problem, n)] = winner
 
@@ -126,18 +126,18 @@ def write_whole(path: Path, text: str) -> bool:
     return True
 
 
-def _written(choice: Choice) -> str:
+def _written(choice: KernelChoice) -> str:
     name = ":".join(filter(None, [choice.backend, choice.strategy.name]))
     return " ".join([name, *(str(int(setting)) for setting in choice.settings)])
 
 
-def _read(text: str) -> Choice:
+def _read(text: str) -> KernelChoice:
     name, *settings = text.split()
     backend, _, strategy = name.rpartition(":")
-    return Choice(Strategy[strategy], tuple(map(int, settings)), backend)
+    return KernelChoice(Strategy[strategy], tuple(map(int, settings)), backend)
 
 
-def parsed(state: Mapping[str, Any]) -> dict[str, Choice]:
+def parsed(state: Mapping[str, Any]) -> dict[str, KernelChoice]:
     """The winners of a state.
 
     Raises:

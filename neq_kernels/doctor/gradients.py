@@ -35,8 +35,8 @@ from neq_kernels.doctor.checks import (
 _Way = tuple[Callable[[], AbstractContextManager[None]], ...]
 _BY_RULE: _Way = ()
 _PACKED: _Way = (functools.partial(selection.forced_strategy, Strategy.PACK),)
-_FUSED: _Way = (functools.partial(selection.forced_strategy, Strategy.FUSED),)
-_REPLAYED: _Way = (*_FUSED, cuda_graphs.capturable)
+_CUSTOM: _Way = (functools.partial(selection.forced_strategy, Strategy.CUSTOM),)
+_REPLAYED: _Way = (*_CUSTOM, cuda_graphs.capturable)
 
 
 def check_gradients(op: str, backend: str, device: str) -> Check:
@@ -46,7 +46,7 @@ def check_gradients(op: str, backend: str, device: str) -> Check:
     n = 0
     cases, dtypes, ways = CASES[op], DTYPES, [_BY_RULE]
     if backend in selection.FOR_GPUS:
-        cases, dtypes, ways = cases + GPU_CASES[op], GPU_DTYPES, [_PACKED, _FUSED, _REPLAYED]
+        cases, dtypes, ways = cases + GPU_CASES[op], GPU_DTYPES, [_PACKED, _CUSTOM, _REPLAYED]
     for way in ways:
         with contextlib.ExitStack() as within:
             for enter in way:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 
-class StoppedParameters:
+class ParameterAnchor:
     """Parameters of wholly frozen layers that the forward has passed without a graph.
 
     DistributedDataParallel waits for every parameter in every backward. The next output that does
@@ -22,17 +22,17 @@ class StoppedParameters:
     def __init__(self) -> None:
         self.waiting: dict[int, Parameter] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> StoppedParameters:
-        return StoppedParameters()
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParameterAnchor:
+        return ParameterAnchor()
 
-    def __reduce__(self) -> tuple[type[StoppedParameters], tuple[()]]:
-        return StoppedParameters, ()
+    def __reduce__(self) -> tuple[type[ParameterAnchor], tuple[()]]:
+        return ParameterAnchor, ()
 
     def add(self, parameters: Iterable[Parameter]) -> None:
         """Let these parameters wait for the next live output."""
         self.waiting.update((id(p), p) for p in parameters if p.requires_grad)
 
-    def anchor(self, output: Tensor) -> Tensor:
+    def tie(self, output: Tensor) -> Tensor:
         """``output``, tied to the waiting parameters if it needs a gradient."""
         if not self.waiting or not output.requires_grad:
             return output

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from neq_kernels.autograd import arguments, functions
 from neq_kernels.channels import ActiveChannels, NeuronLayout
-from neq_kernels.layers.anchor import StoppedParameters
+from neq_kernels.layers.anchor import ParameterAnchor
 from neq_kernels.process_group import in_process_group
 
 
@@ -24,14 +24,14 @@ class NeuronLayer(nn.Module):
         channels: the active output channels. Layers that share a weight share this object.
         grad_input: ``"exact"`` or ``"active"`` (approximate), see :func:`neq_kernels.convert`.
         specialized: whether ``torch.compile`` may recompile when the layer stops or starts again.
-        stopped: where parameters of wholly frozen layers wait for a data-parallel reducer.
+        anchor: where parameters of wholly frozen layers wait for a data-parallel reducer.
     """
 
     is_norm: ClassVar[bool] = False
     channels: ActiveChannels
     grad_input: arguments.GradInput
     specialized: bool
-    stopped: StoppedParameters
+    anchor: ParameterAnchor
 
     # torch.nn declares these differently from class to class.
     weight: Any
@@ -60,7 +60,7 @@ class NeuronLayer(nn.Module):
 
     def _stops(self) -> bool:
         """Under compile: whether this graph is one in which the layer is wholly frozen."""
-        return self.specialized and self.channels.stopped and not in_process_group()
+        return self.specialized and self.channels.none_active and not in_process_group()
 
     def _learned(self) -> tuple[Any, Tensor | None]:
         """Weight and bias, as the graph being compiled is to see them."""
@@ -76,12 +76,12 @@ class NeuronLayer(nn.Module):
     def _anchored(self, output: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return output
-        stopped = self.channels.stopped
-        if not stopped and not self.stopped.waiting:
+        none_active = self.channels.none_active
+        if not none_active and not self.anchor.waiting:
             return output
-        if stopped and torch.is_grad_enabled() and in_process_group():
-            self.stopped.add(p for p, _ in self.neuron_parameters())
-        return self.stopped.anchor(output) if self.stopped.waiting else output
+        if none_active and torch.is_grad_enabled() and in_process_group():
+            self.anchor.add(p for p, _ in self.neuron_parameters())
+        return self.anchor.tie(output) if self.anchor.waiting else output
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

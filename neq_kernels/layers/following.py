@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from neq_kernels.channels import ActiveChannels
-from neq_kernels.layers.anchor import StoppedParameters
+from neq_kernels.layers.anchor import ParameterAnchor
 from neq_kernels.layers.base import NeuronLayer
 from neq_kernels.process_group import in_process_group
 
@@ -25,7 +25,7 @@ class FollowingParameters:
         block: the module whose neurons decide.
         layers: its neuron layers.
         places: (module, name) of each parameter.
-        stopped: shared by all layers of the model.
+        anchor: shared by all layers of the model.
     """
 
     def __init__(
@@ -33,9 +33,9 @@ class FollowingParameters:
         block: nn.Module,
         layers: list[NeuronLayer],
         places: list[tuple[nn.Module, str]],
-        stopped: StoppedParameters,
+        anchor: ParameterAnchor,
     ) -> None:
-        self._layers, self._places, self._stopped = layers, places, stopped
+        self._layers, self._places, self._anchor = layers, places, anchor
         self._channels = ActiveChannels(1)
         self._aside: list[Parameter] = []
         self._hooks = [
@@ -68,7 +68,7 @@ class FollowingParameters:
             hook.remove()
 
     def _stops(self) -> bool:
-        return all(layer.channels.stopped for layer in self._layers)
+        return all(layer.channels.none_active for layer in self._layers)
 
     def _before_forward(self, block: nn.Module, args: object) -> None:
         if not torch.is_grad_enabled() or self._aside:
@@ -79,7 +79,7 @@ class FollowingParameters:
         elif not self._stops():
             return
         elif in_process_group():
-            self._stopped.add(self.parameters)
+            self._anchor.add(self.parameters)
         self._aside = self.parameters
         for module, name in self._places:
             parameter = cast(Parameter, module._parameters[name])

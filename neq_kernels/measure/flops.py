@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from neq_kernels.layers.base import NeuronLayer
 from neq_kernels.layers.traversal import unwrap
-from neq_kernels.measure.recorder import Call, Recorder, batch_size
+from neq_kernels.measure.recorder import LayerCall, Recorder, batch_size
 
 Convention = Literal["paper", "executed"]
 CONVENTIONS: tuple[Convention, ...] = ("paper", "executed")
@@ -181,8 +181,8 @@ def human(flops: float) -> str:
     return f"{flops:.0f}"
 
 
-def _rows(calls: Sequence[Call], images: int) -> Iterator[LayerFlops]:
-    by_name: dict[str, list[Call]] = {}
+def _rows(calls: Sequence[LayerCall], images: int) -> Iterator[LayerFlops]:
+    by_name: dict[str, list[LayerCall]] = {}
     for call in calls:
         by_name.setdefault(call.name, []).append(call)
     for name, same in by_name.items():
@@ -232,7 +232,7 @@ def _share_now(owner: nn.Module | None, layer: LayerFlops) -> float:
     return active / neurons
 
 
-def _not_called(model: nn.Module, calls: Iterable[Call]) -> Iterator[str]:
+def _not_called(model: nn.Module, calls: Iterable[LayerCall]) -> Iterator[str]:
     called = {id(call.owner) for call in calls} | {id(call.weight) for call in calls}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from neq_kernels.backends.problem import Choice, Problem, Strategy
+from neq_kernels.backends.problem import KernelChoice, Problem, Strategy
 from neq_kernels.conversion.convert import revert
 from neq_kernels.dispatch import selection, stopwatch, trial
 from neq_kernels.layers.traversal import unwrap
@@ -55,7 +55,7 @@ def layer_times(
     layers = problems_of(revert(copy.deepcopy(unwrap(model))), *inputs)
     if not layers:
         raise ValueError("model: expected linear layers or convolutions, got none that ran")
-    place, dense = selection.place_of("cpu"), Choice(Strategy.DENSE)
+    place, dense = selection.place_of("cpu"), KernelChoice(Strategy.DENSE)
     backend = place.backends[0]
     module = selection.module_of(backend)
     for problem in dict.fromkeys(layers.values()):
@@ -66,7 +66,7 @@ def layer_times(
         for n in dict.fromkeys(max(1, round(share * k)) for share in shares):
             channels = trial.spread(n, k)
             calls = {
-                strategy: trial.wgrad(problem, module, Choice(strategy), *tensors, channels)
+                strategy: trial.wgrad(problem, module, KernelChoice(strategy), *tensors, channels)
                 for strategy in selection.candidates(problem, backend)
             }
             whole = trial.wgrad(problem, module, dense, *tensors, everything)

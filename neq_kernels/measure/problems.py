@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neq_kernels.backends.problem import ConvGeometry, Problem
-from neq_kernels.measure.recorder import CONVOLUTIONS, Call, Recorder
+from neq_kernels.measure.recorder import CONVOLUTIONS, LayerCall, Recorder
 
 
 def problems_of(model: nn.Module, *inputs: Any) -> dict[str, Problem]:
@@ -22,7 +22,11 @@ def problems_of(model: nn.Module, *inputs: Any) -> dict[str, Problem]:
     found: dict[str, Problem] = {}
 
     def note(
-        call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], _: Any
+        call: LayerCall,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        _: Any,
     ) -> None:
         if func is F.linear:
             x, weight = (*args, *kwargs.values())[:2]

@@ -28,7 +28,7 @@ NORMS = (F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm, F.rms_norm)
 
 
 @dataclass(frozen=True)
-class Call:
+class LayerCall:
     """One call of a layer: its name, ``conv``, ``linear`` or ``norm``, the module that owns its
     weight, the MACs of its forward (whole batch), how many of them add a bias, and whether its
     input needs a gradient."""
@@ -42,7 +42,7 @@ class Call:
     input_needs_grad: bool
 
 
-OnCall = Callable[[Call, Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], None]
+OnCall = Callable[[LayerCall, Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], None]
 
 
 class Recorder(TorchFunctionMode):
@@ -50,13 +50,13 @@ class Recorder(TorchFunctionMode):
 
     Args:
         model: whose layers give the names.
-        on_call: called with each :class:`Call`, the function, its arguments and its output.
+        on_call: called with each :class:`LayerCall`, the function, its arguments and its output.
     """
 
     def __init__(self, model: nn.Module, on_call: OnCall | None = None) -> None:
         super().__init__()
         self._on_call = on_call
-        self.calls: list[Call] = []
+        self.calls: list[LayerCall] = []
         self._module_names = {module: name for name, module in model.named_modules()}
         self._owners = {
             id(parameter): module
@@ -163,7 +163,9 @@ class Recorder(TorchFunctionMode):
             running, module_needs_grad = self._running[-1]
             # Within an autograd Function the input may be a cast copy that is not in the graph.
             needs_grad = input.requires_grad or (owner is running and module_needs_grad)
-        self.calls.append(Call(name, kind, owner, weight, macs + bias_macs, bias_macs, needs_grad))
+        self.calls.append(
+            LayerCall(name, kind, owner, weight, macs + bias_macs, bias_macs, needs_grad)
+        )
 
     def _owner(self, weight: Tensor | None) -> nn.Module | None:
         """The running module if the weight has the shape of its own (a converted layer may pass an

@@ -23,7 +23,7 @@ from neq_kernels.layers.traversal import neuron_owners, unwrap
 from neq_kernels.machine import Machine, machine
 from neq_kernels.measure.bandwidth import read_bandwidth, write_bandwidth
 from neq_kernels.measure.flops import FlopCount
-from neq_kernels.measure.recorder import PRODUCTS, Call, Recorder
+from neq_kernels.measure.recorder import PRODUCTS, LayerCall, Recorder
 from neq_kernels.measure.timing import PHASES, Loss, PhaseClock, Quantiles, Variant, run_step
 
 OPERANDS = ("input", "weight", "bias")
@@ -321,7 +321,7 @@ class _TracedStep:
 
     def _watch(
         self,
-        call: Call,
+        call: LayerCall,
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],

@@ -105,7 +105,7 @@ def test_threads_and_choices_of_strategy_are_noticed(planned):
     call(channels)
     with threads(torch.get_num_threads() + 1):
         call(channels)
-    for strategy in (Strategy.DENSE, Strategy.PACK, Strategy.FUSED):
+    for strategy in (Strategy.DENSE, Strategy.PACK, Strategy.CUSTOM):
         with selection.forced_strategy(strategy):
             call(channels)
     assert len(planned) == 5
@@ -169,7 +169,7 @@ def test_differentiating_twice_through_a_replaced_convolution():
     channels = ActiveChannels(6)
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(6, 4, 3, 3, dtype=torch.float64, requires_grad=True)
-    with selection.forced_strategy(Strategy.FUSED):
+    with selection.forced_strategy(Strategy.CUSTOM):
         assert torch.autograd.gradgradcheck(lambda x, w: conv(x, w, None, channels), (x, weight))
         channels.set(MASK)
         out = conv(x, weight, None, channels)

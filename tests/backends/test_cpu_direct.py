@@ -26,7 +26,7 @@ WINDOWS = {
 }
 
 
-def gradients(x, weight, dy, window, channels, strategy=Strategy.FUSED, bias=True):
+def gradients(x, weight, dy, window, channels, strategy=Strategy.CUSTOM, bias=True):
     geometry = ConvGeometry(*window[1:], False, (0, 0), 1)
     _, rows, entries = cpu.conv_backward(
         dy, x, weight, geometry, channels.order(), channels.n_active, (False, True, bias), strategy
@@ -94,7 +94,7 @@ def test_linear_layers_of_any_size(rows, c, k, dtype):
         for count in (1, 2, 3):
             with threads(count):
                 _, grad, bias = cpu.linear_backward(
-                    dy, x, x.shape, weight, order, n, -1, (False, True, True), Strategy.FUSED
+                    dy, x, x.shape, weight, order, n, -1, (False, True, True), Strategy.CUSTOM
                 )
             expected = (dy.t().double() @ x.double()).index_fill(0, order[n:], 0)
             assert torch.equal(grad.double(), expected)
@@ -150,7 +150,7 @@ def test_what_it_cannot_serve_is_refused():
         gradients(x, weight, dy[:, :, 1:], WINDOWS["3x3"], channels)
 
 
-@pytest.mark.parametrize("strategy", [Strategy.FUSED, Strategy.PACK])
+@pytest.mark.parametrize("strategy", [Strategy.CUSTOM, Strategy.PACK])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("c", [511, 1])
 def test_rows_of_any_alignment_in_a_large_gradient_are_cleared(c, dtype, strategy):

@@ -92,7 +92,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Place:
+class ExecutionContext:
     """A line of a source, and who was there."""
 
     what: str
@@ -123,8 +123,8 @@ class EmulationError(Exception):
         kind: str,
         message: str,
         kernel: str = "",
-        place: Place | None = None,
-        others: tuple[Place, ...] = (),
+        place: ExecutionContext | None = None,
+        others: tuple[ExecutionContext, ...] = (),
     ) -> None:
         lines = [f"{kind}: {message}", f"kernel {kernel}"] if kernel else [f"{kind}: {message}"]
         super().__init__(
@@ -237,12 +237,14 @@ class Run:
             tuple(found["thread" in error :]),
         )
 
-    def _place(self, place: dict[str, Any]) -> Place:
+    def _place(self, place: dict[str, Any]) -> ExecutionContext:
         if "pc" in place:
             file, line = self.library.locate([place["pc"]])[0]
         else:
             file, line = place["file"], place["line"]
-        return Place(place["what"], file, line, tuple(place["block"]), tuple(place["thread"]))
+        return ExecutionContext(
+            place["what"], file, line, tuple(place["block"]), tuple(place["thread"])
+        )
 
 
 def _extent(name: str, tensor: Tensor) -> tuple[int, int]:

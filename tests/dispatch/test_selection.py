@@ -120,7 +120,7 @@ def test_packing_makes_no_convolution_that_corrupts_the_heap(backend, kind):
         (128, 1024, Strategy.PACK),
         (128, 2048, Strategy.DENSE),
         (16, 400, Strategy.DENSE),
-        (16, 8, Strategy.FUSED),
+        (16, 8, Strategy.CUSTOM),
     ],
 )
 def test_a_gpu_packs_where_that_moves_less_than_it_spares(inputs, n, expected):

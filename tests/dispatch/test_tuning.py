@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import neq_kernels as neq
 from neq_kernels.backends import aten
-from neq_kernels.backends.problem import Choice, ConvGeometry, Problem, Strategy
+from neq_kernels.backends.problem import ConvGeometry, KernelChoice, Problem, Strategy
 from neq_kernels.dispatch import (
     autotune,
     cuda_graphs,
@@ -34,7 +34,7 @@ CONV = Problem(
 )
 LINEAR = Problem((32, 8), (16, 8), None, False, torch.float32)
 ABOUT = {"cpu": "a", "threads": 2}
-FUSED, PACK = Choice(Strategy.FUSED), Choice(Strategy.PACK)
+CUSTOM, PACK = KernelChoice(Strategy.CUSTOM), KernelChoice(Strategy.PACK)
 
 
 @pytest.fixture(autouse=True)
@@ -79,14 +79,14 @@ def test_whatever_changes_the_work_changes_the_key():
 
 def test_winners_survive_on_disk(tmp_path):
     table = TuningTable(tmp_path, ABOUT)
-    table.put(CONV, 4, FUSED)
-    table.put(LINEAR, 16, Choice(Strategy.DENSE))
+    table.put(CONV, 4, CUSTOM)
+    table.put(LINEAR, 16, KernelChoice(Strategy.DENSE))
     path = table.save()
     assert path is not None
     assert not list(tmp_path.glob("*.tmp"))
     again = TuningTable(tmp_path, ABOUT)
     assert len(again) == 2
-    assert again.get(CONV, 4) == FUSED
+    assert again.get(CONV, 4) == CUSTOM
     assert again.get(CONV, 5) is None
     assert len(TuningTable(tmp_path, {**ABOUT, "threads": 1})) == 0
 
@@ -108,7 +108,7 @@ def test_winners_survive_on_disk(tmp_path):
 )
 def test_a_file_that_cannot_be_used_is_ignored_with_one_warning(tmp_path, caplog, content):
     table = TuningTable(tmp_path, ABOUT)
-    table.put(CONV, 4, FUSED)
+    table.put(CONV, 4, CUSTOM)
     path = table.save()
     assert path is not None
     path.write_text(content, encoding="latin-1")
@@ -120,15 +120,15 @@ def test_a_file_that_cannot_be_used_is_ignored_with_one_warning(tmp_path, caplog
 def test_a_table_that_cannot_be_saved_warns(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     table = TuningTable(tmp_path / "file" / "folder", ABOUT)
-    table.put(CONV, 4, FUSED)
+    table.put(CONV, 4, CUSTOM)
     assert table.save() is None
     assert "is not saved" in caplog.text
-    assert table.get(CONV, 4) == FUSED
+    assert table.get(CONV, 4) == CUSTOM
 
 
 def test_a_checkpoint_brings_exactly_its_own_winners():
     table = TuningTable(None, ABOUT)
-    table.put(CONV, 4, FUSED)
+    table.put(CONV, 4, CUSTOM)
     state = json.loads(json.dumps(table.state_dict()))
     other = TuningTable(None, ABOUT)
     other.put(LINEAR, 3, PACK)
@@ -150,32 +150,32 @@ def test_dispatch_follows_the_table():
 def test_a_winner_that_cannot_serve_is_not_used():
     place = selection.place_of("cpu")
     problem = CONV._replace(dtype=torch.bfloat16)
-    selection.table_for(place).put(problem, 4, FUSED)
-    assert selection.choice_for(problem, 4, place) != FUSED
+    selection.table_for(place).put(problem, 4, CUSTOM)
+    assert selection.choice_for(problem, 4, place) != CUSTOM
 
 
 def test_winners_of_the_cpu_are_none_of_a_gpu():
-    cpu, gpu = selection.place_of("cpu"), selection.Place(("triton",), "cuda", 0)
+    cpu, gpu = selection.place_of("cpu"), selection.ExecutionContext(("triton",), "cuda", 0)
     selection.table_for(cpu).put(CONV, 4, PACK)
     assert selection.table_for(gpu).get(CONV, 4) is None
     assert selection.table_for(gpu._replace(backends=("aten",))).get(CONV, 4) is None
 
 
 def test_settings_are_followed_where_the_kernel_has_them():
-    place = selection.Place(("triton",), "cuda", 0)
+    place = selection.ExecutionContext(("triton",), "cuda", 0)
     possible = selection.contestants(LINEAR, 9, place)
     ways = [choice for choice in possible if choice.settings]
     assert len(ways) > 1
-    for choice in (*ways, Choice(Strategy.FUSED, (), "triton")):
+    for choice in (*ways, KernelChoice(Strategy.CUSTOM, (), "triton")):
         selection.table_for(place).put(LINEAR, 9, choice)
         selection.forget_choices()
         assert selection.choice_for(LINEAR, 9, place) == choice
-    selection.table_for(place).put(LINEAR, 9, Choice(Strategy.FUSED, (1, 2, 3), "triton"))
+    selection.table_for(place).put(LINEAR, 9, KernelChoice(Strategy.CUSTOM, (1, 2, 3), "triton"))
     selection.forget_choices()
     assert selection.choice_for(LINEAR, 9, place).settings == ()
 
 
-GPU = selection.Place(("cuda", "triton", "aten"), "cuda", 0)
+GPU = selection.ExecutionContext(("cuda", "triton", "aten"), "cuda", 0)
 # Rows that no 16-byte vectors make up: the CUDA kernels do not serve them.
 UNALIGNED = Problem((32, 9), (16, 9), None, False, torch.float16)
 
@@ -183,8 +183,8 @@ UNALIGNED = Problem((32, 9), (16, 9), None, False, torch.float16)
 def test_on_a_gpu_the_table_says_which_backend_serves():
     possible = selection.contestants(LINEAR, 9, GPU)
     assert [c.backend for c in possible if c.strategy == Strategy.PACK] == list(GPU.backends)
-    assert {c.backend for c in possible if c.strategy == Strategy.FUSED} == {"cuda", "triton"}
-    assert [c for c in possible if c.strategy == Strategy.DENSE] == [Choice(Strategy.DENSE)]
+    assert {c.backend for c in possible if c.strategy == Strategy.CUSTOM} == {"cuda", "triton"}
+    assert [c for c in possible if c.strategy == Strategy.DENSE] == [KernelChoice(Strategy.DENSE)]
     for choice, module in possible.items():
         selection.table_for(GPU).put(LINEAR, 9, choice)
         selection.table_for(GPU).load_state_dict(selection.table_for(GPU).state_dict())
@@ -192,7 +192,7 @@ def test_on_a_gpu_the_table_says_which_backend_serves():
         assert selection.choice_for(LINEAR, 9, GPU) == choice
         assert GPU.module(choice) is module
     for stranger in ("cpu", "cublas"):
-        choice = Choice(Strategy.FUSED, (), stranger)
+        choice = KernelChoice(Strategy.CUSTOM, (), stranger)
         selection.table_for(GPU).put(LINEAR, 9, choice)
         selection.forget_choices()
         assert selection.choice_for(LINEAR, 9, GPU) != choice
@@ -200,13 +200,13 @@ def test_on_a_gpu_the_table_says_which_backend_serves():
 
 def test_where_nothing_was_measured_the_first_backend_that_can_serves():
     chosen = selection.choice_for(LINEAR, 9, GPU)
-    assert chosen == Choice(Strategy.FUSED, (), "cuda")
-    assert selection.choice_for(UNALIGNED, 9, GPU) == Choice(Strategy.FUSED, (), "triton")
+    assert chosen == KernelChoice(Strategy.CUSTOM, (), "cuda")
+    assert selection.choice_for(UNALIGNED, 9, GPU) == KernelChoice(Strategy.CUSTOM, (), "triton")
     wide = Problem((8192, 4096), (4096, 4096), None, False, torch.bfloat16)
-    assert selection.choice_for(wide, 400, GPU) == Choice(Strategy.PACK, (), "cuda")
-    assert selection.choice_for(wide, 4000, GPU) == Choice(Strategy.DENSE)
+    assert selection.choice_for(wide, 400, GPU) == KernelChoice(Strategy.PACK, (), "cuda")
+    assert selection.choice_for(wide, 4000, GPU) == KernelChoice(Strategy.DENSE)
     alone = GPU._replace(backends=("triton",))
-    assert selection.choice_for(LINEAR, 9, alone) == Choice(Strategy.FUSED, (), "triton")
+    assert selection.choice_for(LINEAR, 9, alone) == KernelChoice(Strategy.CUSTOM, (), "triton")
 
 
 @pytest.mark.parametrize(("problem", "backend"), [(LINEAR, "cuda"), (UNALIGNED, "triton")])
@@ -216,7 +216,7 @@ def test_what_a_cuda_graph_replays_is_an_own_kernel_of_the_first_backend(
     monkeypatch.setattr(cuda_graphs, "_rehearsed", {})
     with neq.capturable():
         choice = cuda_graphs.replayed_choice(problem, GPU, [True] * 3, False)
-    assert choice == Choice(Strategy.FUSED, (), backend)
+    assert choice == KernelChoice(Strategy.CUSTOM, (), backend)
     assert cuda_graphs.replayed_choice(problem, GPU, [True] * 3, False) == choice
 
 
@@ -283,7 +283,7 @@ def test_the_contest_runs_every_candidate(problem):
                 dy, x, size, weight, order, n, start, wanted, Strategy.PACK, aten
             )
 
-    candidates = {Choice(strategy): Backend() for strategy in Strategy}
+    candidates = {KernelChoice(strategy): Backend() for strategy in Strategy}
     assert autotune.fastest(problem, 4, candidates, seconds=0.001) in candidates
     assert set(ran) == set(Strategy)
 
@@ -292,7 +292,7 @@ class WithSettings:
     """A backend whose kernel runs four ways: the second cannot be launched, the last one, which
     would be fastest, is wrong."""
 
-    ways = tuple(Choice(Strategy.FUSED, (number,)) for number in (1, 2, 3, 4))
+    ways = tuple(KernelChoice(Strategy.CUSTOM, (number,)) for number in (1, 2, 3, 4))
 
     def __init__(self, clock):
         self._clock = clock
@@ -327,11 +327,11 @@ class FakeClock:
 def test_on_a_gpu_ways_compete_on_a_clock_and_the_wrong_is_passed_over(monkeypatch, caplog):
     clock = FakeClock()
     backend = WithSettings(clock)
-    candidates = dict.fromkeys([Choice(Strategy.DENSE), *WithSettings.ways], backend)
+    candidates = dict.fromkeys([KernelChoice(Strategy.DENSE), *WithSettings.ways], backend)
     monkeypatch.setattr(autotune, "operands", lambda problem, device: [torch.zeros(2, 2)] * 3)
     monkeypatch.setattr(trial.ActiveChannels, "order", lambda self, device=None: None)
     winner = autotune.fastest(LINEAR, 4, candidates, "cuda", 0.1, clock)
-    assert winner == Choice(Strategy.FUSED, (3,))
+    assert winner == KernelChoice(Strategy.CUSTOM, (3,))
     assert clock.flushed > 0
     assert "out of shared memory" in caplog.text
     assert "(4,)" in caplog.text
@@ -342,18 +342,18 @@ def test_states_of_all_tables_are_kept_and_checked_before_any_is_used(monkeypatc
     place = selection.place_of("cpu")
     gpu = selection.place_of("cuda")
     selection.table_for(place).put(CONV, 4, PACK)
-    selection.table_for(gpu).put(LINEAR, 4, Choice(Strategy.FUSED, (16, 32, 16, 4, 2, 1)))
+    selection.table_for(gpu).put(LINEAR, 4, KernelChoice(Strategy.CUSTOM, (16, 32, 16, 4, 2, 1)))
     assert set(neq.tuning_state_dict()) == {"cpu"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     state = json.loads(json.dumps(neq.tuning_state_dict()))
     monkeypatch.undo()
-    selection.table_for(place).put(CONV, 4, Choice(Strategy.DENSE))
-    selection.table_for(gpu).put(LINEAR, 4, Choice(Strategy.DENSE))
-    broken = {**state, "cuda": {"winners": {"x": "FUSED a"}}}
+    selection.table_for(place).put(CONV, 4, KernelChoice(Strategy.DENSE))
+    selection.table_for(gpu).put(LINEAR, 4, KernelChoice(Strategy.DENSE))
+    broken = {**state, "cuda": {"winners": {"x": "CUSTOM a"}}}
     for wrong in (broken, {"tpu": {}}, state["cpu"], [], None):
         with pytest.raises(ValueError, match="tuning: expected winners"):
             neq.load_tuning_state_dict(wrong)
-        assert selection.table_for(place).get(CONV, 4) == Choice(Strategy.DENSE)
+        assert selection.table_for(place).get(CONV, 4) == KernelChoice(Strategy.DENSE)
     neq.load_tuning_state_dict(state)
     assert selection.table_for(place).get(CONV, 4) == PACK
     assert selection.table_for(gpu).get(LINEAR, 4).settings == (16, 32, 16, 4, 2, 1)
@@ -377,9 +377,9 @@ def test_no_way_packs_the_channels_of_groups_on_a_gpu():
     g = ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), 4)
     grouped = Problem((2, 16, 6, 6), (16, 4, 3, 3), g, False, torch.float32)
     strategies = {choice.strategy for choice in selection.contestants(grouped, 4, GPU)}
-    assert strategies == {Strategy.DENSE, Strategy.FUSED}
+    assert strategies == {Strategy.DENSE, Strategy.CUSTOM}
     on_cpu = selection.contestants(grouped, 4, selection.place_of("cpu"))
-    assert Choice(Strategy.PACK) in on_cpu
+    assert KernelChoice(Strategy.PACK) in on_cpu
 
 
 def test_every_round_of_a_contest_has_an_order_of_its_own():
@@ -409,6 +409,6 @@ def test_tune_checks_the_kernels_of_a_gpu_where_that_was_never_done(monkeypatch,
     with FakeTensorMode():
         model = nn.Sequential(nn.Linear(8, 16, device="cuda"))
         winners = neq.tune(model, shares=[0.5])
-    assert winners == {"0": {8: Choice(Strategy.DENSE)}}
+    assert winners == {"0": {8: KernelChoice(Strategy.DENSE)}}
     assert measured == [8]
     assert checked == ([True] if proved is None else [])

@@ -33,7 +33,7 @@ def usable_backends() -> list[str]:
     each of them too, as ``backend-strategy``."""
     names = [name for name, reason in selection.backends() if reason is None]
     usable = [name for name in ("reference", "aten", "cpu") if name in names]
-    strategies = (Strategy.DENSE, Strategy.PACK, Strategy.FUSED)
+    strategies = (Strategy.DENSE, Strategy.PACK, Strategy.CUSTOM)
     return usable + [f"cpu-{s.name}" for s in strategies if "cpu" in usable]
 
 

@@ -59,7 +59,7 @@ def strategies(problem: Problem) -> tuple[Strategy, ...]:
     g = problem.geometry
     is_conv2d = g is not None and len(problem.weight_size) == 4 and not g.transposed
     if problem.dtype in gpu_base.DTYPES and (g is None or is_conv2d):
-        return *usable, Strategy.FUSED
+        return *usable, Strategy.CUSTOM
     return usable
 
 
@@ -112,7 +112,7 @@ def linear_backward(
     count: Tensor | None = None,
     settings: tuple[int, ...] = (),
 ) -> aten.Grads:
-    """``aten.linear_backward``; by the own kernel where the strategy is ``FUSED``.
+    """``aten.linear_backward``; by the own kernel where the strategy is ``CUSTOM``.
 
     Args:
         count: int32[1] on the device, for the own kernel to read n from; None makes one.
@@ -145,7 +145,7 @@ def conv_backward(
     count: Tensor | None = None,
     settings: tuple[int, ...] = (),
 ) -> aten.Grads:
-    """``aten.conv_backward``; by the own kernels where the strategy is ``FUSED``.
+    """``aten.conv_backward``; by the own kernels where the strategy is ``CUSTOM``.
 
     Args:
         count, settings: as for :func:`linear_backward`.

@@ -65,7 +65,7 @@ def geometry(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear(dtype, mask, ops):
-    with selection.forced_strategy(Strategy.FUSED):
+    with selection.forced_strategy(Strategy.CUSTOM):
         for k, c in ((16, 72), (16, 1032), (48, 40), (128, 64)):
             linear(150, k, c, dtype, mask)
     assert ops.calls["linear_wgrad"] == (0 if mask in ("none", "all") else 4)
@@ -74,7 +74,7 @@ def test_linear(dtype, mask, ops):
 @pytest.mark.parametrize("mask", ["one", "random", "contiguous"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_convolutions(dtype, mask, ops):
-    with selection.forced_strategy(Strategy.FUSED):
+    with selection.forced_strategy(Strategy.CUSTOM):
         conv((2, 16, 7, 9), 24, (3, 3), geometry(), dtype, mask)
         conv((2, 16, 7, 9), 72, (3, 3), geometry((2, 2)), dtype, mask)
         conv((2, 16, 7, 9), 128, (1, 1), geometry(padding=(0, 0)), dtype, mask)
@@ -85,7 +85,7 @@ def test_convolutions(dtype, mask, ops):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_depthwise_convolutions(dtype, layout, ops):
-    with selection.forced_strategy(Strategy.FUSED):
+    with selection.forced_strategy(Strategy.CUSTOM):
         for kernel, per_input in (((3, 3), 1), ((5, 3), 2)):
             k = 12 * per_input
             conv((2, 12, 7, 9), k, kernel, geometry(groups=12), dtype, "random", layout)
@@ -105,7 +105,7 @@ def test_packing_in_front_of_the_library(mask, ops):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_do_not_start_at_multiples_of_16_bytes_are_copied(dtype, ops):
-    with selection.forced_strategy(Strategy.FUSED):
+    with selection.forced_strategy(Strategy.CUSTOM):
         for offset in (1, 3):
             linear(70, 16, 24, dtype, "random", offset)
     assert ops.calls["linear_wgrad"] == 2
@@ -116,12 +116,12 @@ def test_what_the_kernels_cannot_serve_is_left_to_the_library(ops):
     nchw = Problem((2, 8, 5, 5), (16, 8, 3, 3), geometry(), False, torch.float32)
     double = Problem((32, 8), (16, 8), None, False, torch.float64)
     for problem in (odd, nchw, double):
-        assert Strategy.FUSED not in cuda.strategies(problem)
+        assert Strategy.CUSTOM not in cuda.strategies(problem)
     last = nchw._replace(channels_last=True)
-    assert Strategy.FUSED in cuda.strategies(last)
+    assert Strategy.CUSTOM in cuda.strategies(last)
     huge = last._replace(input_size=(2**27, 8, 5, 5))
-    assert Strategy.FUSED not in cuda.strategies(huge)
-    with selection.forced_strategy(Strategy.FUSED):
+    assert Strategy.CUSTOM not in cuda.strategies(huge)
+    with selection.forced_strategy(Strategy.CUSTOM):
         linear(32, 16, 9, torch.float32, "random")
     assert ops.calls["linear_wgrad"] == 0
 
@@ -132,14 +132,14 @@ def test_what_is_numbered_in_more_than_31_bits_is_the_librarys():
     for weight, g in (((8, 1, 3, 3), geometry(groups=8)), ((8, 8, 3, 3), geometry())):
         for x, usable in ((few, True), (size, False)):
             problem = Problem(x, weight, g, True, torch.float16)
-            assert (Strategy.FUSED in cuda.strategies(problem)) == usable
+            assert (Strategy.CUSTOM in cuda.strategies(problem)) == usable
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("t", "inputs"), [(4, 0), (0, 8), (0, 0)])
 def test_a_layer_without_inputs_or_rows(t, inputs, mask, ops):
     """Its weight is empty, or no kernel has anything to read."""
-    with selection.forced_strategy(Strategy.FUSED):
+    with selection.forced_strategy(Strategy.CUSTOM):
         linear(t, 16, inputs, torch.float32, mask)
     assert ops.calls["linear_wgrad"] == 0
 

@@ -44,7 +44,7 @@ def test_what_was_rehearsed_is_captured(groups, device, monkeypatch, caplog):
         check(groups, "all", "one", device)
     monkeypatch.setattr(cuda_graphs, "captured", lambda tensor: True)
     check(groups, "all", "random", device)
-    assert used == [Strategy.DENSE, Strategy.FUSED, Strategy.FUSED]
+    assert used == [Strategy.DENSE, Strategy.CUSTOM, Strategy.CUSTOM]
 
 
 def test_the_kernel_of_the_table_is_rehearsed(device, monkeypatch):

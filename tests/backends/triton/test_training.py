@@ -76,7 +76,7 @@ def counted(monkeypatch, module, name: str) -> list[str]:
     return calls
 
 
-@pytest.mark.parametrize("strategy", [Strategy.FUSED, Strategy.PACK])
+@pytest.mark.parametrize("strategy", [Strategy.CUSTOM, Strategy.PACK])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_training_equals_the_dense_one_with_its_frozen_rows_put_back(
     layout, strategy, device, monkeypatch

@@ -105,7 +105,7 @@ def test_everything_in_one_run(card, tmp_path, capsys):
     assert header["settings"]["gpu"]["device"] == fake_gpu.NAME
     assert [row["status"] for row in rows] == ["passed"] * 3 + ["measured"] * 3
     names = {row["provider"] for row in rows_of(out, "kernels")}
-    assert {"dense", "index_select", "neq", "neq fused", "neq pack", "neq aten"} <= names
+    assert {"dense", "index_select", "neq", "neq custom", "neq pack", "neq aten"} <= names
     steps = rows_of(out, "steps")
     assert {(row["backend"], row["r"]) for row in steps} == {
         (backend, r) for backend in ("cpu", "aten") for r in (1.0, 0.5)

@@ -72,7 +72,7 @@ def test_every_cell_has_every_provider(tmp_path, capsys):
         assert {"dense", "index_select", "neq", "neq tuned", "mask", "neq dense"} <= providers
         assert ("permuted" in providers) == (n == 1)
     ours = [row for row in rows if row["provider"] == "neq"]
-    assert all(row["strategy"] in {"dense", "pack", "fused"} for row in ours)
+    assert all(row["strategy"] in {"dense", "pack", "custom"} for row in ours)
     assert "fewer active, against dense" in capsys.readouterr().out
 
 
@@ -130,14 +130,14 @@ def test_targets_count_a_cell_with_its_better_run():
 
 @pytest.mark.usefixtures("tiny_shapes")
 def test_the_fit_finds_the_coefficients_that_made_the_times(monkeypatch, tmp_path):
-    costs = {Strategy.DENSE: (100e-6, 90.0), Strategy.FUSED: (5e-6, 300.0)}
+    costs = {Strategy.DENSE: (100e-6, 90.0), Strategy.CUSTOM: (5e-6, 300.0)}
     cells = {}
     for shape in TINY:
         for n in range(1, shape.problem.neurons + 1):
             f = cost_model.features(shape.problem, n)
             cells[shape.network, shape.layer, shape.layout, n] = {
                 Strategy.DENSE: costs[Strategy.DENSE][0] + f["all products"] * 90.0,
-                Strategy.FUSED: costs[Strategy.FUSED][0] + f["products"] * 300.0,
+                Strategy.CUSTOM: costs[Strategy.CUSTOM][0] + f["products"] * 300.0,
             }
     fit_cost_model.write_data(tmp_path / "fit.csv", cells)
     again = fit_cost_model.read_data(tmp_path / "fit.csv")

@@ -10,7 +10,7 @@ from benchmarks.common.gpu_device import OUT_OF_MEMORY, DeviceLost
 from benchmarks.kernels import comparison, gpu, layer_shapes, peers
 from benchmarks.kernels.gpu import Options
 from benchmarks.kernels.layer_shapes import Shape
-from neq_kernels.backends.problem import Choice, ConvGeometry, Problem, Strategy
+from neq_kernels.backends.problem import ConvGeometry, KernelChoice, Problem, Strategy
 from neq_kernels.dispatch import selection
 from tests.support.fake_gpu import TickingClock, lab
 
@@ -38,9 +38,9 @@ def named(rows, share):
 def test_every_provider_beside_dense_and_the_peer():
     found = rows()
     half = named(found, 0.5)
-    ours = {"neq", "neq dense", "neq pack", "neq fused", "neq aten"}
+    ours = {"neq", "neq dense", "neq pack", "neq custom", "neq aten"}
     assert set(half) == {"dense", "index_select"} | ours
-    assert set(named(found, 1.0)) == {"dense", "index_select", "neq", "neq fused"}
+    assert set(named(found, 1.0)) == {"dense", "index_select", "neq", "neq custom"}
     for name, row in half.items():
         assert row["seconds_p20"] <= row["seconds_median"] <= row["seconds_p80"]
         assert ("over_dense_median" in row) == (name != "dense")
@@ -110,7 +110,7 @@ def test_a_wrong_peer_is_not_timed_either(monkeypatch):
 
 def test_backends_whose_tests_failed_are_not_timed():
     half = named(rows(options=Options((0.5,), 1e-3, failed=("cpu",))), 0.5)
-    for name in ("neq", "neq fused", "neq pack", "neq dense"):
+    for name in ("neq", "neq custom", "neq pack", "neq dense"):
         assert half[name]["error"] == "not timed: tests of cpu failed"
         assert "over_dense_median" not in half[name]
     assert "over_dense_median" in half["neq aten"]
@@ -120,9 +120,9 @@ def test_out_of_memory_and_faults_are_rows(monkeypatch):
     def full(gradient):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
-    spoiled(monkeypatch, Strategy.FUSED, full)
+    spoiled(monkeypatch, Strategy.CUSTOM, full)
     half = named(rows(), 0.5)
-    assert half["neq fused"]["error"] == OUT_OF_MEMORY
+    assert half["neq custom"]["error"] == OUT_OF_MEMORY
     assert "seconds_median" in half["neq pack"]
 
     def no_operands(*args):
@@ -141,7 +141,7 @@ def test_a_device_that_does_not_answer_any_more_ends_it(monkeypatch):
         clock.broken = True
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
 
-    spoiled(monkeypatch, Strategy.FUSED, fault)
+    spoiled(monkeypatch, Strategy.CUSTOM, fault)
     with pytest.raises(DeviceLost, match=r"^RuntimeError: CUDA error: an illegal memory access"):
         rows(where=lab(clock))
 
@@ -184,10 +184,14 @@ def test_the_layers_of_a_gpu():
 
 def test_every_way_of_running_the_own_kernel_has_a_name(monkeypatch):
     """Here the CPU's kernel, which has but one, is asked for two."""
-    names = [Choice(Strategy.DENSE), Choice(Strategy.FUSED), Choice(Strategy.FUSED, (16, 64))]
+    names = [
+        KernelChoice(Strategy.DENSE),
+        KernelChoice(Strategy.CUSTOM),
+        KernelChoice(Strategy.CUSTOM, (16, 64)),
+    ]
     ways = dict.fromkeys(names, selection.module_of("cpu"))
     monkeypatch.setattr(selection, "contestants", lambda *_: ways)
     half = named(rows(), 0.5)
-    assert {"neq dense", "neq fused", "neq fused 16x64"} <= set(half)
-    assert "settings" in half["neq fused 16x64"]["error"]
-    assert "error" not in half["neq fused"]
+    assert {"neq dense", "neq custom", "neq custom 16x64"} <= set(half)
+    assert "settings" in half["neq custom 16x64"]["error"]
+    assert "error" not in half["neq custom"]
