@@ -59,4 +59,4 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf build *.egg-info neq_kernels/*.so
+	rm -rf build dist *.egg-info neq_kernels/*.so
