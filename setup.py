@@ -2,7 +2,8 @@
 pyproject.toml. These environment variables have a say:
 
 NEQ_BUILD_CUDA: auto (default) builds the CUDA kernels where there is an nvcc, 1 insists on them, 0
-leaves them out. No GPU and no CUDA build of torch is needed.
+leaves them out, which is the default of every make target: a wheel of `make dist` has them only if
+asked. No GPU and no CUDA build of torch is needed.
 NEQ_CUDA_ARCHS: compute capabilities of the GPUs to compile for, "80;90;100" or "8.0 9.0 10.0"; code
 of the newest is also kept in a form that the driver compiles for GPUs to come.
 CUDACXX: nvcc. Without it: the one of CUDA_HOME or CUDA_PATH, on the PATH, in NVIDIA's Python
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 TORCH_2_10 = "0x020a000000000000"
@@ -229,6 +231,13 @@ class BuildPyWithoutCompiler(build_py):
         super().run()
 
 
+class WheelOfAnyPython(bdist_wheel):
+    """The libraries use torch's stable ABI and nothing of Python's."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 def with_extensions(wanted: str) -> dict[str, object]:
     from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 
@@ -271,11 +280,16 @@ def with_extensions(wanted: str) -> dict[str, object]:
                 cuda.depends += cuda.extra_objects
             else:
                 print(f"neq_kernels: built without CUDA kernels: {toolkit}", file=sys.stderr)
-                # What an earlier build has left would be installed with the rest.
-                Path(self.get_ext_fullpath(CUDA)).unlink(missing_ok=True)
             super().build_extensions()
 
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildBoth}}
+        def run(self) -> None:
+            super().run()
+            if not isinstance(toolkit, Toolkit):
+                # What an earlier build has left would be installed, or loaded, with the rest.
+                Path(self.get_ext_fullpath(CUDA)).unlink(missing_ok=True)
+
+    commands = {"build_ext": BuildBoth, "bdist_wheel": WheelOfAnyPython}
+    return {"ext_modules": extensions, "cmdclass": commands}
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import neq_kernels
+from neq_kernels.backends import cuda
 from neq_kernels.backends.problem import Strategy
 from neq_kernels.dispatch import selection
 from neq_kernels.doctor import checks as doctor_checks
@@ -32,6 +33,11 @@ LAYER_HEADER = ("layer", "kind", "MACs", "share", "dgrad MACs", "wgrad MACs")
 BENCH_HEADER = ("layer", "active", *(s.name.lower() for s in Strategy), "chosen", "over dense")
 BENCH_WIDTHS = (34, 11, 9, 9, 9, 8, 0)
 CHECK_WIDTHS = (20, 14, 9, 0)
+BUILD_CUDA = """
+  The CUDA kernels were not built. This builds them, in the source tree of neq_kernels:
+    pip install 'setuptools>=77' wheel ninja
+    NEQ_BUILD_CUDA=1 NEQ_CUDA_ARCHS='{archs}' pip install --no-build-isolation .
+  It needs nvcc and a C++ compiler; if there is no nvcc, it says how to get one."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +66,8 @@ def doctor(args: argparse.Namespace) -> int:
     print(_table(_backend_rows(chosen)))
     if problem:
         print(f"  {problem}")
+    if torch.version.hip is None and torch.cuda.is_available() and not cuda.LIBRARY.exists():
+        print(BUILD_CUDA.format(archs=_cuda_archs()))
     print("\nEnergy counters")
     print(_table(_energy_rows()))
     if problem:
@@ -324,6 +332,12 @@ def _backend_rows(chosen: dict[str, list[str]]) -> list[list[str]]:
         else:
             rows.append([name, "not chosen" if reason is None else f"cannot be used: {reason}"])
     return rows
+
+
+def _cuda_archs() -> str:
+    """The compute capabilities of this machine's GPUs, as ``NEQ_CUDA_ARCHS`` takes them."""
+    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(capabilities))
 
 
 def _energy_rows() -> list[list[str]]:

@@ -2,10 +2,8 @@
 
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -292,26 +290,6 @@ def test_a_kernel_that_does_not_compile_ends_the_build(build, kernels, monkeypat
 
 
 # --- what comes of it ----------------------------------------------------------------------------
-
-
-def test_a_source_distribution_has_all_sources(tmp_path):
-    """Whatever the machine that makes it can build."""
-    tree = tmp_path / "tree"
-    tree.mkdir()
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree / name)
-    shutil.copytree(ROOT / "csrc", tree / "csrc")
-    (tree / "neq_kernels").mkdir()
-    (tree / "neq_kernels" / "__init__.py").touch()
-    environment = {**os.environ, "NEQ_BUILD_CUDA": "0"}
-    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
-    subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True)
-    (archive,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(archive) as packed:
-        names = {name.partition("/")[2] for name in packed.getnames()}
-    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
-    assert {Path(name).suffix for name in sources} == {".cpp", ".h", ".cu", ".cuh"}
-    assert sources <= names
 
 
 LIBRARY = ROOT / "neq_kernels" / "_cuda.so"

@@ -7,9 +7,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from neq_kernels import cli
+from neq_kernels.backends import cuda
 from neq_kernels.dispatch import selection
+from neq_kernels.doctor import checks as doctor_checks
 from neq_kernels.doctor import runner
 from neq_kernels.doctor.checks import Check
 
@@ -84,6 +87,33 @@ def test_doctor_reports_a_forced_backend_that_does_not_exist(neq, monkeypatch):
     assert code == 1
     assert "expected one of" in out
     assert "abacus" in out
+
+
+@pytest.mark.parametrize(
+    ("is_there", "is_built", "is_told"),
+    [(True, False, True), (True, True, False), (False, False, False)],
+)
+def test_doctor_tells_how_to_build_the_cuda_kernels(
+    neq, checks, monkeypatch, tmp_path, is_there, is_built, is_told
+):
+    """On a machine with GPUs, where they were left out."""
+    checks(PASSED)
+    monkeypatch.setattr(selection, "backends", lambda: [("aten", None)])
+    monkeypatch.setattr(selection, "backends_for", lambda device: ("aten",))
+    monkeypatch.setattr(doctor_checks, "device_types", lambda: ("cpu",))
+    monkeypatch.setattr(cli, "_about", lambda: {"cores": 2})
+    monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "_cuda.so")
+    if is_built:
+        cuda.LIBRARY.touch()
+    gpus = [(9, 0), (8, 6), (9, 0)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_there)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", gpus.__getitem__)
+    code, out, _ = neq("doctor")
+    assert code == 0
+    command = "NEQ_BUILD_CUDA=1 NEQ_CUDA_ARCHS='8.6;9.0' pip install --no-build-isolation ."
+    assert (command in out) == is_told
+    assert ("NEQ_BUILD_CUDA" in out) == is_told
 
 
 def test_flops_by_both_conventions(neq):
