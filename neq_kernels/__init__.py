@@ -12,7 +12,7 @@ from neq_kernels.controllers import Controller, FixedController, NEqController, 
 from neq_kernels.conversion.convert import convert, revert, specialize
 from neq_kernels.conversion.report import conversion_report
 from neq_kernels.conversion.verify import verify
-from neq_kernels.dispatch.cuda_graphs import capturable
+from neq_kernels.dispatch.selection import capturable
 from neq_kernels.measure import flops
 from neq_kernels.model_tuning import load_tuning_state_dict, tune, tuning_state_dict
 from neq_kernels.optim import attach

@@ -16,7 +16,7 @@ import torch
 import neq_kernels
 from neq_kernels.backends import cuda
 from neq_kernels.backends.problem import Strategy
-from neq_kernels.dispatch import selection
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.doctor import checks as doctor_checks
 from neq_kernels.doctor import runner
 from neq_kernels.integrations.named_models import named_model
@@ -317,7 +317,7 @@ def _chosen_backends() -> tuple[dict[str, list[str]], str]:
     chosen: dict[str, list[str]] = {}
     try:
         for device in doctor_checks.device_types():
-            for name in selection.backends_for(device):
+            for name in selector.backends_for(device):
                 chosen.setdefault(name, []).append(device)
     except (ValueError, RuntimeError) as error:
         return chosen, str(error)
@@ -326,7 +326,7 @@ def _chosen_backends() -> tuple[dict[str, list[str]], str]:
 
 def _backend_rows(chosen: dict[str, list[str]]) -> list[list[str]]:
     rows = []
-    for name, reason in selection.backends():
+    for name, reason in selector.availability():
         if name in chosen:
             rows.append([name, f"serves {' and '.join(chosen[name])} tensors"])
         else:

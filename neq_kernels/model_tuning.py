@@ -12,7 +12,8 @@ from torch import nn
 
 from neq_kernels.backends.problem import KernelChoice, Problem
 from neq_kernels.conversion.convert import revert
-from neq_kernels.dispatch import autotune, selection, verified_backends
+from neq_kernels.dispatch import autotune
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.dispatch.stopwatch import CudaClock
 from neq_kernels.dispatch.tuning_table import count_bucket, parsed
 from neq_kernels.doctor import runner
@@ -62,11 +63,11 @@ def tune(
     if not layers:
         raise ValueError("model: expected linear layers or convolutions, got none that ran")
     device = devices.pop()
-    if device.type == "cuda" and verified_backends.proved() is None:
+    if device.type == "cuda" and selector.verified.names() is None:
         logger.info("checking the kernels on this GPU, once")
         runner.prove()
-    place = selection.place_of(device.type)
-    table = selection.table_for(place)
+    context = selector.context(device.type)
+    table = selector.table(context)
     clock = None if device.type == "cpu" else CudaClock(device)
     winners: dict[Problem, dict[int, KernelChoice]] = {}
     for name, problem in layers.items():
@@ -76,7 +77,7 @@ def tune(
             n: autotune.fastest(
                 problem,
                 n,
-                selection.contestants(problem, n, place),
+                selector.candidates(problem, n, context),
                 device,
                 seconds,
                 clock,
@@ -86,7 +87,7 @@ def tune(
         for n, winner in winners[problem].items():
             table.put(problem, n, winner)
         logger.info("tuned %s: %d of %d problems", name, len(winners), len(set(layers.values())))
-    selection.forget_choices()
+    selector.forget_choices()
     table.save()
     return {name: winners[problem] for name, problem in layers.items()}
 
@@ -94,13 +95,13 @@ def tune(
 def tuning_state_dict() -> dict[str, Any]:
     """The measured winners in use and the backends that serve, by type of device, for a checkpoint:
     those of the present number of threads and, where there is one, of the GPU."""
-    places = [selection.place_of(name) for name in _device_types()]
+    contexts = [selector.context(name) for name in _device_types()]
     return {
-        place.device_type: {
-            **selection.table_for(place).state_dict(),
-            "backends": list(place.backends),
+        context.device_type: {
+            **selector.table(context).state_dict(),
+            "backends": list(context.backends),
         }
-        for place in places
+        for context in contexts
     }
 
 
@@ -117,15 +118,15 @@ def load_tuning_state_dict(state: Mapping[str, Any]) -> None:
     for winners in state.values():
         parsed(winners)
     for device_type, winners in state.items():
-        place = selection.place_of(device_type)
-        selection.table_for(place).load_state_dict(winners)
-        before, now = winners.get("backends"), list(place.backends)
+        context = selector.context(device_type)
+        selector.table(context).load_state_dict(winners)
+        before, now = winners.get("backends"), list(context.backends)
         if device_type in _device_types() and before not in (None, now):
             logger.warning(
                 "tuning: %s tensors were served by %s, now by %s: bits may differ (see neq doctor)",
                 *(device_type, before, now),
             )
-    selection.forget_choices()
+    selector.forget_choices()
 
 
 def _device_types() -> tuple[str, ...]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Mapping
-from types import ModuleType
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from neq_kernels.backends.base import Backend
 from neq_kernels.backends.problem import KernelChoice, Problem, Strategy
 from neq_kernels.dispatch.stopwatch import Clock, CudaClock, cold_times, in_turns
 from neq_kernels.dispatch.trial import operands, spread, wgrad
@@ -28,7 +28,7 @@ _DISAGREEMENT = 0.02
 def fastest(
     problem: Problem,
     n: int,
-    candidates: Mapping[KernelChoice, ModuleType],
+    candidates: Mapping[KernelChoice, Backend],
     device: torch.device | str = "cpu",
     seconds: float = 0.05,
     clock: Clock | None = None,
@@ -38,9 +38,8 @@ def fastest(
     Args:
         problem: random values of its shapes are made and thrown away.
         n: 1 to K active channels.
-        candidates: choices for this problem, and the module of ``neq_kernels.backends`` that
-            computes each. An own kernel of a GPU that cannot run, or is wrong, is passed over with
-            a warning.
+        candidates: choices for this problem, and the backend that runs each. A custom kernel of a
+            GPU that cannot run, or is wrong, is passed over with a warning.
         device: where to measure.
         seconds: to spend, if one round of all candidates does not take longer.
         clock: of a GPU, where caches are emptied before each call; None makes one.
@@ -51,8 +50,8 @@ def fastest(
     channels = spread(n, problem.neurons)
     on_gpu = torch.device(device).type != "cpu"
     calls: dict[KernelChoice, Callable[[], Tensor]] = {
-        choice: wgrad(problem, module, choice, dy, x, weight, channels)
-        for choice, module in candidates.items()
+        choice: wgrad(problem, backend, choice, dy, x, weight, channels)
+        for choice, backend in candidates.items()
     }
     if on_gpu:
         calls = _right(calls)

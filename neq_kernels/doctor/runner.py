@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from neq_kernels.dispatch import selection, verified_backends
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.doctor.cases import CASES
-from neq_kernels.doctor.checks import ANY, OPS, Check, forced, served
+from neq_kernels.doctor.checks import ANY, OPS, Check, served
 from neq_kernels.doctor.gradients import check_gradients, check_similarity
 from neq_kernels.doctor.row_steps import row_step_checks
 
@@ -61,14 +61,13 @@ def prove(checks: Iterable[Check] | None = None) -> tuple[str, ...]:
     on_gpu = [check for check in checks if check.device == "cuda"]
     right = tuple(
         name
-        for name in selection.FOR_GPUS
+        for name in selector.for_gpus()
         if {check.op for check in on_gpu if check.backend == name} == set(OPS)
         and all(check.passed for check in on_gpu if check.backend == name)
     )
-    verified_backends.keep(right)
-    selection.backends_for.cache_clear()
-    selection.forget_choices()
-    return right if verified_backends.proved() is not None else ()
+    selector.verified.keep(right)
+    selector.forget()
+    return right if selector.verified.names() is not None else ()
 
 
 def run() -> Iterator[Check]:
@@ -79,7 +78,7 @@ def run() -> Iterator[Check]:
     """
     with torch.random.fork_rng(devices=[]), _full_precision():
         for backend, device in served():
-            with forced(backend):
+            with selector.forced_backend(backend):
                 yield from (check_gradients(op, backend, device) for op in CASES)
                 yield check_similarity(backend, device)
         yield from row_step_checks()

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neq_kernels import functional
-from neq_kernels.autograd import functions
-from neq_kernels.autograd.call_state import all_active, watched
+from neq_kernels.autograd.call_state import all_active, learns, watched
 from neq_kernels.layers.base import NeuronLayer
 
 
@@ -21,7 +20,7 @@ class _Norm(NeuronLayer):
         """The stock layer, run on a scale and shift whose gradients are masked."""
         channels = self.channels
         weight, bias = self._learned()
-        if not functions.learns(weight, bias):
+        if not learns(weight, bias):
             return self._anchored(self._normalize(input, weight, bias))
         if all_active(channels, input):
             return self._anchored(watched(self._normalize(input, weight, bias), channels))
