@@ -69,8 +69,6 @@ VALUES: dict[str, tuple[object, ...]] = {
     "dy_strides": (_NCHW, _NHWC),
     "x_strides": (_NCHW, _NHWC),
     "rows": (8,),
-    "inner": (1, 4096),
-    "a": (0, 4),
     "with_momentum": FLAG,
     "nesterov": FLAG,
     "amsgrad": FLAG,

@@ -12,7 +12,7 @@ from benchmarks.gate import judged
 from benchmarks.record import Row
 
 TARGETS = ("sm_75", "sm_80", "sm_90", "sm_100")
-JOBS = ("finish", "pack", "linear", "conv", "depthwise", "similarity", "sgd", "adam")
+JOBS = ("finish", "pack", "linear", "conv", "depthwise", "sgd", "adam")
 PRODUCTS = ("linear", "conv")
 HALF = ("float16", "bfloat16")
 _NEEDS = re.compile(r"requires \.target (sm_\d+)")

@@ -115,15 +115,4 @@ int neq_cuda_depthwise_finish(int32_t dtype, const float* parts, const float* bi
                               const int64_t* order, const int32_t* count, void* grad, void* bias,
                               int64_t k, int32_t taps, int32_t number_of_parts, int32_t most,
                               void* stream);
-
-// How many parts neq_cuda_similarity is best given, to run about `blocks` blocks.
-int32_t neq_cuda_similarity_parts(int32_t dtype, int64_t outer, int64_t k, int64_t inner,
-                                  int32_t blocks);
-
-// parts[part, 0 to 2, k] = sums of a * b, a * a and b * b over outer and inner, for each channel.
-// Both tensors are [outer, k, inner], dense but for the outer stride. All parts are written, some
-// maybe with zeros.
-int neq_cuda_similarity(int32_t dtype, const void* a, const void* b, double* parts, int64_t outer,
-                        int64_t k, int64_t inner, int64_t outer_stride, int32_t number_of_parts,
-                        void* stream);
 }

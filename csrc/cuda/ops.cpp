@@ -362,21 +362,6 @@ void adam_rows_(const Tensor& first, const Tensor& addresses, const Tensor& shap
                            maximize, device.stream()));
 }
 
-// double[parts, 3, k]: sums of a * b, a * a and b * b of two tensors [outer, k, inner], dense but
-// for the outer stride.
-Tensor channel_similarity(const Tensor& a, const Tensor& b, int64_t outer, int64_t k, int64_t inner,
-                          int64_t outer_stride) {
-  const OnDevice device(a);
-  const int32_t dtype = dtype_of(a);
-  const int32_t number = neq_cuda_similarity_parts(
-      dtype, outer, k, inner, static_cast<int32_t>(kBlocksEach * multiprocessors()));
-  Tensor parts = torch::stable::new_empty(a, {number, 3, k}, ScalarType::Double);
-  check("channel_similarity", neq_cuda_similarity(dtype, a.const_data_ptr(), b.const_data_ptr(),
-                                                  parts.mutable_data_ptr<double>(), outer, k, inner,
-                                                  outer_stride, number, device.stream()));
-  return parts;
-}
-
 }  // namespace neq::cuda
 
 STABLE_TORCH_LIBRARY(neq_kernels_cuda, m) {
@@ -395,9 +380,6 @@ STABLE_TORCH_LIBRARY(neq_kernels_cuda, m) {
       "depthwise_wgrad(Tensor grad_output, Tensor input, Tensor weight, int[] stride, "
       "int[] padding, int[] dilation, Tensor order, Tensor count, int most, bool want_bias) "
       "-> (Tensor, Tensor)");
-  m.def(
-      "channel_similarity(Tensor a, Tensor b, int outer, int k, int inner, int outer_stride) "
-      "-> Tensor");
   m.def(
       "sgd_rows_(Tensor first, Tensor addresses, Tensor shapes, int parameters, int blocks, "
       "float lr, float momentum, float dampening, float weight_decay, bool with_momentum, "
@@ -418,7 +400,6 @@ STABLE_TORCH_LIBRARY_IMPL(neq_kernels_cuda, NEQ_CUDA_KEY, m) {
   m.impl("linear_wgrad", TORCH_BOX(&neq::cuda::linear_wgrad));
   m.impl("conv_wgrad", TORCH_BOX(&neq::cuda::conv_wgrad));
   m.impl("depthwise_wgrad", TORCH_BOX(&neq::cuda::depthwise_wgrad));
-  m.impl("channel_similarity", TORCH_BOX(&neq::cuda::channel_similarity));
   m.impl("sgd_rows_", TORCH_BOX(&neq::cuda::sgd_rows_));
   m.impl("adam_rows_", TORCH_BOX(&neq::cuda::adam_rows_));
 }

@@ -200,17 +200,7 @@ def scatter_rows(rows: Tensor, like: Tensor, order: Tensor, n: int, layout: Neur
     return out
 
 
-def channel_similarity(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    """float64 ``[3, K]``: sums of ``a*b``, ``a*a``, ``b*b`` over every dimension but ``dim``."""
-    dim, k = dim % a.dim(), a.shape[dim]
-    alike = a.dtype == b.dtype and a.dtype in gpu.DTYPES and a.stride() == b.stride()
-    channels_inside = a.movedim(dim, -1).is_contiguous()
-    if not alike or a.numel() == 0 or not (channels_inside or a.is_contiguous()):
-        return aten.channel_similarity(a, b, dim)
-    inner = 1 if channels_inside else math.prod(a.shape[dim + 1 :])
-    outer = a.numel() // (k * inner)
-    sums: Tensor = _leaf.channel_similarity(a, b, outer, k, inner, k * inner).sum(0)
-    return sums
+channel_similarity = aten.channel_similarity
 
 
 def steps_rows(parameter: Tensor, layout: NeuronLayout) -> bool:

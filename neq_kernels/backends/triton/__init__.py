@@ -214,13 +214,7 @@ def scatter_rows(rows: Tensor, like: Tensor, order: Tensor, n: int, layout: Neur
     return out
 
 
-def channel_similarity(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    """float64 ``[3, K]``: sums of ``a*b``, ``a*a``, ``b*b`` over every dimension but ``dim``."""
-    if a.dtype not in gpu.DTYPES or b.dtype not in gpu.DTYPES or a.numel() == 0:
-        return aten.channel_similarity(a, b, dim)
-    from neq_kernels.backends.triton.similarity import channel_similarity as similarity
-
-    return similarity(a, b, dim)
+channel_similarity = aten.channel_similarity
 
 
 def steps_rows(parameter: Tensor, layout: NeuronLayout) -> bool:

@@ -170,22 +170,6 @@ def test_rows_of_the_librarys_product(dtype, ops):
     assert ops.calls["scatter_rows"] == 1
 
 
-@pytest.mark.parametrize("dim", [0, 1, 2, -1])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_channel_similarity(dtype, dim, ops):
-    both = torch.randn(2, 3, 24, 5, 8, generator=torch.Generator().manual_seed(0))
-    a, b = both.to(DEVICE, dtype)
-    sums = cuda.channel_similarity(a, b, dim)
-    torch.testing.assert_close(sums, aten.channel_similarity(a, b, dim), rtol=1e-5, atol=1e-4)
-    assert ops.calls["channel_similarity"] == 1
-    last = [t.contiguous(memory_format=torch.channels_last) for t in (a, b)]
-    sums = cuda.channel_similarity(*last, 1)
-    torch.testing.assert_close(sums, aten.channel_similarity(a, b, 1), rtol=1e-5, atol=1e-4)
-    assert ops.calls["channel_similarity"] == 2
-    cuda.channel_similarity(a, last[1], 1)
-    assert ops.calls["channel_similarity"] == 2
-
-
 def test_without_the_emulator_there_is_a_reason(monkeypatch):
     monkeypatch.delenv(cuda.ENVIRONMENT_VARIABLE, raising=False)
     cuda.unavailable.cache_clear()
@@ -228,7 +212,7 @@ def test_the_self_check_runs_and_finds_every_kernel_right(ops, monkeypatch):
     assert [failure for check in checks for failure in check.failures] == []
     assert set(ops.calls) - {"multiprocessors"} == {
         *("linear_wgrad", "conv_wgrad", "depthwise_wgrad", "pack", "scatter_rows"),
-        *("channel_similarity", "sgd_rows_", "adam_rows_"),
+        *("sgd_rows_", "adam_rows_"),
     }
 
 
