@@ -5,11 +5,11 @@
 #include <array>
 #include <cstring>
 
-#include "direct_wgrad.h"
-#include "kernels.h"
+#include "conv/direct_wgrad.h"
 #include "ops.h"
-#include "runs.h"
-#include "strides.h"
+#include "simd/kernels.h"
+#include "tensor/runs.h"
+#include "tensor/strides.h"
 
 namespace neq {
 namespace {

@@ -1,4 +1,4 @@
-// The private leaf ops, registered in library.cpp under the schemas given there.
+// The private leaf ops, registered in bindings.cpp under the schemas given there.
 #pragma once
 
 #include <optional>
@@ -6,7 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
+#include "tensor/checks.h"
 
 namespace neq {
 

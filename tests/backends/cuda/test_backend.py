@@ -264,7 +264,7 @@ FAULTS = {
 def test_the_self_check_finds_what_is_wrong_in_one_kernel(monkeypatch):
     """All at once: none of the cases named is for another's fault."""
     registered = [
-        ("ops.cpp", f"LIBRARY{name}", f"LIBRARY{name}".replace("kernels_cuda", "kernels_faulty"))
+        ("bindings.cpp", f"LIBRARY{name}", f"LIBRARY{name}".replace("s_cuda", "s_faulty"))
         for name in (
             "(neq_kernels_cuda,",
             "_IMPL(neq_kernels_cuda, NEQ_CUDA_KEY,",

@@ -22,7 +22,7 @@ class Cut(ctypes.Structure):
 
 
 def library(*replace: tuple[str, str, str]) -> Library:
-    return build([FOLDER / "depthwise_wgrad.cu"], replace=replace)
+    return build([FOLDER / "depthwise" / "depthwise_wgrad.cu"], replace=replace)
 
 
 @dataclass
