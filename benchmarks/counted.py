@@ -1,7 +1,7 @@
 """What the CUDA C++ kernels move, counted thread by thread on the CPU.
 
-The operators of ``csrc/cuda/bindings.cpp``, on CPU tensors, cut the work as on an H100; their
-launches are run by the tests' emulator, which is imported from the repository's root alone.
+The operators of ``csrc/cuda/ops.h``, on CPU tensors, cut the work as on an H100; their launches are
+run by the tests' emulator, which is imported from the repository's root alone.
 """
 
 from __future__ import annotations
@@ -145,10 +145,10 @@ def _library() -> Any:
         f"{impl}CompositeExplicitAutograd,",
     )
     library = build(
-        [*sorted(KERNELS.rglob("*.cu")), KERNELS / "bindings.cpp"],
+        sorted([*KERNELS.rglob("*.cu"), *KERNELS.rglob("*.cpp")]),
         defines={"NEQ_CUDA_ON_CPU": 1, "TORCH_TARGET_VERSION": "0x020a000000000000"},
         replace=[
-            ("bindings.cpp", '#include "launchers.h"', ALLOCATIONS.read_text()),
+            ("wgrad.cpp", '#include "launchers.h"', ALLOCATIONS.read_text()),
             ("dtypes.cuh", "return call(__half{})", "return cudaErrorInvalidValue"),
             *(("bindings.cpp", r, r.replace("neq_kernels_cuda", NAMESPACE)) for r in registered),
         ],

@@ -1,4 +1,4 @@
-// Stands in the place of `#include "launchers.h"` in bindings.cpp where the emulator counts what
+// Stands in the place of `#include "launchers.h"` in wgrad.cpp where the emulator counts what
 // kernels move: it tells the emulator of the memory that the operators allocate. What has a dtype
 // of its own are sums in parts.
 #include "launchers.h"

@@ -1,8 +1,8 @@
 // Launchers of the CUDA kernels. They queue work on a stream and return CUDA's error code; nothing
 // is allocated and nobody waits. Pointers are to device memory; sizes and strides are in elements.
 // `order` (int64, active neurons first, ascending) and `count` (int32, how many are active) are
-// read on the device, so that a captured graph serves other masks; `most` is what the host provides
-// for.
+// read on the device, so that a captured graph replays with other masks; `most` is what the host
+// provides for.
 #pragma once
 
 #include <cstdint>
@@ -76,7 +76,7 @@ int neq_cuda_finish(int32_t from, int32_t dtype, const void* parts, const void* 
                     int32_t number_of_bias_parts, int32_t most, int32_t taps, void* stream);
 
 // SGD steps of the active neurons of many parameters. `addresses` and `shapes` are tables on the
-// device, see row_steps.cuh and backends/triton/many_parameters.py; `blocks` as the tables say.
+// device, see row_steps.cuh and backends/triton/multi_tensor.py; `blocks` as the tables say.
 // Without step counts no step is a first one; without momentum they are not looked at.
 int neq_cuda_sgd_rows(int32_t dtype, const int64_t* addresses, const int64_t* shapes,
                       int32_t parameters, int64_t blocks, double lr, double momentum,

@@ -14,8 +14,8 @@
 
 namespace neq {
 
-// As many pixels are summed in registers before they join the others. Of few pixels the library
-// sums even fewer at a time, and what is summed in one go is less exact.
+// As many pixels are summed in registers before they join the others. Of few pixels PyTorch's
+// kernels sum even fewer at a time, and what is summed in one go is less exact.
 constexpr int64_t kPixelsPerUnit = 256, kPixelsPerSmallUnit = 128, kFewPixels = 1024;
 constexpr int64_t kPixelsPerPart = 512;        // what a sum of its own is worth
 constexpr int64_t kProductsPerItem = 1 << 17;  // of dy and x: what one parallel item is worth

@@ -14,7 +14,7 @@ namespace neq {
 // gradient: of the weight, output channels outermost; frozen ones become 0. Inside of one lie the
 // taps, or, with taps_inside, the input channels first and the taps inside of them.
 //
-// Returns the bias gradient of the active channels, empty unless it is wanted.
+// Returns the bias gradient of the active channels, empty unless it is requested.
 template <class T>
 std::vector<double> direct_wgrad(ConvProblem p, const T* grad, const T* input, bool channels_last,
                                  T* gradient, bool taps_inside);

@@ -89,7 +89,7 @@ class PixelCopy {
 template <class T>
 std::vector<double> nhwc(const ConvProblem& p, const T* grad, const T* input, int64_t& parts) {
   if constexpr (std::is_same_v<T, Compute<T>>) {
-    if (InPlace<T>::serves(p)) {
+    if (InPlace<T>::supports(p)) {
       const InPlace<T> in_place(p);
       if (in_place.is_cheaper()) return in_place.partial(grad, input, parts);
     }

@@ -21,7 +21,7 @@ class InPlace {
  public:
   static constexpr int64_t kLanes = Sums<T>::kLanes;
 
-  static bool serves(const ConvProblem& p) {
+  static bool supports(const ConvProblem& p) {
     return p.multiplier() == 1 && p.output_channels >= kLanes;
   }
 

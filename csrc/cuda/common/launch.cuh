@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "ceil_div.h"
+
 namespace neq::cuda {
 
 // Shared memory that a block gets without being asked for.
@@ -26,7 +28,5 @@ cudaError_t launch(void (*kernel)(Parameters), dim3 grid, unsigned threads, size
   config.stream = static_cast<cudaStream_t>(stream);
   return cudaLaunchKernelEx(&config, kernel, parameters);
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace neq::cuda

@@ -3,7 +3,10 @@
 
 #include "../common/dtypes.cuh"
 #include "../common/launch.cuh"
-#include "depthwise_wgrad.cuh"
+#include "any_kernel.cuh"
+#include "finish.cuh"
+#include "planes.cuh"
+#include "rows.cuh"
 
 namespace neq::cuda {
 namespace {
@@ -31,7 +34,7 @@ bool is_of_vectors(const T* images, const ImageStrides& strides, int channels) {
   return reinterpret_cast<uintptr_t>(images) % kVectorBytes == 0 && elements % kVector<T> == 0;
 }
 
-// `call` with the kernel's Taps, or without where only depthwise_any_kernel serves.
+// `call` with the kernel's Taps, or without where only depthwise_any_kernel supports it.
 template <class T, class Call, class Otherwise>
 auto with_taps(const int32_t* geometry, const Call& call, const Otherwise& otherwise) {
   const int32_t *kernel = geometry + 4, *stride = geometry + 6, *padding = geometry + 8;

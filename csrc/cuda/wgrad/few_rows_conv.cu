@@ -5,6 +5,8 @@
 namespace neq::cuda {
 namespace {
 
+static_assert(kFewNeurons == kWarpNeurons);
+
 template <class T, int kNeurons, int kWidth, class Call>
 auto with_columns(int64_t columns, const Call& call) {
   if (columns <= 64) return call(FewRows<T, kNeurons, 4, kWidth>{});
@@ -64,7 +66,7 @@ extern "C" int neq_cuda_few_rows_conv(int32_t dtype, const void* dy, int64_t dy_
     using T = decltype(zero);
     const int32_t* g = sizes;
     const int64_t pixels = int64_t{images} * g[2] * g[3];
-    if (most > kWarpNeurons || g[4] > kMostPadding || g[5] > kMostPadding ||
+    if (most > kFewNeurons || g[4] > kMostPadding || g[5] > kMostPadding ||
         pixels >= int64_t{1} << 31) {
       return cudaErrorInvalidValue;
     }

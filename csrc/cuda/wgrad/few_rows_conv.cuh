@@ -7,9 +7,11 @@
 // Each tap is a row of fragments of its own: what differs between taps is only which pixels of dY
 // they read, and those lie in shared memory, with the border around a rectangle of X that all taps
 // reach. Rectangles follow one another downwards, in stripes of X, and the last lines of dY that
-// one has read serve the next. Channels of both lie innermost; of dY only the active ones are read.
+// one has read stay for the next. Channels of both lie innermost; of dY only the active ones are
+// read.
 #pragma once
 
+#include "tile_rules.h"
 #include "wgrad_tile.cuh"
 
 namespace neq::cuda {
@@ -17,8 +19,8 @@ namespace neq::cuda {
 constexpr int kTapsAcross = 3, kTaps = kTapsAcross * kTapsAcross;
 // Lines, and columns, that a border has more than its rectangle.
 constexpr int kReach = kTapsAcross - 1;
-// The padding up to which rectangles and their borders reach all of dY.
-constexpr int kMostPadding = kReach;
+// Rectangles and their borders reach all of dY.
+static_assert(kMostPadding <= kReach);
 
 constexpr int kRectanglePixels = 32;
 
@@ -126,11 +128,11 @@ struct Border {
 
 // What the taps read of a border for a pixel; the last tap its upper left corner.
 template <class Tile>
-struct Taps {
+struct TapReads {
   const unsigned char* lines[kTapsAcross];
 
   // `at`: in bytes, in the border's pixels.
-  __device__ __forceinline__ Taps(const Border<Tile>& border, int down, int right, int at) {
+  __device__ __forceinline__ TapReads(const Border<Tile>& border, int down, int right, int at) {
 #pragma unroll
     for (int i = 0; i < kTapsAcross; ++i) {
       lines[i] = border.line(down + i) + right * Tile::kDyPitch + at;
@@ -154,8 +156,8 @@ __device__ __forceinline__ void multiply_taps(float (&sums)[kTaps][Tile::kFragme
     // Matrices: of 16 neurons two to each half of the pixels, of 8 one.
     constexpr bool kAll = Tile::kNeurons == kWarpNeurons;
     const int pixel = kAll ? lane % 8 + lane / 16 * 8 : lane % 16;
-    const Taps<Tile> taps(border, top + pixel / Tile::kWidth, pixel % Tile::kWidth,
-                          kAll ? lane / 8 % 2 * kVectorBytes : 0);
+    const TapReads<Tile> taps(border, top + pixel / Tile::kWidth, pixel % Tile::kWidth,
+                              kAll ? lane / 8 % 2 * kVectorBytes : 0);
 #pragma unroll
     for (int tap = 0; tap < kTaps; ++tap) {
       uint32_t dy[4] = {};
@@ -181,7 +183,7 @@ __device__ __forceinline__ void multiply_taps(float (&sums)[kTaps][Tile::kFragme
         x[f] = *reinterpret_cast<const float2*>(mine + row * Tile::kXPitch +
                                                 f * kFragmentColumns * sizeof(T));
       }
-      const Taps<Tile> taps(border, top + row / Tile::kWidth, row % Tile::kWidth, neuron);
+      const TapReads<Tile> taps(border, top + row / Tile::kWidth, row % Tile::kWidth, neuron);
 #pragma unroll
       for (int tap = 0; tap < kTaps; ++tap) {
         const auto* dy = reinterpret_cast<const float*>(taps.read(tap));

@@ -33,7 +33,7 @@ extern "C" int neq_cuda_finish(int32_t from, int32_t dtype, const void* parts,
                     dim3(static_cast<unsigned>(ceil_div(threads, kFinishThreads))), kFinishThreads,
                     kFinishShared, stream, f);
     };
-    // Parts are float, or rows that a library computed in the gradient's own dtype.
+    // Parts are float, or rows that PyTorch computed in the gradient's own dtype.
     if (from == neq_float32) return finish(float{});
     return from == dtype ? finish(T{}) : cudaErrorInvalidValue;
   });

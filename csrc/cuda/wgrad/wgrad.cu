@@ -1,35 +1,32 @@
 #include "../common/dtypes.cuh"
 #include "../common/launch.cuh"
+#include "tile_rules.h"
 #include "wgrad.cuh"
 
 namespace neq::cuda {
 namespace {
 
-// Of up to 16 neurons, with many columns and with few; of up to 32; and packed, of any number.
 template <class T, bool kGathered>
-using FewTile = Tile<T, kGathered, 16, 1024 / sizeof(T), 128 / sizeof(T), 16, 3>;
+using FewTile = Tile<T, kGathered, kFewNeurons, 1024 / sizeof(T), 128 / sizeof(T), 16, 3>;
 template <class T, bool kGathered>
-using SmallTile = Tile<T, kGathered, 16, 64, 16, 32, 3>;
+using FewColumnsTile = Tile<T, kGathered, kFewNeurons, kFewColumns, 16, 32, 3>;
 template <class T>
-using WideTile = Tile<T, true, 32, 128, 32, 16, 3>;
+using WideTile = Tile<T, true, kMostGathered, 128, 32, 16, 3>;
 template <class T>
 using PackedTile = Tile<T, false, 64, 128, 64, 32, sizeof(T) == 4 ? 2 : 3>;
 
-constexpr int kFew = 16;
-constexpr int64_t kFewColumns = 64;
-
-template <class T, bool kGathered, class Call>
-auto with_few(int64_t columns, const Call& call) {
-  if (columns > kFewColumns) return call(FewTile<T, kGathered>{});
-  return call(SmallTile<T, kGathered>{});
-}
-
 template <class T, class Call>
 auto with_tile(int32_t most, int64_t columns, bool packed, const Call& call) {
-  if (most <= kFew) {
-    return packed ? with_few<T, false>(columns, call) : with_few<T, true>(columns, call);
+  switch (tile_kind(most, columns, packed)) {
+    case TileKind::few:
+      return packed ? call(FewTile<T, false>{}) : call(FewTile<T, true>{});
+    case TileKind::few_columns:
+      return packed ? call(FewColumnsTile<T, false>{}) : call(FewColumnsTile<T, true>{});
+    case TileKind::wide:
+      return call(WideTile<T>{});
+    default:
+      return call(PackedTile<T>{});
   }
-  return packed ? call(PackedTile<T>{}) : call(WideTile<T>{});
 }
 
 template <class T, class Rows>

@@ -220,7 +220,7 @@ def test_the_self_check_runs_and_finds_every_kernel_right(ops, monkeypatch):
 FAULTS = {
     "rows of channels_last": (
         (
-            "depthwise_wgrad.cuh",
+            "rows.cuh",
             "= to_float(rows[dy_at + q * dy_pitch]);",
             "= 2 * to_float(rows[dy_at + q * dy_pitch]);",
         ),
@@ -228,7 +228,7 @@ FAULTS = {
     ),
     "sides and strides": (
         (
-            "depthwise_wgrad.cuh",
+            "common.cuh",
             "sums[r * Taps::kSide + s] +=",
             "if (Taps::kSide < 7 && Taps::kStride == 1) sums[r * Taps::kSide + s] +=",
         ),
