@@ -178,13 +178,10 @@ def test_an_nvcc_that_does_not_work_is_none(build, monkeypatch, tmp_path):
 
 def test_an_old_nvcc_is_none(build, monkeypatch, tmp_path):
     nvcc = Path(toolkit_in(tmp_path))
-    nvcc.write_text(
-        nvcc.read_text()
-        .replace("75", "70")
-        .replace("80", "71")
-        .replace("90", "72")
-        .replace("100", "73")
-    )
+    script = nvcc.read_text()
+    for known, older in (("75", "70"), ("80", "71"), ("90", "72"), ("100", "73")):
+        script = script.replace(f"sm_{known}", f"sm_{older}")
+    nvcc.write_text(script)
     monkeypatch.setenv("CUDACXX", str(nvcc))
     assert build.find_toolkit().startswith(f"{nvcc} is too old (CUDA 11 ")
 
