@@ -172,9 +172,22 @@ def nvcc_command(toolkit: Toolkit, archs: Sequence[int]) -> list[str]:
     return [*command, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
 
+def kernel_sources(folder: Path = KERNELS) -> list[Path]:
+    """All ``.cu`` files, the largest first: they take longest. Objects are named by their stems."""
+    sources = sorted(folder.rglob("*.cu"), key=lambda path: (-path.stat().st_size, path))
+    of_stem: dict[str, Path] = {}
+    for path in sources:
+        other = of_stem.setdefault(path.stem, path)
+        if other != path:
+            raise SystemExit(
+                f"{folder}: expected .cu files of different names, got {other}, {path}"
+            )
+    return sources
+
+
 def compile_kernels(toolkit: Toolkit, archs: Sequence[int]) -> list[str]:
     """The objects of all kernels; those that are newer than the sources are kept."""
-    headers = [*KERNELS.glob("*.cuh"), *KERNELS.glob("*.h")]
+    headers = [*KERNELS.rglob("*.cuh"), *KERNELS.rglob("*.h")]
     jobs = max(1, int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0))))
     threads = f"--threads={min(jobs, len(archs) + 1)}"
     OBJECTS.mkdir(parents=True, exist_ok=True)
@@ -199,10 +212,8 @@ def compile_kernels(toolkit: Toolkit, archs: Sequence[int]) -> list[str]:
             made_by.write_text("\n".join(command))
         return str(target)
 
-    # The largest first: they take longest.
-    sources = sorted(KERNELS.glob("*.cu"), key=lambda path: (-path.stat().st_size, path))
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(compile_one, sources))
+        return list(pool.map(compile_one, kernel_sources()))
 
 
 def cuda_extension(toolkit: Toolkit, **common: Any) -> Extension:
@@ -215,8 +226,8 @@ def cuda_extension(toolkit: Toolkit, **common: Any) -> Extension:
     common["include_dirs"] = [*common["include_dirs"], toolkit.include]
     return Extension(
         CUDA,
-        [str(path) for path in sorted(KERNELS.glob("*.cpp"))],
-        depends=sorted(str(path) for path in KERNELS.iterdir() if path.suffix != ".cpp"),
+        [str(path) for path in sorted(KERNELS.rglob("*.cpp"))],
+        depends=sorted(str(path) for path in KERNELS.rglob("*.[ch]*") if path.suffix != ".cpp"),
         extra_link_args=link_args,
         **common,
     )
@@ -257,8 +268,8 @@ def with_extensions(wanted: str) -> dict[str, object]:
     extensions = [
         Extension(
             CPU,
-            ["csrc/library.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("**/*.cpp"))],
-            depends=sorted(str(path) for path in Path("csrc/cpu").glob("**/*.h")),
+            sorted(str(path) for path in Path("csrc/cpu").rglob("*.cpp")),
+            depends=sorted(str(path) for path in Path("csrc/cpu").rglob("*.h")),
             extra_compile_args=compile_args + (sanitize_args if sanitize else []),
             extra_link_args=sanitize,
             **common,

@@ -46,7 +46,7 @@ def full_precision() -> Iterator[None]:
 def build_emulated(replace: Sequence[tuple[str, str, str]] = ()) -> str:
     """The backend's library with the emulator in it."""
     library = build(
-        [*sorted(FOLDER.glob("*.cu")), FOLDER / "ops.cpp"],
+        sorted([*FOLDER.rglob("*.cu"), *FOLDER.rglob("*.cpp")]),
         checked=False,
         defines={"NEQ_CUDA_ON_CPU": 1, "TORCH_TARGET_VERSION": "0x020a000000000000"},
         replace=replace,

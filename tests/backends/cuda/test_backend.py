@@ -172,22 +172,6 @@ def test_rows_of_the_librarys_product(dtype, ops):
     assert ops.calls["scatter_rows"] == 1
 
 
-@pytest.mark.parametrize("dim", [0, 1, 2, -1])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_channel_similarity(dtype, dim, ops):
-    both = torch.randn(2, 3, 24, 5, 8, generator=torch.Generator().manual_seed(0))
-    a, b = both.to(DEVICE, dtype)
-    sums = cuda.channel_similarity(a, b, dim)
-    torch.testing.assert_close(sums, aten.channel_similarity(a, b, dim), rtol=1e-5, atol=1e-4)
-    assert ops.calls["channel_similarity"] == 1
-    last = [t.contiguous(memory_format=torch.channels_last) for t in (a, b)]
-    sums = cuda.channel_similarity(*last, 1)
-    torch.testing.assert_close(sums, aten.channel_similarity(a, b, 1), rtol=1e-5, atol=1e-4)
-    assert ops.calls["channel_similarity"] == 2
-    cuda.channel_similarity(a, last[1], 1)
-    assert ops.calls["channel_similarity"] == 2
-
-
 def test_without_the_emulator_there_is_a_reason(monkeypatch):
     monkeypatch.delenv(cuda.ENVIRONMENT_VARIABLE, raising=False)
     cuda.unavailable.cache_clear()
@@ -230,7 +214,7 @@ def test_the_self_check_runs_and_finds_every_kernel_right(ops, monkeypatch):
     assert [failure for check in checks for failure in check.failures] == []
     assert set(ops.calls) - {"multiprocessors"} == {
         *("linear_wgrad", "conv_wgrad", "depthwise_wgrad", "pack", "scatter_rows"),
-        *("channel_similarity", "sgd_rows_", "adam_rows_"),
+        *("sgd_rows_", "adam_rows_"),
     }
 
 
@@ -238,7 +222,7 @@ def test_the_self_check_runs_and_finds_every_kernel_right(ops, monkeypatch):
 FAULTS = {
     "rows of channels_last": (
         (
-            "depthwise_wgrad.cuh",
+            "rows.cuh",
             "= to_float(rows[dy_at + q * dy_pitch]);",
             "= 2 * to_float(rows[dy_at + q * dy_pitch]);",
         ),
@@ -246,7 +230,7 @@ FAULTS = {
     ),
     "sides and strides": (
         (
-            "depthwise_wgrad.cuh",
+            "common.cuh",
             "sums[r * Taps::kSide + s] +=",
             "if (Taps::kSide < 7 && Taps::kStride == 1) sums[r * Taps::kSide + s] +=",
         ),
@@ -282,7 +266,7 @@ FAULTS = {
 def test_the_self_check_finds_what_is_wrong_in_one_kernel(monkeypatch):
     """All at once: none of the cases named is for another's fault."""
     registered = [
-        ("ops.cpp", f"LIBRARY{name}", f"LIBRARY{name}".replace("kernels_cuda", "kernels_faulty"))
+        ("bindings.cpp", f"LIBRARY{name}", f"LIBRARY{name}".replace("s_cuda", "s_faulty"))
         for name in (
             "(neq_kernels_cuda,",
             "_IMPL(neq_kernels_cuda, NEQ_CUDA_KEY,",

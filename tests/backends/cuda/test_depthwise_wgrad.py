@@ -22,7 +22,7 @@ class Cut(ctypes.Structure):
 
 
 def library(*replace: tuple[str, str, str]) -> Library:
-    return build([FOLDER / "depthwise_wgrad.cu"], replace=replace)
+    return build([FOLDER / "depthwise" / "depthwise_wgrad.cu"], replace=replace)
 
 
 @dataclass
@@ -358,50 +358,75 @@ IN_SECTOR = "mine / kSector == of_first / kSector"
 IN_NEXT = "next >= count || mine / kSector != of_next / kSector"
 BOTTOM = "smaller(d.height, top + Taps::reach(rows))"
 FAULTS = {
-    "missing part": (SUMMED, SUMMED.replace("f.number_of_parts", "1")),
-    "missing warp": (
-        "int other = 1; other < kDepthwiseWarps",
-        "int other = 2; other < kDepthwiseWarps",
-    ),
-    "missing worker": (ADDED, ADDED.replace("= 0", "= 1")),
-    "wrong tap": ("sums[r * Taps::kSide + s] +=", "sums[s * Taps::kSide + r] +="),
-    "missing tap row": ("i < Taps::kDepth; ++i) {\n    const int r", "i < 1; ++i) { const int r"),
-    "rows: no wait": (WAITED, ""),
-    "rows: wait for too few": (WAITED, WAITED.replace("- 2", "- 1")),
-    "rows: missing barrier": (WAITED + BARRIER, WAITED),
-    "rows: sums overwrite the tile": ("  __syncthreads();\n  write_part", "  write_part"),
-    "rows: of the next band": ("c.column < outputs ? rows : 0", "c.column < outputs ? d.rows : 0"),
-    "rows: below the image": (BOTTOM, "top + Taps::reach(rows)"),
-    "rows: above the image": ("if (h < 0) begin[i]", "if (h < -1) begin[i]"),
-    "rows: halo of columns": ("c.column < Taps::reach(outputs)", "c.column <= outputs"),
-    "rows: left of the image": ("w >= 0 && w < d.width;", "w < d.width;"),
-    "rows: of no image": ("c.unit < tile.together && unit < units", "c.unit < tile.together"),
-    "rows: sector of the last block": (IN_SECTOR, "false"),
-    "rows: sector of the next block": (IN_NEXT, "true"),
-    "rows: wrong channel": ("(neuron / d.per_input, neurons", "(neuron, neurons"),
-    "planes: wrong channel": (
-        "d.x_strides.image + neuron / d.per_input",
-        "d.x_strides.image + neuron",
-    ),
-    "planes: no wait": ("ptx::cp_async_wait<kPlaneStages - 1>();", ""),
-    "planes: wait for too few": ("cp_async_wait<kPlaneStages - 1>", "cp_async_wait<kPlaneStages>"),
-    "planes: missing barrier": (BARRIER + COMPUTE, COMPUTE),
-    "planes: tile overwritten": (BARRIER + NEXT_TILE, NEXT_TILE),
-    "planes: rows of the next piece": ("step < rows && o < outputs", "step <= rows && o < outputs"),
-    "planes: column of no output": ("step < rows && o < outputs", "step < rows"),
-    "planes: wrong shift": ("band.x.shift() + w", "w"),
-    "stretch: behind its end": ("smaller(count - begin, kVector<T>)", "kVector<T>"),
-    "stretch: before the tensor": ("from - tensor + begin >= 0", "true"),
-    "any: missing tap": ("tap >= taps ||", "tap >= taps - 1 ||"),
-    "any: wrong image": ("all_x + image * d.x_strides.image;", "all_x;"),
-    "frozen not zeroed": ("if (exists && i < *f.count) {", "if (exists) {"),
+    "finish.cuh": {
+        "missing part": (SUMMED, SUMMED.replace("f.number_of_parts", "1")),
+        "missing warp": (
+            "int other = 1; other < kDepthwiseWarps",
+            "int other = 2; other < kDepthwiseWarps",
+        ),
+        "frozen not zeroed": ("if (exists && i < *f.count) {", "if (exists) {"),
+    },
+    "common.cuh": {
+        "missing worker": (ADDED, ADDED.replace("= 0", "= 1")),
+        "wrong tap": ("sums[r * Taps::kSide + s] +=", "sums[s * Taps::kSide + r] +="),
+        "missing tap row": (
+            "i < Taps::kDepth; ++i) {\n    const int r",
+            "i < 1; ++i) { const int r",
+        ),
+    },
+    "rows.cuh": {
+        "rows: no wait": (WAITED, ""),
+        "rows: wait for too few": (WAITED, WAITED.replace("- 2", "- 1")),
+        "rows: missing barrier": (WAITED + BARRIER, WAITED),
+        "rows: sums overwrite the tile": ("  __syncthreads();\n  write_part", "  write_part"),
+        "rows: of the next band": (
+            "c.column < outputs ? rows : 0",
+            "c.column < outputs ? d.rows : 0",
+        ),
+        "rows: below the image": (BOTTOM, "top + Taps::reach(rows)"),
+        "rows: above the image": ("if (h < 0) begin[i]", "if (h < -1) begin[i]"),
+        "rows: halo of columns": ("c.column < Taps::reach(outputs)", "c.column <= outputs"),
+        "rows: left of the image": ("w >= 0 && w < d.width;", "w < d.width;"),
+        "rows: of no image": ("c.unit < tile.together && unit < units", "c.unit < tile.together"),
+        "rows: sector of the last block": (IN_SECTOR, "false"),
+        "rows: sector of the next block": (IN_NEXT, "true"),
+        "rows: wrong channel": ("(neuron / d.per_input, neurons", "(neuron, neurons"),
+    },
+    "planes.cuh": {
+        "planes: wrong channel": (
+            "d.x_strides.image + neuron / d.per_input",
+            "d.x_strides.image + neuron",
+        ),
+        "planes: no wait": ("ptx::cp_async_wait<kPlaneStages - 1>();", ""),
+        "planes: wait for too few": (
+            "cp_async_wait<kPlaneStages - 1>",
+            "cp_async_wait<kPlaneStages>",
+        ),
+        "planes: missing barrier": (BARRIER + COMPUTE, COMPUTE),
+        "planes: tile overwritten": (BARRIER + NEXT_TILE, NEXT_TILE),
+        "planes: rows of the next piece": (
+            "step < rows && o < outputs",
+            "step <= rows && o < outputs",
+        ),
+        "planes: column of no output": ("step < rows && o < outputs", "step < rows"),
+        "planes: wrong shift": ("band.x.shift() + w", "w"),
+    },
+    "stretch.cuh": {
+        "stretch: behind its end": ("smaller(count - begin, kVector<T>)", "kVector<T>"),
+        "stretch: before the tensor": ("from - tensor + begin >= 0", "true"),
+    },
+    "any_kernel.cuh": {
+        "any: missing tap": ("tap >= taps ||", "tap >= taps - 1 ||"),
+        "any: wrong image": ("all_x + image * d.x_strides.image;", "all_x;"),
+    },
 }
+FILES = {fault: file for file, faults in FAULTS.items() for fault in faults}
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", FILES)
 def test_a_fault_is_caught(fault):
-    file = "stretch.cuh" if fault.startswith("stretch") else "depthwise_wgrad.cuh"
-    kernels = library(*FEW_KERNELS, (file, *FAULTS[fault]))
+    file = FILES[fault]
+    kernels = library(*FEW_KERNELS, (file, *FAULTS[file][fault]))
     with pytest.raises((AssertionError, EmulationError)):
         check_faults(kernels)
 

@@ -30,7 +30,7 @@ ADAM_NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
 
 
 def library(*replace: tuple[str, str, str]) -> Library:
-    return build([FOLDER / "row_steps.cu"], replace=replace)
+    return build([FOLDER / "optim" / "row_steps.cu"], replace=replace)
 
 
 def step_together(

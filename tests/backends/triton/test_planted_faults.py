@@ -94,14 +94,6 @@ def scatter(module: ModuleType, device: str) -> None:
     assert not out.cpu()[chosen.frozen].any()
 
 
-def similarity(module: ModuleType, device: str) -> None:
-    a, b = torch.randn(2, 600, 7)
-    sums = module.channel_similarity(a.to(device), b.to(device), 1, splits=2).cpu()
-    a, b = a.double(), b.double()
-    exact = torch.stack([(a * b).sum(0), (a * a).sum(0), (b * b).sum(0)])
-    torch.testing.assert_close(sums, exact, rtol=1e-5, atol=1e-4)
-
-
 def optimizer(module: ModuleType, device: str, function: str) -> None:
     chosen = channels(12, "random")
     flags: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.3, "maximize": False}
@@ -218,13 +210,6 @@ FAULTS: dict[str, tuple[str, Check, str, str]] = {
     "gather: wrong sums": ("gather", gather, "tl.sum(tile", "tl.max(tile"),
     "scatter: missing mask": ("gather", scatter, "(rn < n)[:, None] &", "(rn < k)[:, None] &"),
     "scatter: wrong row": ("gather", scatter, "out + neurons[:, None]", "out + rn[:, None]"),
-    "similarity: wrong product": ("similarity", similarity, "tl.sum(u * v,", "tl.sum(u * u,"),
-    "similarity: missing part": (
-        "similarity",
-        similarity,
-        "out.double().sum(0)",
-        "out[0].double()",
-    ),
     "sgd: missing weight decay": ("row_steps", SGD, "grad_sign * g + weight_decay * p", "g"),
     "sgd: wrong row": ("row_steps", SGD, "tl.int64, False) + start", "tl.int64, False) + 1"),
     "sgd: first step taken for another": ("row_steps", SGD, "is_first, update,", "False, update,"),
