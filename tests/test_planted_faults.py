@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from neq_kernels.backends import aten, cpu
 from neq_kernels.backends.problem import KernelChoice, Strategy
 from neq_kernels.dispatch import selection
 from tests import test_ops, test_ops_precision
 from tests.support import oracle
+from tests.support.backends import aten, cpu
 from tests.support.op_cases import CONVS, MASKS
 
 

@@ -24,6 +24,7 @@ from neq_kernels import ops
 from neq_kernels.backends.problem import Problem, Strategy
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.dispatch import selection, trial
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.dispatch.stopwatch import cold_times
 from neq_kernels.doctor import checks
 
@@ -144,7 +145,7 @@ class _Cells:
         if n == len(channels):
             return Strategy.DENSE
         place = selection.ExecutionContext((self._lab.backend,), "cuda", 0)
-        return selection.choice_for(self._problem, n, place).strategy
+        return selector.choice(self._problem, n, place).strategy
 
     def _calls(self, channels: ActiveChannels) -> dict[str, Call]:
         """Providers by name, dense first."""
@@ -164,7 +165,7 @@ class _Cells:
             for other in self._lab.others:
                 if other != own:
                     calls[f"{OURS} {other}"] = _layer(problem, *operands, channels, other)
-        for choice, module in selection.contestants(problem, n, place).items():
+        for choice, module in selector.candidates(problem, n, place).items():
             if not (partly or choice.strategy == Strategy.CUSTOM):
                 continue
             name = f"{OURS} {choice.strategy.name.lower()}"

@@ -24,7 +24,8 @@ from benchmarks.common.records import Record, Row
 from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.dispatch import backward as dispatch_backward
-from neq_kernels.dispatch import selection, stopwatch
+from neq_kernels.dispatch import stopwatch
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.measure.timing import Quantiles
 
 TARGET = 30e-6
@@ -146,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cli.add_common_arguments(parser)
     parser.add_argument("--seconds", type=cli.seconds, help="for each case (5; quick: 0.5)")
     args = parser.parse_args(arguments)
-    if selection.backend_for("cpu") != "cpu":
+    if selector.backends_for("cpu")[0] != "cpu":
         print(
             "benchmarks.overheads.overhead: it measures the C++ extension, which is not in use here"
         )

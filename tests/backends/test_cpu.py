@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neq_kernels.backends import cpu
 from neq_kernels.channels import WHOLE_PARAMETER, NeuronLayout
 from tests.support.arrange import (
     ANY,
@@ -22,6 +21,7 @@ from tests.support.arrange import (
     seeds,
     threads,
 )
+from tests.support.backends import cpu
 
 NAN = float("nan")
 ALL_DTYPES = (*FLOATING, torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex128)

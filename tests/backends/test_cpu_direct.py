@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neq_kernels.backends import cpu
 from neq_kernels.backends.problem import ConvGeometry, Strategy
 from neq_kernels.channels import ActiveChannels
 from tests.support import oracle
 from tests.support.arrange import threads
+from tests.support.backends import cpu
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="tests of the extension")
 

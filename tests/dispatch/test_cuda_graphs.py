@@ -9,7 +9,7 @@ import torch
 from neq_kernels import functional, ops
 from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.channels import ActiveChannels
-from neq_kernels.dispatch import backward, cuda_graphs, selection
+from neq_kernels.dispatch import backward, cuda_graphs
 from tests.support import oracle
 
 BEFORE, AFTER = [True, True, False, False, False, True], [False, True, True, True, True, False]
@@ -19,7 +19,7 @@ BEFORE, AFTER = [True, True, False, False, False, True], [False, True, True, Tru
 def _captured(monkeypatch):
     for module in (backward, cuda_graphs):
         monkeypatch.setattr(module, "captured", lambda tensor: True)
-    monkeypatch.setattr(selection, "backends_for", lambda device_type: ("aten",))
+    monkeypatch.setattr(selector, "backends_for", lambda device_type: ("aten",))
 
 
 def replayed(before, after):

@@ -11,11 +11,12 @@ import sys
 import pytest
 import torch
 
-from neq_kernels.backends import aten
 from neq_kernels.dispatch import selection
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.doctor import checks as doctor_checks
 from neq_kernels.doctor import runner
 from neq_kernels.optim import reference
+from tests.support.backends import aten
 
 
 def results() -> dict[tuple[str, str], doctor_checks.Check]:
@@ -28,7 +29,7 @@ def test_every_op_of_every_backend_passes_and_nothing_is_left_behind(monkeypatch
     checks = results()
     assert [f for check in checks.values() for f in check.failures] == []
     usable = [
-        n for n, reason in selection.backends() if reason is None and n != doctor_checks.ORACLE
+        n for n, reason in selector.availability() if reason is None and n != doctor_checks.ORACLE
     ]
     for backend in usable:
         for op in ("linear_backward", "conv_backward", "channel_similarity"):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.optim import SGD, Adam, AdamW
 
-from neq_kernels.backends import cpu
 from neq_kernels.channels import WHOLE_PARAMETER, ActiveChannels, NeuronLayout
 from neq_kernels.dispatch import selection
 from neq_kernels.optim import reference, row_steps
+from tests.support.backends import cpu
 from tests.support.row_functions import step_one
 
 SGD_FLAGS = {

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from neq_kernels.backends import cpu
 from neq_kernels.conversion.convert import convert
 from neq_kernels.layers.base import NeuronLayer
 from neq_kernels.optim import reference, row_steps
+from tests.support.backends import cpu
 
 # The implementations of the row steps this machine has.
 KERNELS = ["torch"] if cpu.unavailable() else ["torch", "cpu"]

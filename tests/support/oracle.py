@@ -20,6 +20,7 @@ from neq_kernels import ops
 from neq_kernels.backends.problem import Strategy
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.dispatch import selection
+from neq_kernels.dispatch.selection import selector
 
 CONV = (F.conv1d, F.conv2d, F.conv3d)
 CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -31,7 +32,7 @@ CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 def usable_backends() -> list[str]:
     """The backends that serve CPU tensors on this machine; one with a choice of strategies once for
     each of them too, as ``backend-strategy``."""
-    names = [name for name, reason in selection.backends() if reason is None]
+    names = [name for name, reason in selector.availability() if reason is None]
     usable = [name for name in ("reference", "aten", "cpu") if name in names]
     strategies = (Strategy.DENSE, Strategy.PACK, Strategy.CUSTOM)
     return usable + [f"cpu-{s.name}" for s in strategies if "cpu" in usable]
@@ -43,8 +44,8 @@ def forced_backend(name: str) -> Iterator[None]:
     name, _, strategy = name.partition("-")
     before = os.environ.get(selection.ENVIRONMENT_VARIABLE)
     os.environ[selection.ENVIRONMENT_VARIABLE] = name
-    selection.backends_for.cache_clear()
-    forced = selection.forced_strategy(Strategy[strategy]) if strategy else contextlib.nullcontext()
+    selector.forget()
+    forced = selector.forced_strategy(Strategy[strategy]) if strategy else contextlib.nullcontext()
     try:
         with forced:
             yield
@@ -52,7 +53,7 @@ def forced_backend(name: str) -> Iterator[None]:
         del os.environ[selection.ENVIRONMENT_VARIABLE]
         if before is not None:
             os.environ[selection.ENVIRONMENT_VARIABLE] = before
-        selection.backends_for.cache_clear()
+        selector.forget()
 
 
 # --- masks ---------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from neq_kernels.backends import cpu
 from neq_kernels.channels import NeuronLayout
+from tests.support.backends import cpu
 
 
 def step_one(

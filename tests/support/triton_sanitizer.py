@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from ttsem import harness
 from ttsem.memory import Memory
 
-from neq_kernels.backends.triton import backend as triton
 from neq_kernels.backends.triton import multi_tensor
 from neq_kernels.controllers.probe.probe import Probe
+from tests.support.backends import triton
 
 
 @contextmanager

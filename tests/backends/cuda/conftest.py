@@ -12,7 +12,6 @@ import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from neq_kernels.backends import cuda
-from neq_kernels.dispatch import selection
 from tests.cuda_on_cpu.emulator import build
 from tests.support import oracle
 from tests.support.cuda_cases import DEVICE, FOLDER
@@ -70,8 +69,8 @@ def ops(emulated_library, monkeypatch) -> Iterator[CountedOps]:
     counted = CountedOps(cuda._leaf)
     monkeypatch.setattr(cuda, "_leaf", counted)
     cuda.unavailable.cache_clear()
-    selection.forget_choices()
+    selector.forget_choices()
     with oracle.forced_backend("cuda"), full_precision():
         yield counted
     cuda.unavailable.cache_clear()
-    selection.forget_choices()
+    selector.forget_choices()

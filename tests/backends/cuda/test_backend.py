@@ -12,7 +12,7 @@ from neq_kernels import ops as public
 from neq_kernels.backends import aten, cuda
 from neq_kernels.backends.problem import ConvGeometry, Problem, Strategy
 from neq_kernels.channels import NeuronLayout
-from neq_kernels.dispatch import cuda_graphs, selection
+from neq_kernels.dispatch import selection
 from neq_kernels.doctor import checks as doctor_checks
 from neq_kernels.doctor import gradients, runner
 from tests.backends.cuda.conftest import build_emulated
@@ -65,7 +65,7 @@ def geometry(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear(dtype, mask, ops):
-    with selection.forced_strategy(Strategy.CUSTOM):
+    with selector.forced_strategy(Strategy.CUSTOM):
         for k, c in ((16, 72), (16, 1032), (48, 40), (128, 64)):
             linear(150, k, c, dtype, mask)
     assert ops.calls["linear_wgrad"] == (0 if mask in ("none", "all") else 4)
@@ -74,7 +74,7 @@ def test_linear(dtype, mask, ops):
 @pytest.mark.parametrize("mask", ["one", "random", "contiguous"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_convolutions(dtype, mask, ops):
-    with selection.forced_strategy(Strategy.CUSTOM):
+    with selector.forced_strategy(Strategy.CUSTOM):
         conv((2, 16, 7, 9), 24, (3, 3), geometry(), dtype, mask)
         conv((2, 16, 7, 9), 72, (3, 3), geometry((2, 2)), dtype, mask)
         conv((2, 16, 7, 9), 128, (1, 1), geometry(padding=(0, 0)), dtype, mask)
@@ -85,7 +85,7 @@ def test_convolutions(dtype, mask, ops):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_depthwise_convolutions(dtype, layout, ops):
-    with selection.forced_strategy(Strategy.CUSTOM):
+    with selector.forced_strategy(Strategy.CUSTOM):
         for kernel, per_input in (((3, 3), 1), ((5, 3), 2)):
             k = 12 * per_input
             conv((2, 12, 7, 9), k, kernel, geometry(groups=12), dtype, "random", layout)
@@ -94,7 +94,7 @@ def test_depthwise_convolutions(dtype, layout, ops):
 
 @pytest.mark.parametrize("mask", ["one", "random", "contiguous"])
 def test_packing_in_front_of_the_library(mask, ops):
-    with selection.forced_strategy(Strategy.PACK):
+    with selector.forced_strategy(Strategy.PACK):
         linear(150, 64, 40, torch.float32, mask)
         conv((2, 16, 7, 9), 24, (3, 3), geometry(), torch.float32, mask)
         conv((2, 16, 7, 9), 24, (3, 3), geometry(), torch.float32, mask, torch.contiguous_format)
@@ -105,7 +105,7 @@ def test_packing_in_front_of_the_library(mask, ops):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_do_not_start_at_multiples_of_16_bytes_are_copied(dtype, ops):
-    with selection.forced_strategy(Strategy.CUSTOM):
+    with selector.forced_strategy(Strategy.CUSTOM):
         for offset in (1, 3):
             linear(70, 16, 24, dtype, "random", offset)
     assert ops.calls["linear_wgrad"] == 2
@@ -121,7 +121,7 @@ def test_what_the_kernels_cannot_serve_is_left_to_the_library(ops):
     assert Strategy.CUSTOM in cuda.strategies(last)
     huge = last._replace(input_size=(2**27, 8, 5, 5))
     assert Strategy.CUSTOM not in cuda.strategies(huge)
-    with selection.forced_strategy(Strategy.CUSTOM):
+    with selector.forced_strategy(Strategy.CUSTOM):
         linear(32, 16, 9, torch.float32, "random")
     assert ops.calls["linear_wgrad"] == 0
 
@@ -139,7 +139,7 @@ def test_what_is_numbered_in_more_than_31_bits_is_the_librarys():
 @pytest.mark.parametrize(("t", "inputs"), [(4, 0), (0, 8), (0, 0)])
 def test_a_layer_without_inputs_or_rows(t, inputs, mask, ops):
     """Its weight is empty, or no kernel has anything to read."""
-    with selection.forced_strategy(Strategy.CUSTOM):
+    with selector.forced_strategy(Strategy.CUSTOM):
         linear(t, 16, inputs, torch.float32, mask)
     assert ops.calls["linear_wgrad"] == 0
 
@@ -154,8 +154,8 @@ def test_few_rows_of_a_convolution(inputs, padding, ops):
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_replayed_count_is_read_on_the_device(mask, ops, monkeypatch):
     """The host believes that all are active."""
-    monkeypatch.setattr(cuda_graphs, "_rehearsed", {})
-    with cuda_graphs.capturable():
+    monkeypatch.setattr(selector.rehearsal, "_rehearsed", {})
+    with selection.capturable():
         linear(70, 48, 24, torch.float16, mask)
         conv((2, 16, 7, 9), 48, (3, 3), geometry(), torch.float16, mask)
         conv((2, 12, 7, 9), 12, (3, 3), geometry(groups=12), torch.float16, mask)

@@ -12,7 +12,6 @@ from torch import nn
 
 import neq_kernels as neq
 from neq_kernels.backends.problem import Strategy
-from neq_kernels.dispatch import selection
 from neq_kernels.layers.traversal import named_neuron_layers
 from tests.backends.triton.test_training import Block, masks
 from tests.support import oracle
@@ -72,7 +71,7 @@ def test_training_equals_the_references(strategy, optimizer, ops):
         with oracle.forced_backend("reference"):
             F.cross_entropy(plain(images.double()), labels).backward()
             both[0][1].step()
-        with selection.forced_strategy(strategy):
+        with selector.forced_strategy(strategy):
             F.cross_entropy(model(images.to(**last)), labels.to(DEVICE)).backward()
         for _, layer in named_neuron_layers(model):
             for parameter in layer.parameters():

@@ -27,7 +27,7 @@ def test_the_count_on_the_device_decides(groups, then, now, device):
 @pytest.mark.parametrize("groups", [None, 1], ids=["linear", "conv"])
 def test_what_was_rehearsed_is_captured(groups, device, monkeypatch, caplog):
     """And what was not is captured densely, with one warning for each problem."""
-    monkeypatch.setattr(cuda_graphs, "_rehearsed", {})
+    monkeypatch.setattr(selector.rehearsal, "_rehearsed", {})
     used, backend = [], triton.linear_backward if groups is None else triton.conv_backward
 
     def counted(*arguments, **more):
@@ -50,8 +50,8 @@ def test_what_was_rehearsed_is_captured(groups, device, monkeypatch, caplog):
 def test_the_kernel_of_the_table_is_rehearsed(device, monkeypatch):
     """Its settings are those that won with everything active."""
     problem = Problem((50, 16), (8, 16), None, False, torch.float16)
-    monkeypatch.setattr(cuda_graphs, "_rehearsed", {})
-    chosen = list(selection.contestants(problem, 8, selection.place_of(device)))[-1]
+    monkeypatch.setattr(selector.rehearsal, "_rehearsed", {})
+    chosen = list(selector.candidates(problem, 8, selector.context(device)))[-1]
     assert chosen.settings
     monkeypatch.setattr(selection, "choice_for", lambda *_: chosen)
     given, backend = [], triton.linear_backward

@@ -13,7 +13,6 @@ import neq_kernels as neq
 from neq_kernels.backends.problem import Strategy
 from neq_kernels.backends.triton import backend as triton
 from neq_kernels.backends.triton import conv_wgrad, depthwise_wgrad, linear_wgrad
-from neq_kernels.dispatch import selection
 from neq_kernels.layers.traversal import named_neuron_layers
 from tests.support import oracle
 from tests.support.gpu_cases import DTYPES, EXECUTOR
@@ -81,7 +80,7 @@ def test_training_equals_the_dense_one_with_its_frozen_rows_put_back(
     layout, strategy, device, monkeypatch
 ):
     """Gradients, optimizer steps and the similarities of the controller."""
-    assert EXECUTOR == "cuda" or selection.backend_for("cuda") == "triton"
+    assert EXECUTOR == "cuda" or selector.backends_for("cuda")[0] == "triton"
     plain = network().double()
     model = neq.convert(copy.deepcopy(plain).float().to(device, memory_format=layout))
     steps = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (plain, model)]
@@ -97,7 +96,7 @@ def test_training_equals_the_dense_one_with_its_frozen_rows_put_back(
             layer.channels.set(torch.tensor(active[name], dtype=torch.int64))
         images, labels = batch(step)
         F.cross_entropy(plain(images.double()), labels).backward()
-        with selection.forced_strategy(strategy):
+        with selector.forced_strategy(strategy):
             on_device = images.to(device, memory_format=layout)
             F.cross_entropy(model(on_device), labels.to(device)).backward()
         for name, layer in named_neuron_layers(model):
