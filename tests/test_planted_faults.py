@@ -9,6 +9,8 @@ from torch import Tensor
 from neq_kernels.backends import aten, cpu
 from neq_kernels.backends.problem import KernelChoice, Strategy
 from neq_kernels.dispatch import selection
+
+# These tests are run over the faults.
 from tests import test_ops, test_ops_precision
 from tests.support import oracle
 from tests.support.op_cases import CONVS, MASKS
