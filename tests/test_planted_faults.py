@@ -8,6 +8,8 @@ from torch import Tensor
 
 from neq_kernels.backends.problem import KernelChoice, Strategy
 from neq_kernels.dispatch import selection
+
+# These tests are run over the faults.
 from tests import test_ops, test_ops_precision
 from tests.support import oracle
 from tests.support.backends import aten, cpu

@@ -5,9 +5,8 @@ import torch
 import torch.multiprocessing as mp
 
 from neq_kernels.controllers import NEqController
-from tests.controllers.probe.test_probe import assert_same
 from tests.support import ranks
-from tests.support.nets import conv_net, images, train
+from tests.support.nets import assert_same, conv_net, images, train
 
 
 @pytest.fixture(scope="module")

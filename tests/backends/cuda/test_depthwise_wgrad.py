@@ -11,10 +11,10 @@ from torch import Tensor
 
 from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.channels import ActiveChannels
-from tests.backends.triton.test_conv_wgrad import LAYOUTS, geometry, operands
 from tests.cuda_on_cpu.emulator import MODES, EmulationError, Launch, Library, Mode, Run, build
 from tests.support.cuda_cases import DTYPES, FOLDER, SMALLEST, pointer, poisoned
 from tests.support.gpu_cases import MASKS, assert_gradient, channels
+from tests.support.wgrad_operands import LAYOUTS, conv_operands, geometry
 
 
 class Cut(ctypes.Structure):
@@ -96,7 +96,7 @@ def check_tensors(chosen, dy, x, kernel, g, how) -> list[Launch]:
 
 def check(problem, g, mask, dtype, layout, **how) -> list[Launch]:
     images, c, k, size, kernel = problem
-    dy, x, _ = operands(images, c, k, size, kernel, g, dtype, layout)
+    dy, x, _ = conv_operands(images, c, k, size, kernel, g, dtype, layout)
     return check_tensors(channels(k, mask), dy, x, kernel, g, How(**how))
 
 
@@ -219,7 +219,7 @@ def test_tensors_that_start_anywhere(dtype, layout):
     g = geometry(padding=(1, 1), groups=8)
     for size in ((3, 1), (1, 5), (7, 7), (11, 6)):
         for by in range(1, 4 if dtype == torch.float32 else 8):
-            dy, x, _ = operands(2, 8, 8, size, (3, 3), g, dtype, layout)
+            dy, x, _ = conv_operands(2, 8, 8, size, (3, 3), g, dtype, layout)
             chosen = channels(8, "all" if by % 2 else "random")
             dy[:, chosen.frozen] = x[:, chosen.frozen] = torch.nan
             tensors = shifted(dy, by), shifted(x, 3 * by % (16 // x.element_size()))
@@ -241,7 +241,7 @@ def test_images_beside_each_other_and_cut(width):
 def test_any_number_of_neurons(dtype):
     """Whose sectors lie across the borders of blocks."""
     g = geometry(padding=(1, 1), groups=48)
-    dy, x, _ = operands(2, 48, 96, (5, 9), (3, 3), g, dtype, "nhwc")
+    dy, x, _ = conv_operands(2, 48, 96, (5, 9), (3, 3), g, dtype, "nhwc")
     generator = torch.Generator().manual_seed(5)
     for active in (1, 2, 5, 15, 16, 17, 20, 31, 32, 33, 40, 64, 95):
         for last in (96, active + 1):
@@ -264,7 +264,7 @@ def test_fewer_active_than_provided_for(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_nan_of_frozen_channels_reaches_nothing(layout, side):
     g = geometry(padding=(1, 1), groups=24)
-    dy, x, _ = operands(2, 24, 24, (5, 9), (side, side), g, torch.float16, layout)
+    dy, x, _ = conv_operands(2, 24, 24, (5, 9), (side, side), g, torch.float16, layout)
     chosen = channels(24, "random")
     dy[:, chosen.frozen] = x[:, chosen.frozen] = torch.nan
     check_tensors(chosen, dy, x, (side, side), g, How())
@@ -275,7 +275,7 @@ def test_nan_of_frozen_channels_reaches_nothing(layout, side):
 def test_bits_do_not_depend_on_the_order_of_threads(layout, side):
     g = geometry(padding=(1, 1), groups=16)
     for dtype in (torch.float32, torch.float16):
-        dy, x, _ = operands(3, 16, 16, (9, 13), (side, side), g, dtype, layout)
+        dy, x, _ = conv_operands(3, 16, 16, (9, 13), (side, side), g, dtype, layout)
         found = [
             wgrad(channels(16, "random"), dy, x, (side, side), g, How(parts=2, rows=4, mode=mode))
             for mode in MODES
@@ -297,7 +297,7 @@ def sectors(t: Tensor, neurons: Tensor) -> int:
 def test_operands_are_read_once(dtype, layout, mask):
     """Within 1.25 of the sectors of X and dY that hold needed elements, and the gradients."""
     g = geometry(padding=(1, 1), groups=64)
-    dy, x, _ = operands(4, 64, 64, (28, 28), (3, 3), g, dtype, layout)
+    dy, x, _ = conv_operands(4, 64, 64, (28, 28), (3, 3), g, dtype, layout)
     chosen = channels(64, "random")
     if mask != "random":
         chosen.set(list(range(64)) if mask == "all" else list(range(16, 48)))
@@ -334,7 +334,7 @@ def check_faults(kernels: Library) -> None:
         ):
             check(problem, g, mask, torch.float16, layout, rows=4, parts=2, kernels=kernels)
     g = geometry(padding=(1, 1), groups=3)
-    dy, x, _ = operands(2, 3, 3, (5, 7), (3, 3), g, torch.float16, "nchw")
+    dy, x, _ = conv_operands(2, 3, 3, (5, 7), (3, 3), g, torch.float16, "nchw")
     how = How(parts=2, kernels=kernels)
     check_tensors(channels(3, "all"), shifted(dy, 3), shifted(x, 5), (3, 3), g, how)
 

@@ -13,9 +13,9 @@ from torch import nn
 import neq_kernels as neq
 from neq_kernels.backends.problem import Strategy
 from neq_kernels.layers.traversal import named_neuron_layers
-from tests.backends.triton.test_training import Block, masks
 from tests.support import oracle
 from tests.support.cuda_cases import DEVICE
+from tests.support.resnet import Block, masks
 
 STEPS = 3
 

@@ -10,19 +10,11 @@ from benchmarks.common.gpu_device import OUT_OF_MEMORY, DeviceLost
 from benchmarks.kernels import comparison, gpu, layer_shapes, peers
 from benchmarks.kernels.gpu import Options
 from benchmarks.kernels.layer_shapes import Shape
-from neq_kernels.backends.problem import ConvGeometry, KernelChoice, Problem, Strategy
+from neq_kernels.backends.problem import KernelChoice, Strategy
 from neq_kernels.dispatch import selection
 from tests.support.fake_gpu import TickingClock, lab
+from tests.support.small_problems import CONV, LINEAR, SHAPE
 
-CONV = Problem(
-    (2, 8, 6, 6),
-    (12, 8, 3, 3),
-    ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1),
-    True,
-    torch.float32,
-)
-LINEAR = Problem((40, 8), (12, 8), None, False, torch.float32)
-SHAPE = Shape("net", "conv", CONV)
 OPTIONS = Options(shares=(1.0, 0.5), seconds=1e-3)
 
 
@@ -128,7 +120,7 @@ def test_out_of_memory_and_faults_are_rows(monkeypatch):
     def no_operands(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(gpu.contest, "operands", no_operands)
+    monkeypatch.setattr(gpu.trial, "operands", no_operands)
     found = rows()
     assert [row["error"] for row in found] == [OUT_OF_MEMORY] * 2
     assert [row["share"] for row in found] == [1.0, 0.5]
