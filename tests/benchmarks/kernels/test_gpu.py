@@ -128,7 +128,7 @@ def test_out_of_memory_and_faults_are_rows(monkeypatch):
     def no_operands(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(gpu.contest, "operands", no_operands)
+    monkeypatch.setattr(gpu.trial, "operands", no_operands)
     found = rows()
     assert [row["error"] for row in found] == [OUT_OF_MEMORY] * 2
     assert [row["share"] for row in found] == [1.0, 0.5]
