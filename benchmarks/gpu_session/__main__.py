@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{cli.USER_ERROR} for a mistake in the arguments, {cli.NO_GPU} without a GPU",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder (%(default)s)")
-    parser.add_argument("--minutes", type=_minutes, default=MINUTES, help="in all (%(default)g)")
+    parser.add_argument("--minutes", type=cli.minutes, default=MINUTES, help="in all (%(default)g)")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES, help="default: all")
     given = parser.parse_args(arguments)
     if not gpu_device.found():
@@ -155,17 +155,6 @@ def _interruptible(options: Options, record: Record) -> int:
     except Interrupted as interrupted:
         record.add({"phase": "all", "status": f"interrupted by {interrupted}"})
         return interrupted.exit_code
-
-
-def _minutes(text: str) -> float:
-    """An argument type: a number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected minutes above 0, got {text!r}")
-    return value
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.common import html
+from benchmarks.common import cli, html
 from benchmarks.common.interrupt import Interrupted, Interruptible
 from benchmarks.training.report import report
 from benchmarks.training.report.results import Result
@@ -89,7 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="few images and epochs, one minute")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to (over)write")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
+    parser.add_argument(
+        "--threads", type=cli.positive, help="CPU threads (default: PyTorch's own choice)"
+    )
     given = parser.parse_args(arguments)
     plan = QUICK if given.quick else FULL
     plan = replace(plan, base=replace(plan.base, threads=given.threads))
