@@ -44,7 +44,7 @@ LEAST_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Options:
+class SessionOptions:
     """What is measured, and where it is written."""
 
     out: Path
@@ -52,7 +52,7 @@ class Options:
     minutes: float = MINUTES
 
 
-def run(options: Options, record: Record, check: Callable[[], None] = lambda: None) -> int:
+def run(options: SessionOptions, record: Record, check: Callable[[], None] = lambda: None) -> int:
     """All phases, one after the other; the exit code. What they found is in ``record``, and in
     records of their own beside it."""
     whole = Deadline.after(60 * options.minutes)
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return cli.USER_ERROR
-    options = Options(given.out, phases, given.minutes)
+    options = SessionOptions(given.out, phases, given.minutes)
     settings: dict[str, Any] = {"phases": phases, "minutes": given.minutes}
     try:
         with Record(given.out, NAME, settings | {"gpu": gpu_device.facts()}) as record:
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _interruptible(options: Options, record: Record) -> int:
+def _interruptible(options: SessionOptions, record: Record) -> int:
     try:
         with Interruptible() as stop:
             return run(options, record, stop.check)

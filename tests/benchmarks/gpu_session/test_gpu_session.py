@@ -30,7 +30,7 @@ from tests.support import fake_gpu
 from tests.support.fake_gpu import FakeNvml
 from tests.support.step_workloads import TINY
 
-CASE = replace(TINY["tiny"], layouts=("nhwc",), autocast=torch.bfloat16)
+WORKLOAD = replace(TINY["tiny"], layouts=("nhwc",), autocast=torch.bfloat16)
 GOOD = json.dumps(
     {"op": "conv_backward", "backend": "aten", "device": "cuda", "cases": 9, "failures": []}
 )
@@ -64,14 +64,16 @@ def card(monkeypatch, tmp_path):
     shapes = [SHAPE, replace(SHAPE, layer="linear", problem=LINEAR)]
     shapes.append(replace(SHAPE, problem=CONV._replace(channels_last=False)))
     monkeypatch.setattr(kernels_gpu, "gpu_shapes", lambda: shapes)
-    small = kernels_gpu.Options((1.0, 0.5, 0.1), 1e-4)
-    monkeypatch.setattr(kernels_gpu, "Options", lambda failed: replace(small, failed=failed))
-    steps = steps_gpu.Options((1.0, 0.5), 1e-3, 2)
-    monkeypatch.setattr(steps_gpu, "Options", lambda failed: replace(steps, failed=failed))
-    energy = gpu_energy.Options((0.5,), 5e-3, 2)
-    monkeypatch.setattr(gpu_energy, "Options", lambda failed: replace(energy, failed=failed))
+    small = kernels_gpu.GpuKernelOptions((1.0, 0.5, 0.1), 1e-4)
+    monkeypatch.setattr(
+        kernels_gpu, "GpuKernelOptions", lambda failed: replace(small, failed=failed)
+    )
+    steps = steps_gpu.GpuStepOptions((1.0, 0.5), 1e-3, 2)
+    monkeypatch.setattr(steps_gpu, "GpuStepOptions", lambda failed: replace(steps, failed=failed))
+    energy = gpu_energy.EnergyOptions((0.5,), 5e-3, 2)
+    monkeypatch.setattr(gpu_energy, "EnergyOptions", lambda failed: replace(energy, failed=failed))
     for module in (steps_gpu, gpu_energy):
-        monkeypatch.setattr(module, "GPU_CASES", (CASE,))
+        monkeypatch.setattr(module, "GPU_WORKLOADS", (WORKLOAD,))
     nvml = FakeNvml()
     monkeypatch.setattr(
         gpu_energy, "EnergyMeter", lambda gpus: EnergyMeter(gpus=[0], powercap=tmp_path, nvml=nvml)
