@@ -9,7 +9,7 @@ import torch
 
 import neq_kernels as neq
 from benchmarks.common.records import load
-from benchmarks.common.workloads import WORKLOADS, output_layer, random_masks
+from benchmarks.common.workloads import WORKLOADS, output_layer, random_masks, set_masks
 from benchmarks.steps import comparison, cpu
 from benchmarks.steps.correctness import differences
 from neq_kernels.measure import bandwidth
@@ -82,11 +82,11 @@ def wrong_mask(model, masks, r):
     neq_masks = dict(masks)
     first = next(iter(neq_masks))
     neq_masks[first] = (neq_masks[first] + 1) % 8
-    cpu.set_masks(model, neq_masks)
+    set_masks(model, neq_masks)
 
 
 def scaled_gradient(model, masks, r):
-    cpu.set_masks(model, masks)
+    set_masks(model, masks)
     model[0].weight.register_hook(lambda grad: grad * 1.01)
 
 
