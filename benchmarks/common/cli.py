@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,22 +72,33 @@ def positive(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """An argument type: a number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}")
-    return value
+    """An argument type: a finite number above 0."""
+    return _time(text, "seconds")
+
+
+def minutes(text: str) -> float:
+    """As :func:`seconds`."""
+    return _time(text, "minutes")
 
 
 def share(text: str) -> float:
     """An argument type: a number from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = _number(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"expected a share between 0 and 1, got {text!r}")
     return value
+
+
+def _time(text: str, unit: str) -> float:
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected {unit} above 0, got {text!r}")
+    return value
+
+
+def _number(text: str) -> float:
+    """NaN, which no comparison holds of, where ``text`` is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -11,7 +11,6 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "benchmarks" / "README.md"
 
 
 def replace_file(path: Path, content: bytes) -> None:

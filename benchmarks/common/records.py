@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -86,18 +88,35 @@ def load(path: str | Path) -> tuple[Row, list[Row]]:
     return lines[0], lines[1:]
 
 
-def read_csv(path: Path) -> list[Row]:
-    """The rows of a table that :func:`write_csv` wrote, numbers as floats."""
-    with path.open() as file:
-        file.readline()
-        return [{name: _number(text) for name, text in row.items()} for row in csv.DictReader(file)]
+def load_csv(path: Path) -> tuple[Row, list[Row]]:
+    """Command and machine, and the rows of a table that :func:`write_csv` wrote; what is empty in a
+    row is left out.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file does not begin as such a table does.
+    """
+    with path.open(newline="") as file:
+        first = file.readline()
+        if not first.startswith("# command: "):
+            raise ValueError(f"{path}: expected a first line '# command: ...', got {first!r}")
+        pairs = re.split(r"; (?=\w+: )", first.strip().removeprefix("# "))
+        about = dict(pair.split(": ", 1) for pair in pairs)
+        rows = [
+            {name: _value(text) for name, text in row.items() if text != ""}
+            for row in csv.DictReader(file)
+        ]
+    return {"command": about.pop("command"), "machine": about}, rows
 
 
-def _number(text: str) -> float | str:
-    try:
+def _value(text: str) -> Any:
+    if text in ("True", "False"):
+        return text == "True"
+    with suppress(ValueError):
+        return int(text)
+    with suppress(ValueError):
         return float(text)
-    except ValueError:
-        return text
+    return text
 
 
 def write_csv(path: Path, header: Row, rows: Sequence[Row]) -> None:

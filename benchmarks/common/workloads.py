@@ -34,7 +34,7 @@ def mlp(num_classes: int = 10, in_channels: int = 1024, width: int = 1024) -> nn
 
 
 @dataclass(frozen=True)
-class Case:
+class Workload:
     """One network and its batch.
 
     Attributes:
@@ -85,7 +85,7 @@ class Case:
         ]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Of a forward, under autocast if the case asks for it."""
+        """Of a forward, under autocast if the workload asks for it."""
         if self.autocast is None:
             return loss(model, batch)
         with torch.autocast(self.device, self.autocast):
@@ -125,21 +125,21 @@ def _named(model: str) -> Callable[..., nn.Module]:
 
 
 # ViT's one convolution is its patch embedding, so memory format makes no difference worth a row.
-CASES = {
-    case.name: case
-    for case in (
-        Case("resnet32", _named("resnet32"), 128, (3, 32, 32)),
-        Case("resnet18", _named("torchvision:resnet18"), 16, (3, 128, 128), 1000),
-        Case("resnet50", _named("torchvision:resnet50"), 8, (3, 128, 128), 1000),
-        Case(
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("resnet32", _named("resnet32"), 128, (3, 32, 32)),
+        Workload("resnet18", _named("torchvision:resnet18"), 16, (3, 128, 128), 1000),
+        Workload("resnet50", _named("torchvision:resnet50"), 8, (3, 128, 128), 1000),
+        Workload(
             "mobilenet_v3_small",
             _named("torchvision:mobilenet_v3_small"),
             32,
             (3, 128, 128),
             1000,
         ),
-        Case("convnext_tiny", _named("torchvision:convnext_tiny"), 8, (3, 128, 128), 1000),
-        Case(
+        Workload("convnext_tiny", _named("torchvision:convnext_tiny"), 8, (3, 128, 128), 1000),
+        Workload(
             "vit_b_16",
             _named("torchvision:vit_b_16"),
             16,
@@ -148,12 +148,12 @@ CASES = {
             layouts=("nchw",),
             options={"image_size": 64},
         ),
-        Case("mlp", mlp, 512, (1024,), layouts=("any",)),
+        Workload("mlp", mlp, 512, (1024,), layouts=("any",)),
     )
 }
 _ON_GPU: Mapping[str, Any] = {"device": "cuda", "autocast": torch.bfloat16}
-GPU_CASES = (
-    Case(
+GPU_WORKLOADS = (
+    Workload(
         "resnet50",
         _named("torchvision:resnet50"),
         128,
@@ -162,7 +162,7 @@ GPU_CASES = (
         layouts=("nhwc",),
         **_ON_GPU,
     ),
-    Case(
+    Workload(
         "mlp_4x4096",
         mlp,
         8192,
@@ -171,7 +171,7 @@ GPU_CASES = (
         options={"in_channels": 4096, "width": 4096},
         **_ON_GPU,
     ),
-    Case(
+    Workload(
         "vit_b_16",
         _named("torchvision:vit_b_16"),
         64,

@@ -44,7 +44,7 @@ LEAST_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Options:
+class SessionOptions:
     """What is measured, and where it is written."""
 
     out: Path
@@ -52,7 +52,7 @@ class Options:
     minutes: float = MINUTES
 
 
-def run(options: Options, record: Record, check: Callable[[], None] = lambda: None) -> int:
+def run(options: SessionOptions, record: Record, check: Callable[[], None] = lambda: None) -> int:
     """All phases, one after the other; the exit code. What they found is in ``record``, and in
     records of their own beside it."""
     whole = Deadline.after(60 * options.minutes)
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{cli.USER_ERROR} for a mistake in the arguments, {cli.NO_GPU} without a GPU",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder (%(default)s)")
-    parser.add_argument("--minutes", type=_minutes, default=MINUTES, help="in all (%(default)g)")
+    parser.add_argument("--minutes", type=cli.minutes, default=MINUTES, help="in all (%(default)g)")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES, help="default: all")
     given = parser.parse_args(arguments)
     if not gpu_device.found():
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return cli.USER_ERROR
-    options = Options(given.out, phases, given.minutes)
+    options = SessionOptions(given.out, phases, given.minutes)
     settings: dict[str, Any] = {"phases": phases, "minutes": given.minutes}
     try:
         with Record(given.out, NAME, settings | {"gpu": gpu_device.facts()}) as record:
@@ -148,24 +148,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _interruptible(options: Options, record: Record) -> int:
+def _interruptible(options: SessionOptions, record: Record) -> int:
     try:
         with Interruptible() as stop:
             return run(options, record, stop.check)
     except Interrupted as interrupted:
         record.add({"phase": "all", "status": f"interrupted by {interrupted}"})
         return interrupted.exit_code
-
-
-def _minutes(text: str) -> float:
-    """An argument type: a number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected minutes above 0, got {text!r}")
-    return value
 
 
 if __name__ == "__main__":

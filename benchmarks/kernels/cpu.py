@@ -42,7 +42,7 @@ ALWAYS = (DENSE, PEER, OURS)
 
 
 @dataclass(frozen=True)
-class Options:
+class KernelOptions:
     """What is measured besides dense, the strongest peer and ours."""
 
     shares: Sequence[str]
@@ -52,7 +52,7 @@ class Options:
     seconds: float
 
 
-def measure(shape: Shape, options: Options, run: int) -> Iterator[Row]:
+def measure(shape: Shape, options: KernelOptions, run: int) -> Iterator[Row]:
     """Rows of one shape. A provider whose gradient is wrong is not timed; its row says so."""
     problem = shape.problem
     grad_output, input, weight = trial.operands(problem)
@@ -99,7 +99,7 @@ def _providers(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
-    options: Options,
+    options: KernelOptions,
 ) -> dict[str, Callable[[], Tensor]]:
     calls: dict[str, Callable[[], Tensor]] = {}
     active, n = channels.active, channels.n_active
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     cli.prepare(args)
     runs = args.runs or (1 if args.quick else 2)
-    options = Options(
+    options = KernelOptions(
         shares=args.shares or (QUICK_SHARES if args.quick else SHARES),
         peers=args.peers,
         strategies=args.strategies,

@@ -49,7 +49,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Options:
+class GpuKernelOptions:
     """``seconds`` for each cell; backends in ``failed`` are not timed."""
 
     shares: tuple[float, ...] = SHARES
@@ -61,7 +61,7 @@ Call = Callable[[], Tensor]
 
 
 def measure(
-    shape: Shape, options: Options, lab: Lab, deadline: Deadline, check: Callable[[], None]
+    shape: Shape, options: GpuKernelOptions, lab: Lab, deadline: Deadline, check: Callable[[], None]
 ) -> Iterator[Row]:
     """Rows of one shape: of every provider with every share of its channels active. What is wrong,
     fails or has no time left says so."""
@@ -94,7 +94,7 @@ def measure(
 class _Cells:
     """The operands of one shape on the device, and their exact gradient."""
 
-    def __init__(self, problem: Problem, options: Options, lab: Lab) -> None:
+    def __init__(self, problem: Problem, options: GpuKernelOptions, lab: Lab) -> None:
         self._problem, self._options, self._lab = problem, options, lab
         self._operands = trial.operands(problem, lab.device)
         self._exact = comparison.exact_gradient(problem, *self._operands)
@@ -214,7 +214,7 @@ def _rounding(problem: Problem) -> float:
 
 
 def run(
-    shapes: Sequence[Shape], options: Options, lab: Lab, deadline: Deadline, record: Record
+    shapes: Sequence[Shape], options: GpuKernelOptions, lab: Lab, deadline: Deadline, record: Record
 ) -> bool:
     """Measure, print and write every cell; whether every gradient was right."""
     table = cli.Table(COLUMNS)
@@ -265,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not gpu_device.found():
         return gpu_device.nothing_measured()
     lab = Lab.on_gpu()
-    options = Options(failed=tuple(given.failed))
+    options = GpuKernelOptions(failed=tuple(given.failed))
     try:
         with Record(given.out, NAME, asdict(options) | {"backend": lab.backend}) as record:
             right = run(gpu_shapes(), options, lab, deadline, record)

@@ -35,8 +35,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import cli
-from benchmarks.common.files import PAGE, RESULTS, replace_file
-from benchmarks.common.records import Record, Row, read_csv
+from benchmarks.common.files import RESULTS
+from benchmarks.common.readme_block import Block
+from benchmarks.common.records import Record, Row, load_csv
 from benchmarks.kernels.data_sheets import GPUS, Gpu
 from benchmarks.kernels.layer_shapes import Shape, gpu_shapes
 from neq_kernels.backends.problem import Problem
@@ -48,8 +49,7 @@ SECTOR, ITEM = 32, 2
 FEW = 16
 TABLE = RESULTS / "roofline.csv"
 TRAFFIC = RESULTS / "traffic.csv"
-BEGIN = "<!-- roofline: begin (written by python -m benchmarks.kernels.roofline --publish) -->\n"
-END = "<!-- roofline: end -->\n"
+BLOCK = Block("roofline", "python -m benchmarks.kernels.roofline --publish")
 COLUMNS = (
     ("layer", -36),
     ("layout", -6),
@@ -249,10 +249,15 @@ def page_table(rows: Sequence[Row], gpu: str = "H100") -> str:
 
 
 def _cell(row: Row) -> str:
-    known = row["predicted_own_seconds_with_ratio"]
+    known = row.get("predicted_own_seconds_with_ratio")
     bracket = f" ({row['predicted_dense_seconds'] / known:.2f})" if known else ""
     own, packed = row["predicted_speedup_own"], row["predicted_speedup_packed"]
     return f"{own:.2f}{bracket} / {packed:.2f} {row['predicted_own_bound']}"
+
+
+def published() -> str:
+    """The block's text, from the committed table."""
+    return page_table(load_csv(TABLE)[1])
 
 
 def publish(csv: Path) -> list[Path]:
@@ -261,14 +266,11 @@ def publish(csv: Path) -> list[Path]:
     Raises:
         ValueError: the page has no place for the table.
     """
-    text = PAGE.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{PAGE.name}: expected the lines {BEGIN.strip()!r} and {END.strip()!r}")
+    BLOCK.text()
     TABLE.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(csv, TABLE)
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    replace_file(PAGE, (before + BEGIN + page_table(read_csv(TABLE)) + END + after).encode())
-    return [TABLE, PAGE]
+    BLOCK.write(published())
+    return [TABLE, BLOCK.page]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -287,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--publish", action="store_true", help="write the tables of the repository")
     given = parser.parse_args(arguments)
     try:
-        traffic = read_csv(given.traffic) if given.traffic.exists() else []
+        traffic = load_csv(given.traffic)[1] if given.traffic.exists() else []
         with Record(given.out, "roofline", {"traffic": str(given.traffic)}) as record:
             print(NOTICE)
             table = cli.Table(COLUMNS)

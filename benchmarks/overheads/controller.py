@@ -21,13 +21,13 @@ from torch import Tensor, nn
 import neq_kernels as neq
 from benchmarks.common import cli
 from benchmarks.common.records import Record, Row
-from benchmarks.common.workloads import CASES, SEED, Case, Layout, loss
+from benchmarks.common.workloads import SEED, WORKLOADS, Layout, Workload, loss
 from benchmarks.overheads.peak_memory import peak_allocated
 from neq_kernels.layers.traversal import named_neuron_layers
 from neq_kernels.measure import PhaseClock, Variant
 from neq_kernels.measure.timing import PHASES, Quantiles, run_step
 
-CASE = "resnet32"
+MODEL = "resnet32"
 EPOCH_IMAGES = 50_000
 PROBE_IMAGES = 50
 MOST_TIME = 0.01
@@ -49,16 +49,16 @@ COLUMNS = (
 )
 
 
-def measure(case: Case, layout: Layout, rounds: int) -> Row:
+def measure(workload: Workload, layout: Layout, rounds: int) -> Row:
     """Training steps and controller steps in turns; then the memory of one more."""
-    model = case.model(layout)
+    model = workload.model(layout)
     variant = Variant(
         "dense", model, loss, torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     )
-    watched = neq.convert(case.model(layout))
-    probe = case.batches(layout, 1)[0][0][:PROBE_IMAGES]
+    watched = neq.convert(workload.model(layout))
+    probe = workload.batches(layout, 1)[0][0][:PROBE_IMAGES]
     controller = neq.NEqController(watched, [probe])
-    batches = case.batches(layout)
+    batches = workload.batches(layout)
     for i in range(WARMUP + rounds):
         if i in (0, WARMUP):
             clock = PhaseClock()
@@ -69,11 +69,11 @@ def measure(case: Case, layout: Layout, rounds: int) -> Row:
     _drift(watched)
     peak = peak_allocated(controller.step)
     return {
-        "model": case.name,
+        "model": workload.name,
         "layout": layout,
         "rounds": rounds,
         "probe_images": len(probe),
-        **_time(clock, math.ceil(EPOCH_IMAGES / case.images)),
+        **_time(clock, math.ceil(EPOCH_IMAGES / workload.images)),
         **_memory(watched, probe, _bytes(controller.state_dict()["memory"].values()), peak),
     }
 
@@ -160,12 +160,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cli.prepare(given)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks otherwise
     torch.manual_seed(SEED)
-    case = CASES[CASE]
+    workload = WORKLOADS[MODEL]
     rounds = given.rounds or (QUICK_ROUNDS if given.quick else ROUNDS)
     settings = {
         "rounds": rounds,
         "probe_images": PROBE_IMAGES,
-        "epoch": f"{EPOCH_IMAGES} images in batches of {case.images}",
+        "epoch": f"{EPOCH_IMAGES} images in batches of {workload.images}",
         "targets": {"share of an epoch": MOST_TIME, "memory": MOST_MEMORY},
     }
     try:
@@ -175,8 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return cli.USER_ERROR
     with record:
         table = cli.Table(COLUMNS)
-        for layout in case.layouts[:1] if given.quick else case.layouts:
-            row = measure(case, layout, rounds)
+        for layout in workload.layouts[:1] if given.quick else workload.layouts:
+            row = measure(workload, layout, rounds)
             record.add(row)
             show(table, row)
     print(record.path)

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.common import allocator, cli
 from benchmarks.common.records import Record, Row
-from benchmarks.common.workloads import CASES, Layout, loss, random_masks
+from benchmarks.common.workloads import WORKLOADS, Layout, loss, random_masks
 from benchmarks.steps.comparison import DENSE, OPTIMIZERS, OURS
 from neq_kernels.measure import Variant, step_time
 from neq_kernels.measure.timing import Quantiles
@@ -49,12 +49,12 @@ def steps(
     torch.set_num_threads(threads)
     if freed == "kept":
         allocator.keep_freed_memory()
-    case, make = CASES[name], OPTIMIZERS["sgd"]
-    built = {each.name: each.build(case.model(layout), make) for each in (DENSE, OURS)}
+    workload, make = WORKLOADS[name], OPTIMIZERS["sgd"]
+    built = {each.name: each.build(workload.model(layout), make) for each in (DENSE, OURS)}
     ours = built[OURS.name][0]
     OURS.masks(ours, random_masks(ours, SHARE), SHARE)
     variants = [Variant(name, model, loss, opt) for name, (model, opt) in built.items()]
-    batches = case.batches(layout)
+    batches = workload.batches(layout)
     step_time(variants, batches, warmup=WARMUP, repeats=1)
     found = []
     for _ in range(rounds):

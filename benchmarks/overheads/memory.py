@@ -20,7 +20,7 @@ from torch.optim import SGD, Optimizer
 import neq_kernels as neq
 from benchmarks.common import cli
 from benchmarks.common.records import Record, Row
-from benchmarks.common.workloads import CASES, Case, loss
+from benchmarks.common.workloads import WORKLOADS, Workload, loss
 from benchmarks.overheads.peak_memory import NOT_MEASURED, peak_in_child, saved_bytes
 from benchmarks.overheads.prefixes import (
     Prefix,
@@ -52,9 +52,9 @@ COLUMNS = (
 )
 
 
-def build(case: Case, provider: str, prefix: Prefix) -> tuple[nn.Module, Optimizer]:
+def build(workload: Workload, provider: str, prefix: Prefix) -> tuple[nn.Module, Optimizer]:
     """The model with its prefix frozen the provider's way, and SGD."""
-    model = case.model(LAYOUT)
+    model = workload.model(LAYOUT)
     if provider == "requires_grad":
         freeze_parameters(model, prefix)
     if provider == "neq":
@@ -66,11 +66,11 @@ def build(case: Case, provider: str, prefix: Prefix) -> tuple[nn.Module, Optimiz
     return model, optimizer
 
 
-def one_step(case: Case, provider: str, prefix: Prefix) -> Callable[[], Any]:
+def one_step(workload: Workload, provider: str, prefix: Prefix) -> Callable[[], Any]:
     """A training step, ready to run: libraries loaded and optimizer state made by a step on two
     images."""
-    model, optimizer = build(case, provider, prefix)
-    batch = case.batches(LAYOUT, 1)[0]
+    model, optimizer = build(workload, provider, prefix)
+    batch = workload.batches(LAYOUT, 1)[0]
 
     def run(images: int) -> None:
         loss(model, (batch[0][:images], batch[1][:images])).backward()
@@ -78,16 +78,16 @@ def one_step(case: Case, provider: str, prefix: Prefix) -> Callable[[], Any]:
         optimizer.zero_grad(set_to_none=True)
 
     run(2)
-    return lambda: run(case.images)
+    return lambda: run(workload.images)
 
 
-def time_ratio(case: Case, prefix: Prefix, seconds: float) -> Row:
+def time_ratio(workload: Workload, prefix: Prefix, seconds: float) -> Row:
     """Forward and backward with the prefix frozen, over the same with the prefix in no_grad."""
-    ours, _ = build(case, "neq", prefix)
-    plain = case.model(LAYOUT)
+    ours, _ = build(workload, "neq", prefix)
+    plain = workload.model(LAYOUT)
     run_without_grad(plain, prefix)
     variants = [Variant("neq", ours, loss), Variant("no_grad", plain, loss)]
-    batches = case.batches(LAYOUT)
+    batches = workload.batches(LAYOUT)
     pilot = step_time(variants, batches, warmup=1, repeats=1)
     rounds = round(seconds / sum(variant.total[0] for variant in pilot.variants))
     repeats = min(max(rounds, LEAST_ROUNDS), MOST_ROUNDS)
@@ -99,28 +99,28 @@ def time_ratio(case: Case, prefix: Prefix, seconds: float) -> Row:
     return row | {"rounds": repeats}
 
 
-def rows(case: Case, fraction: float, prefix: Prefix, seconds: float) -> list[Row]:
+def rows(workload: Workload, fraction: float, prefix: Prefix, seconds: float) -> list[Row]:
     """One for each provider; the dense one only where nothing is frozen, as nothing changes it."""
     found: dict[str, Row] = {}
-    batch = case.batches(LAYOUT, 1)[0]
+    batch = workload.batches(LAYOUT, 1)[0]
     for provider in PROVIDERS[1:] if prefix.layers else PROVIDERS:
-        model, _ = build(case, provider, prefix)
+        model, _ = build(workload, provider, prefix)
         found[provider] = {
-            "model": case.name,
+            "model": workload.name,
             "fraction": fraction,
             "frozen_layers": len(prefix.layers),
             "layers": prefix.of,
             "prefix_end": prefix.end,
             "provider": provider,
             "saved_bytes": saved_bytes(model, lambda model=model: loss(model, batch)),
-            "peak_bytes": peak_in_child(one_step, case, provider, prefix),
+            "peak_bytes": peak_in_child(one_step, workload, provider, prefix),
         }
         del model
         gc.collect()
     ours, by_hand = found["neq"], found["requires_grad"]["saved_bytes"]
     ours["passes_saved"] = ours["saved_bytes"] <= MOST_SAVED * by_hand
     if prefix.layers:
-        ours |= time_ratio(case, prefix, seconds)
+        ours |= time_ratio(workload, prefix, seconds)
         ours["passes_time"] = ours["time_ratio_median"] <= MOST_TIME
         gc.collect()
     return list(found.values())
@@ -174,9 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with record:
         table = cli.Table(COLUMNS)
         for name in names:
-            case = CASES[name]
-            for fraction, prefix in zip(fractions, prefixes(case, fractions), strict=True):
-                for row in rows(case, fraction, prefix, seconds):
+            workload = WORKLOADS[name]
+            for fraction, prefix in zip(fractions, prefixes(workload, fractions), strict=True):
+                for row in rows(workload, fraction, prefix, seconds):
                     record.add(row)
                     show(table, row)
     if any(row["peak_bytes"] is None for row in record.rows):

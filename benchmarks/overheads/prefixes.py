@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import neq_kernels as neq
-from benchmarks.common.workloads import Case, output_layer
+from benchmarks.common.workloads import Workload, output_layer
 from neq_kernels.layers.traversal import named_neuron_layers, neuron_owners
 from neq_kernels.measure import flops
 
@@ -33,12 +33,14 @@ class Prefix:
     of: int
 
 
-def prefixes(case: Case, fractions: Sequence[float]) -> list[Prefix]:
+def prefixes(workload: Workload, fractions: Sequence[float]) -> list[Prefix]:
     """For each fraction the block whose end is nearest to that share of the layers; 0 is nothing,
     1 everything but the output layer."""
-    model = neq.convert(case.model("nchw"))
+    model = neq.convert(workload.model("nchw"))
     learns = {name for name, _ in named_neuron_layers(model)}
-    order = [layer.name for layer in flops.count(model, case.batches("nchw", 1)[0][0][:1]).layers]
+    order = [
+        layer.name for layer in flops.count(model, workload.batches("nchw", 1)[0][0][:1]).layers
+    ]
     order = [name for name in order if name in learns]
     head = output_layer(model)
     ends = {

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 import neq_kernels as neq
 from benchmarks.common import cli
 from benchmarks.common.records import Row
-from benchmarks.common.workloads import Case, Layout, random_masks, set_masks
+from benchmarks.common.workloads import Layout, Workload, random_masks, set_masks
 from benchmarks.steps import peers
 from benchmarks.steps.correctness import BFLOAT16, FLOAT32, Tolerance, differences
 from neq_kernels.layers.traversal import named_neuron_layers
@@ -126,7 +126,7 @@ PROVIDERS = (
 
 
 @dataclass(frozen=True)
-class Options:
+class StepOptions:
     """What is the same in every cell."""
 
     shares: tuple[float, ...]
@@ -135,9 +135,9 @@ class Options:
     rounds_of_shares: int
 
 
-def rows(case: Case, layout: Layout, options: Options) -> Iterator[Row]:
+def rows(workload: Workload, layout: Layout, options: StepOptions) -> Iterator[Row]:
     """The results of one model in one layout, provider by provider."""
-    contest = Contest(case, layout, options)
+    contest = Contest(workload, layout, options)
     for r in options.shares:
         yield from contest.rows(r)
 
@@ -151,26 +151,28 @@ class Contest:
 
     def __init__(
         self,
-        case: Case,
+        workload: Workload,
         layout: Layout,
-        options: Options,
+        options: StepOptions,
         providers: Sequence[Provider] | None = None,
     ) -> None:
-        self._case, self._layout, self._options = case, layout, options
+        self._workload, self._layout, self._options = workload, layout, options
         self._providers = PROVIDERS if providers is None else providers
-        self._batches = case.batches(layout)
+        self._batches = workload.batches(layout)
         make = OPTIMIZERS[options.optimizer]
         dense, *others = self._providers
-        plain, optimizer = dense.build(case.model(layout), make)
+        plain, optimizer = dense.build(workload.model(layout), make)
         self._shares: StepShares = backward_shares(
-            plain, self._batches, case.loss, make, warmup=1, repeats=options.rounds_of_shares
+            plain, self._batches, workload.loss, make, warmup=1, repeats=options.rounds_of_shares
         )
         self._built = {dense.name: (plain, optimizer)}
-        self._built |= {each.name: each.build(case.model(layout), make) for each in others}
+        self._built |= {each.name: each.build(workload.model(layout), make) for each in others}
         products = [name for name, layer in named_neuron_layers(self._ours) if not layer.is_norm]
-        passed = without_wgrads(case.model(layout), products)
+        passed = without_wgrads(workload.model(layout), products)
         learned = [p for p in passed.parameters() if p.requires_grad]
-        self._no_wgrad = Variant(NO_WGRAD, passed, case.loss, make(learned) if learned else None)
+        self._no_wgrad = Variant(
+            NO_WGRAD, passed, workload.loss, make(learned) if learned else None
+        )
 
     @property
     def _ours(self) -> nn.Module:
@@ -179,14 +181,14 @@ class Contest:
     def rows(self, r: float) -> Iterator[Row]:
         """With the share ``r`` of the channels active, provider by provider. What is wrong is not
         timed."""
-        case = self._case
-        about = {"model": case.name, "layout": self._layout, "r": r, "images": case.images}
+        workload = self._workload
+        about = {"model": workload.name, "layout": self._layout, "r": r, "images": workload.images}
         masks = random_masks(self._ours, r)
         for provider in self._providers:
             provider.masks(self._built[provider.name][0], masks, r)
         models = {name: model for name, (model, _) in self._built.items()}
         wrong = differences(
-            models, masks, self._batches[0], case.loss, tolerance=tolerance_of(case)
+            models, masks, self._batches[0], workload.loss, tolerance=tolerance_of(workload)
         )
         if wrong:
             yield from (about | {"provider": name, "error": text} for name, text in wrong.items())
@@ -194,8 +196,10 @@ class Contest:
             yield from self._timed(about)
 
     def _timed(self, about: Row) -> Iterator[Row]:
-        case, options, built, shares = self._case, self._options, self._built, self._shares
-        variants = [Variant(name, model, case.loss, opt) for name, (model, opt) in built.items()]
+        workload, options, built, shares = self._workload, self._options, self._built, self._shares
+        variants = [
+            Variant(name, model, workload.loss, opt) for name, (model, opt) in built.items()
+        ]
         rounds = round(options.seconds / (shares.seconds.median * (len(variants) + 1)))
         times = step_time(
             [*variants, self._no_wgrad],
@@ -230,9 +234,9 @@ class Contest:
             yield row
 
 
-def tolerance_of(case: Case) -> Tolerance:
+def tolerance_of(workload: Workload) -> Tolerance:
     """What the gate lets pass."""
-    return FLOAT32 if case.autocast is None else BFLOAT16
+    return FLOAT32 if workload.autocast is None else BFLOAT16
 
 
 def judged(r: float, speedup: float, bounds: Row) -> Row:

@@ -23,13 +23,13 @@ from typing import Any
 
 from benchmarks.common import cli
 from benchmarks.common.records import Record
-from benchmarks.common.workloads import CASES, Case, Layout
+from benchmarks.common.workloads import WORKLOADS, Layout, Workload
 from benchmarks.steps.comparison import (
     COLUMNS,
     OPTIMIZERS,
     TARGET_OF_BOUND,
     TARGET_OF_DENSE,
-    Options,
+    StepOptions,
     cells,
     rows,
 )
@@ -40,12 +40,12 @@ QUICK_SHARES = (0.5, 0.0)
 LAYOUTS: tuple[Layout, ...] = ("nchw", "nhwc")
 
 
-def run(cases: Sequence[tuple[Case, Layout]], options: Options, record: Record) -> bool:
+def run(workloads: Sequence[tuple[Workload, Layout]], options: StepOptions, record: Record) -> bool:
     """Measure, print and write every cell; whether every result was right."""
     table = cli.Table(COLUMNS)
     right = True
-    for case, layout in cases:
-        for row in rows(case, layout, options):
+    for workload, layout in workloads:
+        for row in rows(workload, layout, options):
             right &= "error" not in row
             record.add(row)
             table.line(*cells(row))
@@ -53,17 +53,17 @@ def run(cases: Sequence[tuple[Case, Layout]], options: Options, record: Record) 
     return right
 
 
-def chosen_cases(
+def chosen_workloads(
     names: Sequence[str] | None, layouts: Sequence[Layout] | None, quick: bool
-) -> list[tuple[Case, Layout]]:
-    """Cases by name and layout; a network that knows one layout only is in whatever is asked."""
+) -> list[tuple[Workload, Layout]]:
+    """By name and layout; a network that knows one layout only is in whatever is asked."""
     if quick and names is None and layouts is None:
-        return [(CASES[name], layout) for name, layout in QUICK]
+        return [(WORKLOADS[name], layout) for name, layout in QUICK]
     return [
-        (CASES[name], layout)
-        for name in names or CASES
-        for layout in CASES[name].layouts
-        if len(CASES[name].layouts) == 1 or layout in (layouts or LAYOUTS)
+        (WORKLOADS[name], layout)
+        for name in names or WORKLOADS
+        for layout in WORKLOADS[name].layouts
+        if len(WORKLOADS[name].layouts) == 1 or layout in (layouts or LAYOUTS)
     ]
 
 
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     cli.add_common_arguments(parser)
     parser.add_argument(
-        "--models", nargs="+", choices=CASES, metavar="MODEL", help=", ".join(CASES)
+        "--models", nargs="+", choices=WORKLOADS, metavar="MODEL", help=", ".join(WORKLOADS)
     )
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="default: both")
     parser.add_argument("--r", nargs="+", type=cli.share, help="shares of active channels")
@@ -83,15 +83,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=cli.seconds, help="for each cell (default: 4, quick: 2)")
     given = parser.parse_args(arguments)
     cli.prepare(given)
-    options = Options(
+    options = StepOptions(
         shares=tuple(given.r or (QUICK_SHARES if given.quick else SHARES_OF_CHANNELS)),
         optimizer=given.optimizer,
         seconds=given.seconds or (2.0 if given.quick else 4.0),
         rounds_of_shares=5 if given.quick else 7,
     )
-    cases = chosen_cases(given.models, given.layouts, given.quick)
+    workloads = chosen_workloads(given.models, given.layouts, given.quick)
     settings: dict[str, Any] = asdict(options) | {
-        "cases": [[case.name, layout] for case, layout in cases],
+        "workloads": [[workload.name, layout] for workload, layout in workloads],
         "targets": {"of the bound": TARGET_OF_BOUND, "of dense at r = 1": TARGET_OF_DENSE},
     }
     try:
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return cli.USER_ERROR
     with record:
-        right = run(cases, options, record)
+        right = run(workloads, options, record)
     print(record.path)
     return 0 if right else cli.WRONG_RESULT
 

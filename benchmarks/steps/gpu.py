@@ -18,7 +18,7 @@ from benchmarks.common.deadline import Deadline
 from benchmarks.common.gpu_device import OUT_OF_MEMORY, DeviceLost, Lab
 from benchmarks.common.interrupt import Interrupted, Interruptible
 from benchmarks.common.records import Record, Row
-from benchmarks.common.workloads import GPU_CASES, Case
+from benchmarks.common.workloads import GPU_WORKLOADS, Workload
 from benchmarks.steps import comparison
 from neq_kernels.doctor import checks
 
@@ -28,7 +28,7 @@ COLUMNS = (("backend", -7), *comparison.COLUMNS)
 
 
 @dataclass(frozen=True)
-class Options:
+class GpuStepOptions:
     """``seconds`` for each cell; backends in ``failed`` are not timed."""
 
     shares: tuple[float, ...] = SHARES
@@ -44,22 +44,22 @@ def backends(lab: Lab) -> tuple[str, ...]:
 
 
 def measure(
-    case: Case,
+    workload: Workload,
     backend: str,
-    options: Options,
+    options: GpuStepOptions,
     lab: Lab,
     deadline: Deadline,
     check: Callable[[], None],
 ) -> Iterator[Row]:
     """Rows of one model, provider by provider and share by share."""
-    layout = case.layouts[0]
-    about = {"model": case.name, "layout": layout, "backend": backend}
+    layout = workload.layouts[0]
+    about = {"model": workload.name, "layout": layout, "backend": backend}
     if backend in options.failed:
         yield about | {"error": f"not timed: tests of {backend} failed"}
         return
     # The peer is the same whatever our backend.
     only = None if backend == lab.backend else (comparison.DENSE, comparison.OURS)
-    told = comparison.Options(
+    told = comparison.StepOptions(
         options.shares, options.optimizer, options.seconds, options.rounds_of_shares
     )
     contest = None
@@ -69,7 +69,7 @@ def measure(
             yield about | {"r": r, "left_out": True}
             continue
         try:
-            contest = contest or comparison.Contest(case, layout, told, only)
+            contest = contest or comparison.Contest(workload, layout, told, only)
             yield from (about | row for row in contest.rows(r))
         except DeviceLost:
             raise
@@ -79,7 +79,11 @@ def measure(
 
 
 def run(
-    cases: Sequence[Case], options: Options, lab: Lab, deadline: Deadline, record: Record
+    workloads: Sequence[Workload],
+    options: GpuStepOptions,
+    lab: Lab,
+    deadline: Deadline,
+    record: Record,
 ) -> bool:
     """Measure, print and write every cell; whether every gradient was right."""
     table = cli.Table(COLUMNS)
@@ -87,8 +91,8 @@ def run(
     with Interruptible() as stop:
         for backend in backends(lab):
             with checks.forced(backend):
-                for case in cases:
-                    for row in measure(case, backend, options, lab, deadline, stop.check):
+                for workload in workloads:
+                    for row in measure(workload, backend, options, lab, deadline, stop.check):
                         record.add(row)
                         right &= row.get("error", OUT_OF_MEMORY) == OUT_OF_MEMORY
                         _show(table, row)
@@ -113,10 +117,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not gpu_device.found():
         return gpu_device.nothing_measured()
     lab = Lab.on_gpu()
-    options = Options(failed=tuple(given.failed))
+    options = GpuStepOptions(failed=tuple(given.failed))
     try:
         with Record(given.out, NAME, asdict(options)) as record:
-            right = run(GPU_CASES, options, lab, deadline, record)
+            right = run(GPU_WORKLOADS, options, lab, deadline, record)
     except (OSError, Interrupted, DeviceLost) as error:
         return gpu_device.exit_code(NAME, error)
     return 0 if right else cli.WRONG_RESULT

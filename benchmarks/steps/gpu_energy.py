@@ -19,7 +19,7 @@ from benchmarks.common.deadline import Deadline
 from benchmarks.common.gpu_device import OUT_OF_MEMORY, DeviceLost, Lab
 from benchmarks.common.interrupt import Interrupted, Interruptible
 from benchmarks.common.records import Record, Row
-from benchmarks.common.workloads import GPU_CASES, Case, random_masks
+from benchmarks.common.workloads import GPU_WORKLOADS, Workload, random_masks
 from benchmarks.steps import comparison
 from benchmarks.steps.correctness import differences
 from neq_kernels.doctor import checks
@@ -35,7 +35,7 @@ COUNTER = "NVML"
 
 
 @dataclass(frozen=True)
-class Options:
+class EnergyOptions:
     """``windows`` of so many ``seconds`` each for dense and for ours; backends in ``failed`` are
     not measured."""
 
@@ -52,25 +52,27 @@ def joules(reading: EnergyReading) -> float | None:
     return sum(counted) if counted and len(counted) == len(parts) else None
 
 
-def measure(case: Case, r: float, options: Options, meter: EnergyMeter) -> Iterator[Row]:
+def measure(
+    workload: Workload, r: float, options: EnergyOptions, meter: EnergyMeter
+) -> Iterator[Row]:
     """One row for dense and one for ours."""
-    layout = case.layouts[0]
-    about: Row = {"model": case.name, "layout": layout, "r": r}
+    layout = workload.layouts[0]
+    about: Row = {"model": workload.name, "layout": layout, "r": r}
     make = comparison.OPTIMIZERS["sgd"]
     providers = (comparison.DENSE, comparison.OURS)
-    built = {each.name: each.build(case.model(layout), make) for each in providers}
+    built = {each.name: each.build(workload.model(layout), make) for each in providers}
     masks = random_masks(built[comparison.OURS.name][0], r)
     for provider in providers:
         provider.masks(built[provider.name][0], masks, r)
-    batches = case.batches(layout)
+    batches = workload.batches(layout)
     models = {name: model for name, (model, _) in built.items()}
     wrong = differences(
-        models, masks, batches[0], case.loss, tolerance=comparison.tolerance_of(case)
+        models, masks, batches[0], workload.loss, tolerance=comparison.tolerance_of(workload)
     )
     if wrong:
         yield from (about | {"provider": name, "error": text} for name, text in wrong.items())
         return
-    variants = [Variant(name, model, case.loss, opt) for name, (model, opt) in built.items()]
+    variants = [Variant(name, model, workload.loss, opt) for name, (model, opt) in built.items()]
     steps = {v.name: _steps_of_a_window(v, batches, options.seconds, meter) for v in variants}
     windows: dict[str, list[EnergyReading]] = {variant.name: [] for variant in variants}
     for _ in range(options.windows):
@@ -118,8 +120,8 @@ def _steps_of_a_window(
 
 
 def run(
-    cases: Sequence[Case],
-    options: Options,
+    workloads: Sequence[Workload],
+    options: EnergyOptions,
     lab: Lab,
     meter: EnergyMeter,
     deadline: Deadline,
@@ -137,8 +139,8 @@ def run(
     right = True
     with Interruptible() as stop, checks.forced(lab.backend):
         for r in options.shares:
-            for case in cases:
-                for row in _rows(case, r, options, lab, meter, deadline, stop.check):
+            for workload in workloads:
+                for row in _rows(workload, r, options, lab, meter, deadline, stop.check):
                     row = {"backend": lab.backend, **row}
                     record.add(row)
                     right &= row.get("error", OUT_OF_MEMORY) == OUT_OF_MEMORY
@@ -149,22 +151,22 @@ def run(
 
 
 def _rows(
-    case: Case,
+    workload: Workload,
     r: float,
-    options: Options,
+    options: EnergyOptions,
     lab: Lab,
     meter: EnergyMeter,
     deadline: Deadline,
     check: Callable[[], None],
 ) -> Iterator[Row]:
     check()
-    about: Row = {"model": case.name, "layout": case.layouts[0], "r": r}
+    about: Row = {"model": workload.name, "layout": workload.layouts[0], "r": r}
     # Begun only if it fits: windows cannot be made shorter.
     if deadline.left < 2 * options.windows * options.seconds:
         yield about | {"left_out": True}
         return
     try:
-        yield from measure(case, r, options, meter)
+        yield from measure(workload, r, options, meter)
     except DeviceLost:
         raise
     except Exception as failure:  # a model that does not fit is no reason to lose the others
@@ -191,11 +193,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not gpu_device.found():
         return gpu_device.nothing_measured()
     lab = Lab.on_gpu()
-    options = Options(failed=tuple(given.failed))
+    options = EnergyOptions(failed=tuple(given.failed))
     meter = EnergyMeter(gpus=None if lab.number is None else [lab.number])
     try:
         with Record(given.out, NAME, asdict(options)) as record:
-            right = run(GPU_CASES, options, lab, meter, deadline, record)
+            right = run(GPU_WORKLOADS, options, lab, meter, deadline, record)
     except (OSError, Interrupted, DeviceLost) as error:
         return gpu_device.exit_code(NAME, error)
     return 0 if right else cli.WRONG_RESULT

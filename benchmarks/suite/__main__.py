@@ -4,7 +4,7 @@
 >>> python -m benchmarks.suite --out runs/bench --publish    # only the page, from a finished run
 
 ``--publish`` copies tables and pictures to ``benchmarks/results/suite`` and writes the tables of
-``benchmarks/README.md`` from that copy, so that every figure there has a committed source.
+``docs/results.md`` from that copy, so that every figure there has a committed source.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.common import cli
-from benchmarks.common.files import PAGE, RESULTS, replace_file
-from benchmarks.common.records import Row, load, write_csv
+from benchmarks.common.files import RESULTS
+from benchmarks.common.readme_block import Block
+from benchmarks.common.records import Row, load, load_csv, write_csv
 from benchmarks.kernels import goals
 from benchmarks.steps.comparison import NO_WGRAD
 from benchmarks.suite import figures
@@ -33,8 +34,7 @@ PARTS = {
 }
 MORE_ARGUMENTS = {"kernels": ["--tuned"]}
 TABLES_AND_PICTURES = RESULTS / "suite"
-BEGIN = "<!-- suite: begin (written by python -m benchmarks.suite --publish) -->\n"
-END = "<!-- suite: end -->\n"
+BLOCK = Block("suite", "python -m benchmarks.suite --publish")
 MEBI = 2**20
 
 
@@ -49,20 +49,20 @@ def run(parts: Sequence[str], out: Path, quick: bool) -> int:
     return status
 
 
-def page(folder: Path) -> str:
-    """The tables of the records in ``folder``, as Markdown."""
+def published() -> str:
+    """The block's text, from the committed tables: Markdown."""
     lines: list[str] = []
     for part in PARTS:
-        path = folder / f"{part}.jsonl"
+        path = TABLES_AND_PICTURES / f"{part}.csv"
         if path.exists():
-            header, rows = load(path)
+            header, rows = load_csv(path)
             about = header["machine"]
             lines += [
                 f"### {part}",
                 "",
                 f"`{header['command']}`, {about['date'][:10]}: {about['cpu']}, "
                 f"{about['instructions']}, {about['threads']} threads, PyTorch {about['torch']}. "
-                f"Every row: [{part}.csv](results/suite/{part}.csv).",
+                f"Every row: [{path.name}]({BLOCK.link(path)}).",
                 "",
                 *TABLES[part](rows),
                 "",
@@ -198,7 +198,7 @@ def _memory(rows: Sequence[Row]) -> Iterator[str]:
                 f"{row['frozen_layers']} of {row['layers']}",
                 row["provider"],
                 f"{row['saved_bytes'] / MEBI:.1f} {_mark(row.get('passes_saved'))}",
-                "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / MEBI:.0f}",
+                f"{row['peak_bytes'] / MEBI:.0f}" if "peak_bytes" in row else "",
                 f"{row['time_ratio_median']:.3f} {_mark(row['passes_time'])}"
                 if "passes_time" in row
                 else "",
@@ -258,16 +258,13 @@ def publish(folder: Path) -> None:
     names = [part for part in PARTS if (folder / f"{part}.jsonl").exists()]
     if not names:
         raise ValueError(f"{folder}: expected records of the suite, got none")
-    text = PAGE.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{PAGE}: expected the lines {BEGIN.strip()!r} and {END.strip()!r}")
+    BLOCK.text()
     TABLES_AND_PICTURES.mkdir(parents=True, exist_ok=True)
     for path in figures.draw(folder):
         shutil.copy(path, TABLES_AND_PICTURES / path.name)
     for name in names:
         write_csv(TABLES_AND_PICTURES / f"{name}.csv", *load(folder / f"{name}.jsonl"))
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    replace_file(PAGE, (before + BEGIN + page(folder) + END + after).encode())
+    BLOCK.write(published())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

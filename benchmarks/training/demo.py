@@ -3,10 +3,10 @@
     python -m benchmarks.training.demo            # runs/demo/report.html, a few minutes
     python -m benchmarks.training.demo --quick    # in a minute, to see that everything works
 
-Two scenes on the bundled Fashion-MNIST subset. The arms of a scene start from the same weights, see
+Two scenes on the bundled Fashion-MNIST subset. The runs of a scene start from the same weights, see
 the same images in the same order, and take turns step by step in one process, so that whatever else
 the machine does falls on all of them alike. (Epoch by epoch where there is an energy counter, since
-that cannot tell the arms apart.)
+that cannot tell the runs apart.)
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.common import html
+from benchmarks.common import cli, html
 from benchmarks.common.interrupt import Interrupted, Interruptible
 from benchmarks.training.report import report
 from benchmarks.training.report.results import Result
-from benchmarks.training.run import Arm
+from benchmarks.training.run import Run
 from benchmarks.training.run_folder import RunError, RunFolder
 from benchmarks.training.settings import Settings
 from benchmarks.training.train import (
@@ -41,8 +41,8 @@ from neq_kernels.measure.timing import Quantiles
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """The demo's settings; ``base`` is what all arms of both scenes share."""
+class DemoPlan:
+    """The demo's settings; ``base`` is what all runs of both scenes share."""
 
     base: Settings
     scratch_epochs: int
@@ -50,7 +50,7 @@ class LayerPlan:
     continued_lr: float
 
 
-FULL = LayerPlan(
+FULL = DemoPlan(
     base=Settings(
         model="resnet20",
         data="fashion-mnist",
@@ -89,7 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="few images and epochs, one minute")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to (over)write")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
+    parser.add_argument(
+        "--threads", type=cli.positive, help="CPU threads (default: PyTorch's own choice)"
+    )
     given = parser.parse_args(arguments)
     plan = QUICK if given.quick else FULL
     plan = replace(plan, base=replace(plan.base, threads=given.threads))
@@ -109,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run_demo(plan: LayerPlan, out: Path, interruptible: Interruptible) -> None:
+def run_demo(plan: DemoPlan, out: Path, interruptible: Interruptible) -> None:
     """Train both scenes below ``out`` and write the report.
 
     Raises:
@@ -120,44 +122,44 @@ def run_demo(plan: LayerPlan, out: Path, interruptible: Interruptible) -> None:
     if plan.base.threads is not None:
         torch.set_num_threads(plan.base.threads)
     scratch = replace(plan.base, epochs=plan.scratch_epochs)
-    scratch_arms = {policy: replace(scratch, policy=policy) for policy in ("dense", "neq")}
+    scratch_settings = {policy: replace(scratch, policy=policy) for policy in ("dense", "neq")}
     continued = replace(
         plan.base,
         epochs=plan.continued_epochs,
         lr=plan.continued_lr,
         init=str(out / "scratch-dense" / "weights.safetensors"),
     )
-    continued_arms = {
+    continued_settings = {
         policy: replace(continued, policy=policy) for policy in ("dense", "neq", "stochastic")
     }
     scenes = [
         report.Scene(
             "From scratch",
             _scratch_text(scratch),
-            _train_in_turns(out, "scratch", scratch_arms, interruptible),
+            _train_in_turns(out, "scratch", scratch_settings, interruptible),
         ),
         report.Scene(
             "Continued training",
             _continued_text(continued),
-            _train_in_turns(out, "continued", continued_arms, interruptible),
+            _train_in_turns(out, "continued", continued_settings, interruptible),
         ),
     ]
     report.write_comparison(out, "NEq, measured: the demo", LEAD, scenes)
 
 
 def _train_in_turns(
-    out: Path, scene: str, arms: Mapping[str, Settings], interruptible: Interruptible
+    out: Path, scene: str, settings: Mapping[str, Settings], interruptible: Interruptible
 ) -> list[Result]:
-    """Train the arms of a scene side by side."""
-    data = load_data(arms["dense"])
-    folders = {name: RunFolder(out / f"{scene}-{name}") for name in arms}
-    running = {name: open_run(folders[name], arms[name], data) for name in arms}
-    profile_run(folders["dense"], running["dense"])
-    for name in arms:
+    """Train the runs of a scene side by side."""
+    data = load_data(settings["dense"])
+    folders = {name: RunFolder(out / f"{scene}-{name}") for name in settings}
+    runs = {name: open_run(folders[name], settings[name], data) for name in settings}
+    profile_run(folders["dense"], runs["dense"])
+    for name in settings:
         folders[name].write_json("profile.json", folders["dense"].read_json("profile.json"))
-        profile_run(folders[name], running[name])
-    epochs = arms["dense"].epochs
-    total = epochs * sum(arm.steps_per_epoch for arm in running.values())
+        profile_run(folders[name], runs[name])
+    epochs = settings["dense"].epochs
+    total = epochs * sum(run.steps_per_epoch for run in runs.values())
     with tqdm(total=total, unit="step", desc=scene, disable=None) as bar:
 
         def on_step(loss: float) -> None:
@@ -165,35 +167,35 @@ def _train_in_turns(
             interruptible.check()
 
         for _ in range(epochs):
-            _epoch_in_turns(running, on_step)
-            for name, arm in running.items():
-                finish_epoch(folders[name], arm)
-                words = describe(arm.last_record, epochs)
+            _epoch_in_turns(runs, on_step)
+            for name, run in runs.items():
+                finish_epoch(folders[name], run)
+                words = describe(run.last_record, epochs)
                 bar.write(f"{scene:>9} {name:<10} {words}", file=sys.stdout)
     for name, folder in folders.items():
-        finish_run(folder, running[name])
+        finish_run(folder, runs[name])
     return [Result.read(folder, name) for name, folder in folders.items()]
 
 
-def _epoch_in_turns(arms: Mapping[str, Arm], on_step: Callable[[float], None]) -> None:
-    """One epoch of each arm, a step each in turn; who begins changes all the time."""
-    turns = list(arms.values())
+def _epoch_in_turns(runs: Mapping[str, Run], on_step: Callable[[float], None]) -> None:
+    """One epoch of each run, a step each in turn; who begins changes all the time."""
+    turns = list(runs.values())
     if turns[0].counts_energy:
         first = turns[0].epoch % len(turns)
-        for arm in turns[first:] + turns[:first]:
-            arm.train_epoch(on_step)
+        for run in turns[first:] + turns[:first]:
+            run.train_epoch(on_step)
         return
-    steps = [arm.epoch_by_steps() for arm in turns]
+    steps = [run.epoch_by_steps() for run in turns]
     for _ in range(turns[0].steps_per_epoch):
-        for arm_steps in steps:
-            on_step(next(arm_steps))
+        for steps_of_run in steps:
+            on_step(next(steps_of_run))
         steps = steps[1:] + steps[:1]
-    for arm_steps in steps:
-        next(arm_steps, None)  # controller and evaluation
-    dense = arms["dense"].last_steps
-    for arm in arms.values():
-        ratio = Quantiles.of([d / s for d, s in zip(dense, arm.last_steps, strict=True)])
-        arm.last_record["speedup"] = [ratio.p20, ratio.median, ratio.p80]
+    for steps_of_run in steps:
+        next(steps_of_run, None)  # controller and evaluation
+    dense = runs["dense"].last_steps
+    for run in runs.values():
+        ratio = Quantiles.of([d / s for d, s in zip(dense, run.last_steps, strict=True)])
+        run.last_record["speedup"] = [ratio.p20, ratio.median, ratio.p80]
 
 
 def _scratch_text(settings: Settings) -> str:
@@ -219,7 +221,7 @@ def _common_text(settings: Settings) -> str:
         f"{settings.model} on {settings.limit_train} images of {settings.data}, tested on "
         f"{settings.limit_test} others; {settings.optimizer} with momentum {settings.momentum} and "
         f"weight decay {settings.weight_decay}, batches of {settings.batch}, {settings.epochs} "
-        f"epochs, seed {settings.seed} in every arm, NEq with eps {settings.eps} and mu "
+        f"epochs, seed {settings.seed} in every run, NEq with eps {settings.eps} and mu "
         f"{settings.mu} on {settings.probe} probe images."
     )
 

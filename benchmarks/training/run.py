@@ -29,15 +29,15 @@ from neq_kernels.measure.timing import PHASES, Quantiles
 
 EVAL_BATCH = 500
 SHARES_BATCHES = 4
-Record = dict[str, Any]
+EpochRecord = dict[str, Any]
 Batch = tuple[Tensor, Tensor]
 FLOP_PARTS = ("paper", "forward", "dgrad", "wgrad")
 
 
-class Arm:
+class Run:
     """A training run in memory: model, optimizer, controller, schedule and RNG.
 
-    Arms may take turns in one process: each keeps an RNG state of its own. Once ``shares`` of the
+    Runs may take turns in one process: each keeps an RNG state of its own. Once ``shares`` of the
     dense step are known, each epoch's record holds the bound on its speed-up.
 
     Args:
@@ -66,7 +66,7 @@ class Arm:
         self.schedule = _schedule(self.optimizer, settings)
         self._example = self._place(data.normalise(data.probe.x[:1]))
         self._energy = EnergyMeter()
-        self.last_record: Record = {}
+        self.last_record: EpochRecord = {}
         self.last_steps: list[float] = []
         self.shares: StepShares | None = None
 
@@ -79,11 +79,11 @@ class Arm:
     def steps_per_epoch(self) -> int:
         return self.data.n_batches(self.settings.batch)
 
-    def train_epoch(self, on_step: Callable[[float], None]) -> Record:
+    def train_epoch(self, on_step: Callable[[float], None]) -> EpochRecord:
         """Train one epoch, let the controller measure, evaluate.
 
         Args:
-            on_step: called after each step with its loss; an exception from it leaves the arm in
+            on_step: called after each step with its loss; an exception from it leaves the run in
                 mid-epoch, to be thrown away or loaded from a checkpoint.
 
         Returns:
@@ -120,7 +120,7 @@ class Arm:
         self.last_record, self.last_steps = record, _steps(clock)
 
     def measure_shares(self) -> StepShares:
-        """Where the time of this arm's dense step goes; nothing of the arm changes."""
+        """Where the time of this run's dense step goes; nothing of the run changes."""
         s = self.settings
         first = islice(self.data.training_batches(s.batch, s.seed, 0, s.augment), SHARES_BATCHES)
         batches = [(self._place(x), y.to(self.device)) for x, y in first]
@@ -153,10 +153,10 @@ class Arm:
         load_tuning_state_dict(state["tuning"])
         self.epoch = state["epoch"]
 
-    def _work(self) -> Record:
+    def _work(self) -> EpochRecord:
         """Frozen share (weighted by MACs) and FLOPs per image, with the masks of this epoch."""
         count = flops.count(self.model, self._example)
-        record: Record = {
+        record: EpochRecord = {
             "frozen": flops.frozen_fraction(self.model, count),
             "flops": {part: getattr(count, part) for part in FLOP_PARTS},
         }
@@ -165,7 +165,7 @@ class Arm:
             record["bound"] = bound(self.shares, count, frozen_parameters)
         return record
 
-    def _train(self, clock: PhaseClock) -> Generator[float, None, Record]:
+    def _train(self, clock: PhaseClock) -> Generator[float, None, EpochRecord]:
         s = self.settings
         self.model.train()
         loss_sum, correct, images = 0.0, 0, 0
@@ -199,7 +199,7 @@ class Arm:
             self.optimizer.zero_grad()
         return loss.item(), int((output.argmax(1) == y).sum()), len(y)
 
-    def _evaluate(self, clock: PhaseClock) -> Record:
+    def _evaluate(self, clock: PhaseClock) -> EpochRecord:
         loss_sum, correct, images = 0.0, 0, self.data.test
         self.model.eval()
         with clock.phase("eval"), torch.no_grad():

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import cli
 from benchmarks.training.data.datasets import AUGMENTATIONS
 
 POLICIES = ("dense", "neq", "stochastic", "fixed")
@@ -64,11 +65,15 @@ class Settings:
     )
 
     data_root: str = _setting("data", "where cifar10 is or is downloaded to")
-    limit_train: int | None = _setting(None, "use only so many training images", type=int)
-    limit_test: int | None = _setting(None, "use only so many test images", type=int)
-    image_size: int | None = _setting(None, "resize images to this height and width", type=int)
+    limit_train: int | None = _setting(None, "use only so many training images", type=cli.positive)
+    limit_test: int | None = _setting(None, "use only so many test images", type=cli.positive)
+    image_size: int | None = _setting(
+        None, "resize images to this height and width", type=cli.positive
+    )
     device: str = _setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda if there is one")
-    threads: int | None = _setting(None, "CPU threads (default: PyTorch's own choice)", type=int)
+    threads: int | None = _setting(
+        None, "CPU threads (default: PyTorch's own choice)", type=cli.positive
+    )
     channels_last: bool = _setting(False, "channels_last memory format")
     profile: bool = _setting(True, "measure the dense step's shares (for the bound) at the start")
 

@@ -23,7 +23,7 @@ from benchmarks.common import models
 from benchmarks.common.interrupt import Interrupted, Interruptible
 from benchmarks.training.data import datasets
 from benchmarks.training.report import report
-from benchmarks.training.run import Arm
+from benchmarks.training.run import Run
 from benchmarks.training.run_folder import RunFolder
 from benchmarks.training.settings import Settings, add_arguments
 from neq_kernels.machine import machine
@@ -79,33 +79,33 @@ def _wants_rgb(model: str) -> bool:
     return source in ("torchvision", "timm") if colon else model not in models.OWN_MODELS
 
 
-def open_run(folder: RunFolder, settings: Settings, data: datasets.Dataset) -> Arm:
-    """A new run: its folder with the configuration, its arm before the first epoch."""
-    arm = Arm(settings, data)
+def open_run(folder: RunFolder, settings: Settings, data: datasets.Dataset) -> Run:
+    """A new run before its first epoch; its folder holds the configuration."""
+    run = Run(settings, data)
     folder.create({"settings": settings.to_json(), "machine": machine().to_dict()})
-    return arm
+    return run
 
 
-def profile_run(folder: RunFolder, arm: Arm) -> None:
+def profile_run(folder: RunFolder, run: Run) -> None:
     """Measure the dense step's shares, once in a run; a resumed run reads them."""
-    if not arm.settings.profile:
+    if not run.settings.profile:
         return
     if not folder.has("profile.json"):
-        folder.write_json("profile.json", arm.measure_shares().to_dict())
-    arm.shares = StepShares.from_dict(folder.read_json("profile.json"))
+        folder.write_json("profile.json", run.measure_shares().to_dict())
+    run.shares = StepShares.from_dict(folder.read_json("profile.json"))
 
 
-def finish_epoch(folder: RunFolder, arm: Arm) -> None:
+def finish_epoch(folder: RunFolder, run: Run) -> None:
     """Write an epoch down: metrics first, so that a checkpoint never lacks its own."""
-    folder.append_metrics(arm.last_record)
-    folder.save_checkpoint(arm.state_dict())
+    folder.append_metrics(run.last_record)
+    folder.save_checkpoint(run.state_dict())
 
 
-def finish_run(folder: RunFolder, arm: Arm) -> None:
+def finish_run(folder: RunFolder, run: Run) -> None:
     """The files made from the metrics, and the final weights."""
     from safetensors.torch import save_model
 
-    save_model(arm.model, str(folder.path / "weights.safetensors"))
+    save_model(run.model, str(folder.path / "weights.safetensors"))
     report.write_run_report(folder)
 
 
@@ -120,20 +120,20 @@ def _run(
     state = folder.load_checkpoint() if resume else None
     data = load_data(settings)
     if resume:
-        arm = Arm(settings, data)
+        run = Run(settings, data)
         if state is not None:
-            arm.load_state_dict(state)
-        folder.keep_metrics_before(arm.epoch)
+            run.load_state_dict(state)
+        folder.keep_metrics_before(run.epoch)
     else:
-        arm = open_run(folder, settings, data)
-    profile_run(folder, arm)
+        run = open_run(folder, settings, data)
+    profile_run(folder, run)
     try:
-        _epochs(folder, arm, interruptible)
+        _epochs(folder, run, interruptible)
     except Interrupted:
         if folder.metrics():
             report.write_run_report(folder)
         raise
-    finish_run(folder, arm)
+    finish_run(folder, run)
     print(f"report: {folder.path / 'report.html'}")
 
 
@@ -150,16 +150,16 @@ def _settings(folder: RunFolder, resume: bool, given: dict[str, Any]) -> Setting
     return Settings.from_json(stored)
 
 
-def _epochs(folder: RunFolder, arm: Arm, interruptible: Interruptible) -> None:
-    epochs = arm.settings.epochs
-    total = epochs * arm.steps_per_epoch
-    done = arm.epoch * arm.steps_per_epoch
+def _epochs(folder: RunFolder, run: Run, interruptible: Interruptible) -> None:
+    epochs = run.settings.epochs
+    total = epochs * run.steps_per_epoch
+    done = run.epoch * run.steps_per_epoch
     with tqdm(total=total, initial=done, unit="step", disable=None) as bar:
         on_step = _watch(bar, interruptible)
-        while arm.epoch < epochs:
-            bar.set_description(f"epoch {arm.epoch + 1}/{epochs}")
-            record = arm.train_epoch(on_step)
-            finish_epoch(folder, arm)
+        while run.epoch < epochs:
+            bar.set_description(f"epoch {run.epoch + 1}/{epochs}")
+            record = run.train_epoch(on_step)
+            finish_epoch(folder, run)
             bar.write(describe(record, epochs), file=sys.stdout)
             interruptible.check()
 

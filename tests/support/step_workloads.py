@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from benchmarks.common.workloads import Case
+from benchmarks.common.workloads import Workload
 
 
 def build(num_classes: int) -> nn.Module:
@@ -21,7 +21,7 @@ def build(num_classes: int) -> nn.Module:
     )
 
 
-TINY = {"tiny": Case("tiny", build, 4, (3, 8, 8))}
+TINY = {"tiny": Workload("tiny", build, 4, (3, 8, 8))}
 
 
 class BasicBlock(nn.Sequential):
@@ -48,4 +48,4 @@ def build_blocks(num_classes: int) -> nn.Module:
     )
 
 
-BLOCKS = {"blocks": Case("blocks", build_blocks, 4, (3, 8, 8))}
+BLOCKS = {"blocks": Workload("blocks", build_blocks, 4, (3, 8, 8))}

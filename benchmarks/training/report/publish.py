@@ -1,9 +1,10 @@
-"""Put a finished demo into the repository: its figures and pictures, and the README's block.
+"""Put a finished demo into the repository: its figures and pictures, and the block of
+``docs/results.md``.
 
     python -m benchmarks.training.report.publish runs/demo
 
 Copies ``summary.csv``, ``summary.json`` and the pictures to ``benchmarks/results/demo`` and writes
-the README's table from that copy, so that every figure there has a committed source.
+the block from that copy, so that every figure there has a committed source.
 """
 
 from __future__ import annotations
@@ -16,27 +17,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.files import RESULTS, ROOT, replace_file
+from benchmarks.common import cli
+from benchmarks.common.files import RESULTS
+from benchmarks.common.readme_block import Block
 from benchmarks.training.run_folder import RunError
 
 DEMO = RESULTS / "demo"
-README = ROOT / "README.md"
 FILES = ("summary.csv", "summary.json", "step_time.png", "frozen.png", "accuracy.png", "phases.png")
-BEGIN = "<!-- demo: begin (written by python -m benchmarks.training.report.publish) -->\n"
-END = "<!-- demo: end -->\n"
+BLOCK = Block("demo", "python -m benchmarks.training.report.publish")
 
 
-def readme_block(summary: Mapping[str, Any]) -> str:
-    """The README's text about the demo, from its ``summary.json``."""
+def published() -> str:
+    """The block's text, from the committed files."""
+    return block_text(json.loads((DEMO / "summary.json").read_text()))
+
+
+def block_text(summary: Mapping[str, Any]) -> str:
+    """What the page says of the demo, from its ``summary.json``."""
     machine = summary["machine"]
     lines = [
-        "![Step time per epoch, measured, with its bound](benchmarks/results/demo/step_time.png)",
+        f"![Step time per epoch, measured, with its bound]({BLOCK.link(DEMO / 'step_time.png')})",
         "",
-        "![Frozen share of every layer in every epoch](benchmarks/results/demo/frozen.png)",
+        f"![Frozen share of every layer in every epoch]({BLOCK.link(DEMO / 'frozen.png')})",
         "",
         f"`make demo`, {machine['date'][:10]}: {machine['cpu']}, {machine['threads']} threads, "
         f"PyTorch {machine['torch']}. Source of every figure: "
-        "[summary.csv](benchmarks/results/demo/summary.csv).",
+        f"[summary.csv]({BLOCK.link(DEMO / 'summary.csv')}).",
         "",
         "| scene | policy | test accuracy | step, ms | frozen, mean | frozen, last epoch "
         "| step speed-up (bound) | in the last epoch (bound) | saved net, s |",
@@ -70,17 +76,22 @@ def _line(row: Mapping[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def with_block(readme: str, block: str) -> str:
-    """``readme`` with the text between the markers replaced.
+def publish(demo: Path) -> None:
+    """Copy what is published of the demo in this folder, and write the page's block from the copy.
 
     Raises:
-        ValueError: the markers are not there.
+        RunError: the demo is not finished.
+        ValueError: the page has no place for the block.
     """
-    head, begin, rest = readme.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README: expected the lines {BEGIN.strip()} and {END.strip()}")
-    return head + begin + block + end + tail
+    missing = [name for name in FILES if not (demo / name).is_file()]
+    if missing:
+        raise RunError(f"{demo}: expected a finished demo, lacks {', '.join(missing)}")
+    BLOCK.text()
+    if demo.resolve() != DEMO.resolve():
+        DEMO.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            shutil.copyfile(demo / name, DEMO / name)
+    BLOCK.write(published())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,19 +101,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("demo", type=Path, help="a finished demo's folder")
     demo = parser.parse_args(arguments).demo
     try:
-        missing = [name for name in FILES if not (demo / name).is_file()]
-        if missing:
-            raise RunError(f"{demo}: expected a finished demo, lacks {', '.join(missing)}")
-        DEMO.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            shutil.copyfile(demo / name, DEMO / name)
-        summary = json.loads((DEMO / "summary.json").read_text())
-        text = with_block(README.read_text(), readme_block(summary))
-        replace_file(README, text.encode())
+        publish(demo)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{DEMO.relative_to(ROOT)} and README.md")
+        return cli.USER_ERROR
+    print(f"{DEMO}\n{BLOCK.page}")
     return 0
 
 

@@ -71,32 +71,32 @@ class Result:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One policy against the dense arm that took turns with it in the same process."""
+    """One policy against the dense run that took turns with it in the same process."""
 
-    arm: Result
+    run: Result
     dense: Result
 
     @property
     def epochs(self) -> int:
-        return min(len(self.arm.epochs), len(self.dense.epochs))
+        return min(len(self.run.epochs), len(self.dense.epochs))
 
     def speedup(self, epoch: int) -> float:
-        """Dense step time over the arm's: the median ratio of steps taken in turn, so that drift of
-        the machine cancels; of arms that did not take turns by steps, the ratio of medians."""
+        """Dense step time over the run's: the median ratio of steps taken in turn, so that drift of
+        the machine cancels; of runs that did not take turns by steps, the ratio of medians."""
         return self.speedup_quantiles(epoch)[MEDIAN]
 
     def speedup_quantiles(self, epoch: int) -> list[float]:
         """``[p20, median, p80]`` of :meth:`speedup`; all the same without turns by steps."""
-        ratio = self.dense.step_ms(epoch) / self.arm.step_ms(epoch)
-        return list(self.arm.epochs[epoch].get("speedup", [ratio] * 3))
+        ratio = self.dense.step_ms(epoch) / self.run.step_ms(epoch)
+        return list(self.run.epochs[epoch].get("speedup", [ratio] * 3))
 
     def bound(self, epoch: int) -> float | None:
         """The speed-up that this epoch's frozen neurons allow at most, from measured shares."""
-        return self.arm.epochs[epoch].get("bound")
+        return self.run.epochs[epoch].get("bound")
 
     def mean_speedup(self) -> float:
-        """Dense over arm, whole run, controller's time not counted."""
-        return self._dense_ms() / self._arm_ms()
+        """Dense over run, whole run, controller's time not counted."""
+        return self._dense_ms() / self._run_ms()
 
     def mean_bound(self) -> float | None:
         bounds = [self.bound(epoch) for epoch in range(self.epochs)]
@@ -107,11 +107,11 @@ class Comparison:
 
     def saved_in_steps(self) -> float:
         """Seconds saved in forward, backward and optimizer, by the epochs' speed-ups."""
-        return (self._dense_ms() - self._arm_ms()) / 1e3
+        return (self._dense_ms() - self._run_ms()) / 1e3
 
     def saved(self) -> float:
         """Seconds saved with the controller's own time counted in; negative when it cost time."""
-        return self.saved_in_steps() - self.arm.seconds("controller")
+        return self.saved_in_steps() - self.run.seconds("controller")
 
     def dense_seconds(self) -> float:
         return self._dense_ms() / 1e3
@@ -119,8 +119,8 @@ class Comparison:
     def _dense_ms(self) -> float:
         return sum(r["steps"] * self.dense.step_ms(i) for i, r in self._records())
 
-    def _arm_ms(self) -> float:
+    def _run_ms(self) -> float:
         return sum(r["steps"] * self.dense.step_ms(i) / self.speedup(i) for i, r in self._records())
 
     def _records(self) -> list[tuple[int, dict[str, Any]]]:
-        return list(enumerate(self.arm.epochs[: self.epochs]))
+        return list(enumerate(self.run.epochs[: self.epochs]))

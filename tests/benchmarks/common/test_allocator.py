@@ -12,7 +12,7 @@ from benchmarks.overheads import freed_memory
 
 PROGRAM = """
 import resource, sys
-from benchmarks import allocator
+from benchmarks.common import allocator
 if sys.argv[1] == "kept":
     allocator.keep_freed_memory()
 print(allocator.freed_memory())

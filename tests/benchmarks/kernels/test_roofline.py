@@ -1,5 +1,7 @@
 """Predicted times by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -155,11 +157,11 @@ def test_every_figure_of_time_is_said_to_be_predicted(tmp_path, capsys, monkeypa
 
 
 def test_the_page(tmp_path, monkeypatch):
-    page = tmp_path / "README.md"
-    monkeypatch.setattr(roofline, "PAGE", page)
-    monkeypatch.setattr(roofline, "RESULTS", tmp_path / "results" / "roofline.csv")
+    page, block = tmp_path / "page.md", roofline.BLOCK
+    monkeypatch.setattr(roofline, "BLOCK", replace(block, page=page))
+    monkeypatch.setattr(roofline, "TABLE", tmp_path / "results" / "roofline.csv")
     monkeypatch.setattr(roofline, "bfloat16_shapes", lambda: FIRST_SHAPES)
-    page.write_text("before\n" + roofline.BEGIN + "old\n" + roofline.END + "after\n")
+    page.write_text("before\n" + block.begin + "old\n" + block.end + "after\n")
     assert roofline.main(["--out", str(tmp_path), "--publish"]) == 0
     text = page.read_text()
     assert text.startswith("before\n")

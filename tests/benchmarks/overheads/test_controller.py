@@ -10,7 +10,7 @@ from torch import nn
 
 import neq_kernels as neq
 from benchmarks.common.records import load
-from benchmarks.common.workloads import CASES
+from benchmarks.common.workloads import WORKLOADS
 from benchmarks.overheads import controller
 from benchmarks.overheads.peak_memory import peak_allocated
 from tests.support.step_workloads import BLOCKS
@@ -37,8 +37,8 @@ def test_output_bytes_are_those_of_converted_layers():
 
 
 def test_rows(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(controller, "CASES", BLOCKS)
-    monkeypatch.setattr(controller, "CASE", "blocks")
+    monkeypatch.setattr(controller, "WORKLOADS", BLOCKS)
+    monkeypatch.setattr(controller, "MODEL", "blocks")
     assert controller.main(["--rounds", "2", "--out", str(tmp_path)]) == 0
     header, rows = load(tmp_path / "controller.jsonl")
     assert header["settings"]["epoch"] == "50000 images in batches of 4"
@@ -61,7 +61,7 @@ def test_rows(tmp_path, monkeypatch, capsys):
 def test_an_epoch_of_the_real_case_has_391_steps():
     clock = controller.PhaseClock()
     clock.samples = {phase: [1.0] for phase in controller.PHASES} | {"controller": [11.73]}
-    steps = math.ceil(controller.EPOCH_IMAGES / CASES[controller.CASE].images)
+    steps = math.ceil(controller.EPOCH_IMAGES / WORKLOADS[controller.MODEL].images)
     row = controller._time(clock, steps)
     assert row["epoch"] == "391 x the median step"
     assert row["share_of_epoch"] == pytest.approx(0.01)

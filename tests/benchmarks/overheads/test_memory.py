@@ -8,7 +8,7 @@ from torch import nn
 
 import neq_kernels as neq
 from benchmarks.common.records import load
-from benchmarks.common.workloads import CASES, loss
+from benchmarks.common.workloads import WORKLOADS, loss
 from benchmarks.overheads import memory
 from benchmarks.overheads.peak_memory import peak_bytes, peak_in_child, saved_bytes
 from benchmarks.overheads.prefixes import (
@@ -19,7 +19,7 @@ from benchmarks.overheads.prefixes import (
 )
 from tests.support.step_workloads import BLOCKS
 
-CASE = BLOCKS["blocks"]
+WORKLOAD = BLOCKS["blocks"]
 MEBI = 2**20
 
 
@@ -33,7 +33,7 @@ def allocate(mebi: int):
 def learning(model: nn.Module) -> set[str]:
     for parameter in model.parameters():
         parameter.grad = None
-    loss(model, CASE.batches("nchw", 1)[0]).backward()
+    loss(model, WORKLOAD.batches("nchw", 1)[0]).backward()
     return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
@@ -53,12 +53,12 @@ def test_peak_is_what_the_work_needs():
 
 
 def test_a_step_runs_in_a_child():
-    (prefix,) = prefixes(CASE, [1.0])
-    assert peak_in_child(memory.one_step, CASE, "neq", prefix) > 0
+    (prefix,) = prefixes(WORKLOAD, [1.0])
+    assert peak_in_child(memory.one_step, WORKLOAD, "neq", prefix) > 0
 
 
 def test_prefixes_end_with_blocks():
-    found = prefixes(CASE, (0.0, 0.4, 0.6, 1.0))
+    found = prefixes(WORKLOAD, (0.0, 0.4, 0.6, 1.0))
     assert [(p.end, len(p.layers), p.of) for p in found] == [
         ("", 0, 8),
         ("1", 3, 8),
@@ -69,16 +69,16 @@ def test_prefixes_end_with_blocks():
 
 
 def test_the_real_prefixes():
-    ends = [p.end for p in prefixes(CASES["resnet18"], memory.FRACTIONS)]
+    ends = [p.end for p in prefixes(WORKLOADS["resnet18"], memory.FRACTIONS)]
     assert ends == ["", "layer1.1", "layer2.1", "layer3.1", "avgpool"]
 
 
 @pytest.mark.parametrize("fraction", memory.FRACTIONS)
 def test_every_way_to_freeze_stops_the_same_parameters(fraction):
-    (prefix,) = prefixes(CASE, [fraction])
-    neurons = neq.convert(CASE.model("nchw"), others="follow")
+    (prefix,) = prefixes(WORKLOAD, [fraction])
+    neurons = neq.convert(WORKLOAD.model("nchw"), others="follow")
     freeze_neurons(neurons, prefix)
-    parameters, without_grad = CASE.model("nchw"), CASE.model("nchw")
+    parameters, without_grad = WORKLOAD.model("nchw"), WORKLOAD.model("nchw")
     freeze_parameters(parameters, prefix)
     run_without_grad(without_grad, prefix)
     expected = learning(neurons)
@@ -90,7 +90,7 @@ def test_every_way_to_freeze_stops_the_same_parameters(fraction):
 
 
 def test_rows_of_a_quick_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(memory, "CASES", BLOCKS)
+    monkeypatch.setattr(memory, "WORKLOADS", BLOCKS)
     monkeypatch.setattr(memory, "MODELS", tuple(BLOCKS))
     monkeypatch.setattr(memory, "peak_in_child", lambda prepare, *a: peak_bytes(prepare(*a)))
     arguments = ["--quick", "--models", "blocks", "--seconds", "0.01", "--out", str(tmp_path)]

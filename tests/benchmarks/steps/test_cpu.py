@@ -9,7 +9,7 @@ import torch
 
 import neq_kernels as neq
 from benchmarks.common.records import load
-from benchmarks.common.workloads import CASES, output_layer, random_masks
+from benchmarks.common.workloads import WORKLOADS, output_layer, random_masks, set_masks
 from benchmarks.steps import comparison, cpu
 from benchmarks.steps.correctness import differences
 from neq_kernels.measure import bandwidth
@@ -18,7 +18,7 @@ from tests.support.step_workloads import TINY
 
 @pytest.fixture(autouse=True)
 def _tiny_cases(monkeypatch):
-    monkeypatch.setattr(cpu, "CASES", TINY)
+    monkeypatch.setattr(cpu, "WORKLOADS", TINY)
     monkeypatch.setattr(cpu, "QUICK", (("tiny", "nhwc"),))
     monkeypatch.setattr(bandwidth, "BUFFER_BYTES", 2**20)
 
@@ -38,7 +38,7 @@ def test_one_row_per_cell_and_provider(tmp_path, capsys):
         for r in (1.0, 0.5, 0.0)
         for provider in ("dense", "peer1", "neq", comparison.NO_WGRAD)
     ]
-    assert header["settings"]["cases"] == [["tiny", "nchw"], ["tiny", "nhwc"]]
+    assert header["settings"]["workloads"] == [["tiny", "nchw"], ["tiny", "nhwc"]]
     for row in rows:
         assert row["rounds"] == comparison.LEAST_ROUNDS or row["rounds"] <= comparison.MOST_ROUNDS
         for phase in ("forward", "backward", "optimizer", "total"):
@@ -66,7 +66,7 @@ def test_one_row_per_cell_and_provider(tmp_path, capsys):
 
 def test_quick_has_the_quick_cases(tmp_path):
     _, header, rows = run(tmp_path, "--quick")
-    assert header["settings"]["cases"] == [["tiny", "nhwc"]]
+    assert header["settings"]["workloads"] == [["tiny", "nhwc"]]
     assert {row["r"] for row in rows} == set(cpu.QUICK_SHARES)
 
 
@@ -82,11 +82,11 @@ def wrong_mask(model, masks, r):
     neq_masks = dict(masks)
     first = next(iter(neq_masks))
     neq_masks[first] = (neq_masks[first] + 1) % 8
-    cpu.set_masks(model, neq_masks)
+    set_masks(model, neq_masks)
 
 
 def scaled_gradient(model, masks, r):
-    cpu.set_masks(model, masks)
+    set_masks(model, masks)
     model[0].weight.register_hook(lambda grad: grad * 1.01)
 
 
@@ -106,21 +106,23 @@ def test_a_wrong_result_has_no_figure_and_fails(tmp_path, capsys, monkeypatch, f
 
 
 def test_the_gate_sees_a_wrong_loss_and_a_missing_gradient():
-    case = TINY["tiny"]
-    batch = case.batches("nchw")[0]
-    masks = random_masks(neq.convert(case.model("nchw")), 0.5)
-    shifted, silent = case.model("nchw"), case.model("nchw")
+    workload = TINY["tiny"]
+    batch = workload.batches("nchw")[0]
+    masks = random_masks(neq.convert(workload.model("nchw")), 0.5)
+    shifted, silent = workload.model("nchw"), workload.model("nchw")
     with torch.no_grad():
         shifted[8].bias[0] += 1
     silent[8].requires_grad_(False)
-    models = {"dense": case.model("nchw"), "shifted": shifted, "silent": silent}
-    found = differences(models, masks, batch, case.loss)
+    models = {"dense": workload.model("nchw"), "shifted": shifted, "silent": silent}
+    found = differences(models, masks, batch, workload.loss)
     assert found["shifted"].startswith("loss")
     assert found["silent"] == "0.weight: a frozen row has a gradient"
-    found = differences(models, {}, batch, case.loss)
+    found = differences(models, {}, batch, workload.loss)
     assert found.keys() == {"shifted"}
-    everything = random_masks(neq.convert(case.model("nchw")), 1.0)
-    assert differences(models, everything, batch, case.loss)["silent"] == "8.weight: no gradient"
+    everything = random_masks(neq.convert(workload.model("nchw")), 1.0)
+    assert (
+        differences(models, everything, batch, workload.loss)["silent"] == "8.weight: no gradient"
+    )
 
 
 @pytest.mark.parametrize(
@@ -157,14 +159,14 @@ def test_masks_have_the_share_asked_for():
 
 @pytest.mark.parametrize("name", ["resnet32", "mlp"])
 def test_the_real_cases_are_the_same_at_every_call(name):
-    case = CASES[name]
-    layout = case.layouts[-1]
-    first, second = case.model(layout), case.model(layout)
+    workload = WORKLOADS[name]
+    layout = workload.layouts[-1]
+    first, second = workload.model(layout), workload.model(layout)
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
-    x, y = case.batches(layout, 1)[0]
-    assert x.shape == (case.images, *case.shape)
-    assert int(y.max()) < case.classes
+    x, y = workload.batches(layout, 1)[0]
+    assert x.shape == (workload.images, *workload.shape)
+    assert int(y.max()) < workload.classes
     assert (layout == "nhwc") == (x.dim() == 4 and not x.is_contiguous())
 
 

@@ -12,7 +12,7 @@ import neq_kernels as neq
 from benchmarks.common import gpu_device
 from benchmarks.common.deadline import Deadline
 from benchmarks.common.records import Record
-from benchmarks.common.workloads import GPU_CASES, random_masks, set_masks
+from benchmarks.common.workloads import GPU_WORKLOADS, random_masks, set_masks
 from benchmarks.gpu_session import report
 from benchmarks.steps import comparison, gpu, gpu_energy, peers
 from benchmarks.steps.correctness import BFLOAT16, FLOAT32, differences
@@ -22,34 +22,34 @@ from tests.support import fake_gpu
 from tests.support.fake_gpu import FakeNvml, TickingClock
 from tests.support.step_workloads import TINY
 
-CASE = replace(TINY["tiny"], layouts=("nhwc",), autocast=torch.bfloat16)
+WORKLOAD = replace(TINY["tiny"], layouts=("nhwc",), autocast=torch.bfloat16)
 
 
 def test_each_of_our_backends_serves_its_own_steps(tmp_path, monkeypatch):
     served = []
 
-    def measure(case, backend, *rest):
+    def measure(workload, backend, *rest):
         served.append((backend, selector.backends_for("cpu")[0]))
         return iter(())
 
     monkeypatch.setattr(gpu, "measure", measure)
     with Record(tmp_path, gpu.NAME, {}) as record:
-        options = gpu.Options()
-        gpu.run((CASE,), options, fake_gpu.lab(), Deadline.after(1.0), record)
+        options = gpu.GpuStepOptions()
+        gpu.run((WORKLOAD,), options, fake_gpu.lab(), Deadline.after(1.0), record)
     assert served == [("cpu", "cpu"), ("aten", "aten")]
 
 
-def contest_rows(case):
-    options = gpu.Options((0.5,), 1e-3, 2)
+def contest_rows(workload):
+    options = gpu.GpuStepOptions((0.5,), 1e-3, 2)
     deadline = Deadline.after(100.0)
-    return list(gpu.measure(case, "cpu", options, fake_gpu.lab(), deadline, lambda: None))
+    return list(gpu.measure(workload, "cpu", options, fake_gpu.lab(), deadline, lambda: None))
 
 
 def test_a_model_that_does_not_fit_is_a_row():
     def full(num_classes):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    (row,) = contest_rows(replace(CASE, build=full))
+    (row,) = contest_rows(replace(WORKLOAD, build=full))
     assert row["error"] == gpu_device.OUT_OF_MEMORY
     assert (row["model"], row["r"]) == ("tiny", 0.5)
 
@@ -62,7 +62,7 @@ def test_a_step_with_a_wrong_gradient_is_not_timed(monkeypatch):
     wrong = comparison.Provider("neq", comparison.OURS.build, wrong_masks)
     monkeypatch.setattr(comparison, "PROVIDERS", (*comparison.PROVIDERS[:2], wrong))
     monkeypatch.setattr(bandwidth, "BUFFER_BYTES", 2**16)
-    rows = contest_rows(CASE)
+    rows = contest_rows(WORKLOAD)
     assert [row["provider"] for row in rows] == ["neq"]
     assert rows[0]["error"].startswith("0.weight: ")
     assert not any("speedup" in key for key in rows[0])
@@ -70,25 +70,25 @@ def test_a_step_with_a_wrong_gradient_is_not_timed(monkeypatch):
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_peer_1_and_ours_are_right_under_autocast(autocast):
-    case = replace(CASE, autocast=autocast)
-    models = {"dense": case.model("nhwc"), "neq": neq.convert(case.model("nhwc"))}
-    models["peer1"] = peers.convert(case.model("nhwc"))
+    workload = replace(WORKLOAD, autocast=autocast)
+    models = {"dense": workload.model("nhwc"), "neq": neq.convert(workload.model("nhwc"))}
+    models["peer1"] = peers.convert(workload.model("nhwc"))
     masks = random_masks(models["neq"], 0.5)
     set_masks(models["neq"], masks)
     peers.set_active(models["peer1"], masks)
-    batch = case.batches("nhwc", 1)[0]
-    tolerance = comparison.tolerance_of(case)
+    batch = workload.batches("nhwc", 1)[0]
+    tolerance = comparison.tolerance_of(workload)
     assert tolerance == (FLOAT32 if autocast is None else BFLOAT16)
-    assert differences(models, masks, batch, case.loss, tolerance=tolerance) == {}
+    assert differences(models, masks, batch, workload.loss, tolerance=tolerance) == {}
     models["neq"][8].weight.register_hook(lambda grad: 1.1 * grad)
-    assert set(differences(models, masks, batch, case.loss, tolerance=tolerance)) == {"neq"}
+    assert set(differences(models, masks, batch, workload.loss, tolerance=tolerance)) == {"neq"}
 
 
 def test_the_peer_saves_what_autocast_would_save():
     kept = []
-    model = peers.convert(CASE.model("nhwc"))
-    peers.set_active(model, random_masks(neq.convert(CASE.model("nhwc")), 0.5))
-    x = CASE.batches("nhwc", 1)[0][0]
+    model = peers.convert(WORKLOAD.model("nhwc"))
+    peers.set_active(model, random_masks(neq.convert(WORKLOAD.model("nhwc")), 0.5))
+    x = WORKLOAD.batches("nhwc", 1)[0][0]
     with (
         torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
         torch.autocast("cpu", torch.bfloat16),
@@ -99,10 +99,10 @@ def test_the_peer_saves_what_autocast_would_save():
 
 def energy(tmp_path, nvml, options=None, failed=(), left=100.0):
     meter = EnergyMeter(gpus=[0] if nvml else None, powercap=tmp_path / "none", nvml=nvml or NONE)
-    options = options or gpu_energy.Options((0.5,), 5e-3, 2, tuple(failed))
+    options = options or gpu_energy.EnergyOptions((0.5,), 5e-3, 2, tuple(failed))
     with Record(tmp_path, gpu_energy.NAME, {}) as record:
         right = gpu_energy.run(
-            (CASE,), options, fake_gpu.lab(), meter, Deadline.after(left), record
+            (WORKLOAD,), options, fake_gpu.lab(), meter, Deadline.after(left), record
         )
     return right, record.rows
 
@@ -173,7 +173,7 @@ def test_a_sum_without_one_of_the_gpus_is_no_sum():
 
 
 def test_windows_that_do_not_fit_are_left_out(tmp_path):
-    options = gpu_energy.Options((0.5,), seconds=3.0, windows=3)
+    options = gpu_energy.EnergyOptions((0.5,), seconds=3.0, windows=3)
     _, rows = energy(tmp_path, FakeNvml(), options, left=17.0)
     assert [row.get("left_out") for row in rows] == [True]
 
@@ -189,10 +189,10 @@ def test_the_gpu_that_pytorch_uses_is_the_one_that_is_counted():
 
 
 def test_the_models_of_a_gpu_run_in_bfloat16_there():
-    assert [case.name for case in GPU_CASES] == ["resnet50", "mlp_4x4096", "vit_b_16"]
-    assert {case.device for case in GPU_CASES} == {"cuda"}
-    assert {case.autocast for case in GPU_CASES} == {torch.bfloat16}
+    assert [workload.name for workload in GPU_WORKLOADS] == ["resnet50", "mlp_4x4096", "vit_b_16"]
+    assert {workload.device for workload in GPU_WORKLOADS} == {"cuda"}
+    assert {workload.autocast for workload in GPU_WORKLOADS} == {torch.bfloat16}
     with torch.device("meta"):
-        model = GPU_CASES[1].build(10, **GPU_CASES[1].options)
+        model = GPU_WORKLOADS[1].build(10, **GPU_WORKLOADS[1].options)
     assert [m.out_features for m in model if isinstance(m, torch.nn.Linear)] == [4096] * 4 + [10]
     assert TickingClock().mark() > 0

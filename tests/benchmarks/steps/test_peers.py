@@ -14,9 +14,9 @@ from tests.support.step_workloads import TINY
 
 
 def pair(layout: str = "nchw"):
-    case = TINY["tiny"]
-    models = {"dense": case.model(layout), "peer": peers.convert(case.model(layout))}
-    return models, neq.convert(case.model(layout)), case.batches(layout)[0]
+    workload = TINY["tiny"]
+    models = {"dense": workload.model(layout), "peer": peers.convert(workload.model(layout))}
+    return models, neq.convert(workload.model(layout)), workload.batches(layout)[0]
 
 
 def gate(models, masks, batch):

@@ -32,7 +32,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_arms_of_a_scene_start_alike_and_see_the_same_batches(finished: Path) -> None:
+def test_runs_of_a_scene_start_alike_and_see_the_same_batches(finished: Path) -> None:
     for scene in ("scratch", "continued"):
         first = [RunFolder(finished / name).metrics()[0] for name in RUNS if name.startswith(scene)]
         # Everything is active in the first epoch, so only rounding may differ.
@@ -50,7 +50,7 @@ def test_second_scene_continues_the_first(finished: Path) -> None:
     assert first["lr"] < last["lr"]
 
 
-def test_stochastic_arm_freezes_half(finished: Path) -> None:
+def test_stochastic_run_freezes_half(finished: Path) -> None:
     record = RunFolder(finished / "continued-stochastic").metrics()[-1]
     assert record["active"]["0"] == [3, 6]
     assert record["active"]["4"] == [4, 8]

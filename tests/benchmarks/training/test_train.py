@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.training import train
-from benchmarks.training.run import Arm
+from benchmarks.training.run import Run
 from benchmarks.training.run_folder import RunError, RunFolder
 
 ROOT = Path(__file__).parents[3]
@@ -112,17 +112,17 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(
 
 def stop_after(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Die in the middle of the epoch after ``epochs`` whole ones."""
-    train_epoch = Arm.train_epoch
+    train_epoch = Run.train_epoch
 
-    def dying(arm: Arm, on_step: Any) -> Any:
+    def dying(run: Run, on_step: Any) -> Any:
         def step(loss: float) -> None:
             on_step(loss)
-            if arm.epoch == epochs:
+            if run.epoch == epochs:
                 raise RuntimeError("stopped on purpose")
 
-        return train_epoch(arm, step)
+        return train_epoch(run, step)
 
-    monkeypatch.setattr(Arm, "train_epoch", dying)
+    monkeypatch.setattr(Run, "train_epoch", dying)
 
 
 def test_kill_in_mid_epoch_loses_at_most_that_epoch(tmp_path: Path, images_npz: Path) -> None:

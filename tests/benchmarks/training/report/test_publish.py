@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import csv
 import json
-import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ SUMMARY = {
 
 
 def test_block_holds_the_figures_of_the_summary() -> None:
-    lines = publish.readme_block(SUMMARY).splitlines()
+    lines = publish.block_text(SUMMARY).splitlines()
     assert "| From scratch | dense | 70.0% | 100.0 | 0.0% | 0.0% |  |  |  |" in lines
     assert (
         "| From scratch | neq | 71.0% | 90.0 | 25.0% | 50.0% | 1.051 (1.100) | 1.200 (1.250) "
@@ -53,30 +54,33 @@ def test_block_holds_the_figures_of_the_summary() -> None:
     assert any("some processor, 2 threads, PyTorch 2.14.1" in line for line in lines)
 
 
-def test_only_the_block_is_replaced() -> None:
-    readme = f"before\n{publish.BEGIN}old\n{publish.END}after\n"
-    assert publish.with_block(readme, "new\n") == readme.replace("old", "new")
-    with pytest.raises(ValueError, match="expected the lines"):
-        publish.with_block("no markers", "new\n")
-
-
-def test_every_figure_of_the_readme_comes_from_the_committed_results() -> None:
-    summary = json.loads((publish.RESULTS / "summary.json").read_text())
-    readme = publish.README.read_text()
-    assert publish.with_block(readme, publish.readme_block(summary)) == readme
-    rows = list(csv.DictReader((publish.RESULTS / "summary.csv").open()))
+def test_the_committed_tables_are_of_one_demo() -> None:
+    summary = json.loads((publish.DEMO / "summary.json").read_text())
+    rows = list(csv.DictReader((publish.DEMO / "summary.csv").open()))
     assert [row["run"] for row in rows] == [run["run"] for run in summary["runs"]]
     for row, run in zip(rows, summary["runs"], strict=True):
         assert float(row["step_ms"]) == run["step_ms"]
     for name in publish.FILES:
-        assert (publish.RESULTS / name).is_file()
+        assert (publish.DEMO / name).is_file()
 
 
-def test_pictures_and_links_of_the_readme_exist() -> None:
-    targets = re.findall(r"\]\(([^)#]+)\)", publish.README.read_text())
-    local = [target for target in targets if not target.startswith("http")]
-    assert local
-    assert all((publish.ROOT / target).exists() for target in local)
+def test_a_demo_is_copied_and_the_block_written_from_the_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = replace(publish.BLOCK, page=tmp_path / "page.md")
+    block.page.write_text(f"before\n{block.begin}old\n{block.end}after\n")
+    demo, results = tmp_path / "demo", tmp_path / "results"
+    shutil.copytree(publish.DEMO, demo)
+    (demo / "summary.json").write_text(json.dumps(SUMMARY))
+    monkeypatch.setattr(publish, "BLOCK", block)
+    monkeypatch.setattr(publish, "DEMO", results)
+    assert publish.main([str(demo)]) == 0
+    assert sorted(path.name for path in results.iterdir()) == sorted(publish.FILES)
+    assert block.text() == publish.block_text(SUMMARY)
+    assert "(results/step_time.png)" in block.text()
+    first = block.page.read_bytes()
+    assert publish.main([str(results)]) == 0  # what is published can be published again
+    assert block.page.read_bytes() == first
 
 
 def test_unfinished_demo_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
