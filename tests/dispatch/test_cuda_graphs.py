@@ -10,6 +10,7 @@ from neq_kernels import functional, ops
 from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.dispatch import backward, cuda_graphs
+from neq_kernels.dispatch.selection import selector
 from tests.support import oracle
 
 BEFORE, AFTER = [True, True, False, False, False, True], [False, True, True, True, True, False]

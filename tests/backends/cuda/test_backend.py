@@ -9,13 +9,14 @@ import torch
 from torch.nn import functional as F
 
 from neq_kernels import ops as public
-from neq_kernels.backends import aten, cuda
 from neq_kernels.backends.problem import ConvGeometry, Problem, Strategy
 from neq_kernels.channels import NeuronLayout
 from neq_kernels.dispatch import selection
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.doctor import checks as doctor_checks
 from neq_kernels.doctor import gradients, runner
 from tests.backends.cuda.conftest import build_emulated
+from tests.support.backends import aten, cuda
 from tests.support.cuda_cases import DEVICE, DTYPES, images
 from tests.support.gpu_cases import MASKS, assert_gradient, channels
 

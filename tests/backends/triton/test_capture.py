@@ -10,8 +10,9 @@ from torch import nn
 import neq_kernels as neq
 from neq_kernels import ops
 from neq_kernels.backends.problem import ConvGeometry, Problem, Strategy
-from neq_kernels.backends.triton import backend as triton
 from neq_kernels.dispatch import cuda_graphs, selection
+from neq_kernels.dispatch.selection import selector
+from tests.support.backends import triton
 from tests.support.gpu_cases import EXECUTOR, MASKS, assert_gradient, channels, poison
 
 

@@ -10,12 +10,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from neq_kernels.backends.triton import backend as triton
 from neq_kernels.backends.triton import row_steps
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.optim import attach, reference
 from neq_kernels.optim import row_steps as row_steps_module
 from tests.support.arrange import assert_as_precise_as_torch, bits
+from tests.support.backends import triton
 from tests.support.gpu_cases import DTYPES
 from tests.support.optimizer_nets import make_net, random_masks, set_gradients
 from tests.support.row_step_cases import (

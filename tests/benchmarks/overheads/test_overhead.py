@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.common.records import load
 from benchmarks.overheads import overhead
-from neq_kernels.backends import cpu
+from tests.support.backends import cpu
 
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason="it measures the extension")
