@@ -68,7 +68,7 @@ class ConvGeometry:
         output_mask: Sequence[bool],
         groups: int | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """``aten.convolution_backward``: gradients of input, weight, bias; None if not asked for."""
+        """``aten.convolution_backward``: gradients of input, weight, bias; None if not asked."""
         grads = torch.ops.aten.convolution_backward.default(
             grad_output,
             input,

@@ -23,7 +23,7 @@ NEQ_TARGET void correlate_taps(const Correlation<C>& c, const int64_t* offsets, 
   Vector total[kTaps];
   const C* x[kTaps];
   for (int t = 0; t < kTaps; ++t) {
-    total[t] = load(sums + t * Lanes<C>::count);
+    total[t] = Vector{};
     x[t] = c.x + offsets[t];
   }
   for (int64_t row = 0; row < c.rows; ++row) {
@@ -37,8 +37,10 @@ NEQ_TARGET void correlate_taps(const Correlation<C>& c, const int64_t* offsets, 
       at += c.step;
     }
   }
+  // A sum of its own first: chains of additions stay short.
   for (int t = 0; t < kTaps; ++t) {
-    std::memcpy(sums + t * Lanes<C>::count, &total[t], sizeof(Vector));
+    const Vector sum = load(sums + t * Lanes<C>::count) + total[t];
+    std::memcpy(sums + t * Lanes<C>::count, &sum, sizeof(sum));
   }
 }
 

@@ -15,9 +15,7 @@ NEQ_TARGET void correlate_pixels_tile(const PixelSteps& steps, const C* dy, cons
 #pragma GCC unroll 8
   for (int r = 0; r < kTapRows; ++r) {
 #pragma GCC unroll 8
-    for (int s = 0; s < kTapColumns; ++s) {
-      total[r][s] = load(lanes + r * steps.lanes_row + s * kLanes);
-    }
+    for (int s = 0; s < kTapColumns; ++s) total[r][s] = Vector{};
   }
   // The longer loop is the inner one.
   const bool tall = rows > columns;
@@ -46,8 +44,10 @@ NEQ_TARGET void correlate_pixels_tile(const PixelSteps& steps, const C* dy, cons
   for (int r = 0; r < kTapRows; ++r) {
 #pragma GCC unroll 8
     for (int s = 0; s < kTapColumns; ++s) {
-      const Vector sum = total[r][s];
-      std::memcpy(lanes + r * steps.lanes_row + s * kLanes, &sum, sizeof(sum));
+      // A sum of its own first: chains of additions stay short.
+      C* to = lanes + r * steps.lanes_row + s * kLanes;
+      const Vector sum = load(to) + total[r][s];
+      std::memcpy(to, &sum, sizeof(sum));
     }
   }
 }
