@@ -3,12 +3,12 @@
 >>> python -m benchmarks.gpu_session --out runs/gpu
 
 1. correctness: the tests of the GPU kernels and ``neq doctor``'s self-check, on the card;
-2. kernels: weight gradients alone, against the library and against a careful user's own code;
+2. kernels: weight gradients alone, against PyTorch's kernels and a careful user's own code;
 3. steps: whole training steps, beside the most that the masks can save;
 4. energy: joules per step by the GPU's counter;
-and a report of all that, ``report.html``. Each part is a process of its own with a share of the
-time; what it leaves goes to the parts after it, and what finds no time is named. No speed-up is
-given for a backend whose tests failed.
+and a report of all that, ``report.md``. Each part is a process of its own with a share of the time;
+what it leaves goes to the parts after it, and what finds no time is named. No speed-up is given for
+a backend whose tests failed.
 """
 
 from __future__ import annotations

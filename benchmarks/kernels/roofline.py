@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import cli
+from benchmarks.common import cli, markdown
 from benchmarks.common.files import RESULTS
 from benchmarks.common.readme_block import Block
 from benchmarks.common.records import Record, Row, load_csv
@@ -240,12 +240,12 @@ def page_table(rows: Sequence[Row], gpu: str = "H100") -> str:
     shares = [r for r in dict.fromkeys(row["r"] for row in chosen) if r < 1]
     cells = {(row["network"], row["layer"], row["r"]): row for row in chosen}
     titles = ["layer", "predicted dense, µs", *(f"predicted at r = {r:g}" for r in shares)]
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    lines = []
     for network, layer in dict.fromkeys((row["network"], row["layer"]) for row in chosen):
         of = [cells[network, layer, r] for r in shares]
         dense = f"{1e6 * of[0]['predicted_dense_seconds']:.1f} {of[0]['predicted_dense_bound']}"
-        lines.append("| " + " | ".join([f"{network} {layer}", dense, *map(_cell, of)]) + " |")
-    return "\n".join([*lines, ""])
+        lines.append([f"{network} {layer}", dense, *map(_cell, of)])
+    return "\n".join([*markdown.table(titles, lines), ""])
 
 
 def _cell(row: Row) -> str:

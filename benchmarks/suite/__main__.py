@@ -18,6 +18,7 @@ from pathlib import Path
 
 from benchmarks.common import cli
 from benchmarks.common.files import RESULTS
+from benchmarks.common.markdown import table
 from benchmarks.common.readme_block import Block
 from benchmarks.common.records import Row, load, load_csv, write_csv
 from benchmarks.kernels import goals
@@ -70,13 +71,6 @@ def published() -> str:
     return "\n".join(lines)
 
 
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    yield "| " + " | ".join(titles) + " |"
-    yield "|" + "---|" * len(titles)
-    for row in rows:
-        yield "| " + " | ".join(row) + " |"
-
-
 def _mark(passes: bool | None) -> str:
     return "" if passes is None else ("ok" if passes else "**short**")
 
@@ -97,7 +91,7 @@ def _kernels(rows: Sequence[Row]) -> Iterator[str]:
                 "" if best is None else f"{best.below} of {best.cells}",
             ]
         )
-    yield from _table(
+    yield from table(
         ["target", "figure", "least", "neq", "cells below", "neq tuned", "cells below"], cells
     )
     yield ""
@@ -114,7 +108,7 @@ def _worst(rows: Sequence[Row], count: int = 12) -> Iterator[str]:
             if cell not in best or best[cell]["over_dense_median"] < row["over_dense_median"]:
                 best[cell] = row
     worst = sorted(best.values(), key=lambda row: row["over_dense_median"])[:count]
-    yield from _table(
+    yield from table(
         ["layer", "layout", "input", "weight", "active", "strategy", "µs", "over dense"],
         [
             [
@@ -161,7 +155,7 @@ def _step(rows: Sequence[Row]) -> Iterator[str]:
                     f"{row['ratio_floor']:.3f} {_mark(row['passes_floor'])}",
                 ]
             )
-    yield from _table(
+    yield from table(
         [
             "model", "layout", "r", "ms", "speed-up", "p20–p80", "peer 1", "no wgrad",
             "backward alone", "bound", "with floor", "of the bound with floor",
@@ -171,7 +165,7 @@ def _step(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _freed_memory(rows: Sequence[Row]) -> Iterator[str]:
-    yield from _table(
+    yield from table(
         ["model", "layout", "r", "freed memory", "page faults", "dense, ms", "neq, ms", "speed-up"],
         [
             [
@@ -190,7 +184,7 @@ def _freed_memory(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _memory(rows: Sequence[Row]) -> Iterator[str]:
-    yield from _table(
+    yield from table(
         ["model", "frozen layers", "provider", "saved, MiB", "peak, MiB", "time / no_grad"],
         [
             [
@@ -209,7 +203,7 @@ def _memory(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _controller(rows: Sequence[Row]) -> Iterator[str]:
-    yield from _table(
+    yield from table(
         ["layout", "step, ms", "controller, ms", "share of an epoch", "memory over allowed"],
         [
             [
@@ -225,7 +219,7 @@ def _controller(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _overhead(rows: Sequence[Row]) -> Iterator[str]:
-    yield from _table(
+    yield from table(
         ["layer", "what", "µs, median", "p20–p80"],
         [
             [

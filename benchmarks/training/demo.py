@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.common import cli, html
+from benchmarks.common import cli
 from benchmarks.common.interrupt import Interrupted, Interruptible
-from benchmarks.training.report import report
+from benchmarks.training.report import html, report
 from benchmarks.training.report.results import Result
 from benchmarks.training.run import Run
 from benchmarks.training.run_folder import RunError, RunFolder

@@ -17,13 +17,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import cli
+from benchmarks.common import cli, markdown
 from benchmarks.common.files import RESULTS
 from benchmarks.common.readme_block import Block
 from benchmarks.training.run_folder import RunError
 
 DEMO = RESULTS / "demo"
 FILES = ("summary.csv", "summary.json", "step_time.png", "frozen.png", "accuracy.png", "phases.png")
+COLUMNS = (
+    "scene",
+    "policy",
+    "test accuracy",
+    "step, ms",
+    "frozen, mean",
+    "frozen, last epoch",
+    "step speed-up (bound)",
+    "in the last epoch (bound)",
+    "saved net, s",
+)
 BLOCK = Block("demo", "python -m benchmarks.training.report.publish")
 
 
@@ -44,10 +55,7 @@ def block_text(summary: Mapping[str, Any]) -> str:
         f"PyTorch {machine['torch']}. Source of every figure: "
         f"[summary.csv]({BLOCK.link(DEMO / 'summary.csv')}).",
         "",
-        "| scene | policy | test accuracy | step, ms | frozen, mean | frozen, last epoch "
-        "| step speed-up (bound) | in the last epoch (bound) | saved net, s |",
-        "|---|---|---|---|---|---|---|---|---|",
-        *(_line(row) for row in summary["runs"]),
+        *markdown.table(COLUMNS, map(_cells, summary["runs"])),
         "",
         "*Step*: forward, backward and optimizer. *Frozen*: weighted by MACs. *Saved net*: seconds "
         "saved in steps over the whole run, the controller's own time counted in; negative: lost.",
@@ -56,7 +64,7 @@ def block_text(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _line(row: Mapping[str, Any]) -> str:
+def _cells(row: Mapping[str, Any]) -> list[str]:
     cells = [
         row["scene"],
         row["run"],
@@ -71,9 +79,7 @@ def _line(row: Mapping[str, Any]) -> str:
             f"{row['speedup_last_epoch']:.3f} ({row['bound_last_epoch']:.3f})",
             f"{row['saved_seconds']:+.1f} of {row['dense_step_seconds']:.1f}",
         ]
-    else:
-        cells += ["", "", ""]
-    return "| " + " | ".join(cells) + " |"
+    return cells + [""] * (len(COLUMNS) - len(cells))
 
 
 def publish(demo: Path) -> None:

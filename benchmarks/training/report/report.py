@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import html
 from benchmarks.common.files import replace_file, write_csv
-from benchmarks.training.report import plots
+from benchmarks.training.report import html, plots
 from benchmarks.training.report.results import Comparison, Result
 from benchmarks.training.run_folder import RunError, RunFolder
 from neq_kernels.measure.timing import PHASES
