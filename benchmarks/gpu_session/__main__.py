@@ -13,7 +13,6 @@ a backend whose tests failed.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -115,10 +114,9 @@ def _show(check: gpu_session_checks.Check) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_session",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = cli.parser(
+        __spec__,
+        __doc__,
         epilog=f"exit codes: 0, {cli.WRONG_RESULT} if something was wrong, "
         f"{cli.USER_ERROR} for a mistake in the arguments, {cli.NO_GPU} without a GPU",
     )
@@ -131,11 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     phases = tuple(name for name in PHASES if name in given.phases)
     missing = gpu_session_checks.missing_packages() if CORRECTNESS in phases else []
     if missing:
-        print(
-            f"error: the tests need {', '.join(missing)}: pip install -e '.[test,bench,energy]'",
-            file=sys.stderr,
-        )
-        return cli.USER_ERROR
+        needed = ", ".join(missing)
+        return cli.user_error(f"the tests need {needed}: pip install -e '.[test,bench,energy]'")
     options = SessionOptions(given.out, phases, given.minutes)
     settings: dict[str, Any] = {"phases": phases, "minutes": given.minutes}
     try:
@@ -143,8 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = _interruptible(options, record)
         print(f"\n{report.write(given.out)}")
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return cli.USER_ERROR
+        return cli.user_error(error)
     return code
 
 

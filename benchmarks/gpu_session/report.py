@@ -6,7 +6,6 @@ alone.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -259,15 +258,12 @@ SECTIONS: dict[str, tuple[str, Section]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_session.report", description=__doc__
-    )
+    parser = cli.parser(__spec__, __doc__)
     parser.add_argument("folder", type=Path, help="of the records")
     try:
         print(write(parser.parse_args(arguments).folder))
     except (OSError, ValueError) as error:
-        print(f"benchmarks.gpu_session.report: {error}", file=sys.stderr)
-        return cli.USER_ERROR
+        return cli.user_error(error)
     return 0
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -161,7 +160,7 @@ def _peak_flops() -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.cpu", description=__doc__)
+    parser = cli.parser(__spec__, __doc__)
     cli.add_common_arguments(parser)
     parser.add_argument(
         "--networks", nargs="+", choices=(*NAMES, TINY), metavar="NAME", help=f"of {NAMES}"

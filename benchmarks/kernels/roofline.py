@@ -23,7 +23,6 @@ read their operands again for every tile, and how much of that a cache serves is
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
 import shutil
@@ -274,11 +273,7 @@ def publish(csv: Path) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels.roofline",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser(__spec__, __doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder (%(default)s)")
     parser.add_argument(
         "--traffic",
@@ -299,8 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.publish:
             print("\n".join(map(str, publish(record.path.with_suffix(".csv")))))
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return cli.USER_ERROR
+        return cli.user_error(error)
     return 0
 
 

@@ -9,7 +9,6 @@ input gradient: the weight gradient, and all that surrounds it.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -140,17 +139,12 @@ def _quantiles(seconds: Sequence[float]) -> Row:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.overheads.overhead", description=__doc__
-    )
+    parser = cli.parser(__spec__, __doc__)
     cli.add_common_arguments(parser)
     parser.add_argument("--seconds", type=cli.seconds, help="for each case (5; quick: 0.5)")
     args = parser.parse_args(arguments)
     if selection.backend_for("cpu") != "cpu":
-        print(
-            "benchmarks.overheads.overhead: it measures the C++ extension, which is not in use here"
-        )
-        return cli.USER_ERROR
+        return cli.user_error("the C++ extension, which is measured, is not in use here")
     cli.prepare(args, threads=1)
     seconds = args.seconds or (0.5 if args.quick else 5.0)
     settings = {name: value for name, value in vars(args).items() if name != "out"}

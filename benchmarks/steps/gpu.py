@@ -112,7 +112,7 @@ def _show(table: cli.Table, row: Row) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = gpu_device.phase_parser("benchmarks.steps.gpu", __doc__, 160.0).parse_args(arguments)
+    given = gpu_device.phase_parser(__spec__, __doc__, 160.0).parse_args(arguments)
     deadline = Deadline.after(given.seconds)
     if not gpu_device.found():
         return gpu_device.nothing_measured()

@@ -11,11 +11,10 @@ that cannot tell the runs apart.)
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,13 +79,9 @@ LEAD = (
 )
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code: 0, 2 for an error, 128 + signal when interrupted."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.training.demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser(__spec__, __doc__)
     parser.add_argument("--quick", action="store_true", help="few images and epochs, one minute")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to (over)write")
     parser.add_argument(
@@ -105,8 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return cli.user_error(error)
     print(f"{time.perf_counter() - start:.0f} s; report: {given.out / 'report.html'}")
     return 0
 

@@ -9,11 +9,10 @@ the block from that copy, so that every figure there has a committed source.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,17 +99,14 @@ def publish(demo: Path) -> None:
     BLOCK.write(published())
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.training.report.publish", description=__doc__
-    )
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = cli.parser(__spec__, __doc__)
     parser.add_argument("demo", type=Path, help="a finished demo's folder")
     demo = parser.parse_args(arguments).demo
     try:
         publish(demo)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return cli.USER_ERROR
+        return cli.user_error(error)
     print(f"{DEMO}\n{BLOCK.page}")
     return 0
 

@@ -30,4 +30,4 @@ def test_every_case_has_its_parts(tmp_path):
 def test_without_the_extension_nothing_is_measured(monkeypatch, capsys):
     monkeypatch.setattr(overhead.selection, "backend_for", lambda device: "aten")
     assert overhead.main(["--quick"]) == 2
-    assert "not in use here" in capsys.readouterr().out
+    assert "not in use here" in capsys.readouterr().err
