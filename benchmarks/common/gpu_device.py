@@ -31,10 +31,10 @@ class Lab:
     """Where and by which clock is measured.
 
     Attributes:
-        backend: the own one that is measured.
+        backend: of neq_kernels, the one that is measured.
         number: how ``nvidia-smi`` numbers the GPU, None where that cannot be told.
-        others: own backends that are measured beside it; the last one serves a GPU where
-            none was proved right.
+        others: its backends that are measured beside it; the last one is the default where none
+            was verified on the GPU.
     """
 
     device: torch.device

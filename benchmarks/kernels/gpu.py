@@ -1,4 +1,4 @@
-"""Weight gradients alone on a GPU: the library's, a careful user's, and ours by each strategy.
+"""Weight gradients alone on a GPU: PyTorch's, a careful user's, and ours by each strategy.
 
 >>> python -m benchmarks.kernels.gpu --seconds 200 --out runs/gpu
 """
@@ -158,7 +158,7 @@ class _Cells:
         own = self._lab.backend
         place = selection.ExecutionContext((own,), "cuda", 0)
         calls[OURS] = _layer(problem, *operands, channels, own)
-        # With every channel active a layer, and all strategies but one, make the library's call.
+        # With every channel active a layer, and all strategies but one, make PyTorch's call.
         partly = n < problem.neurons
         if partly:
             for other in self._lab.others:

@@ -3,7 +3,7 @@
 >>> python -m benchmarks.overheads.overhead --out runs/bench
 
 ``empty`` is an autograd.Function with the same saved tensors that hands out results computed
-beforehand. Overhead is what our layer takes beyond it and beyond the library's own forward and
+beforehand. Overhead is what our layer takes beyond it and beyond PyTorch's own forward and
 input gradient: the weight gradient, and all that surrounds it.
 """
 
@@ -27,8 +27,8 @@ from neq_kernels.dispatch import selection, stopwatch
 from neq_kernels.measure.timing import Quantiles
 
 TARGET = 30e-6
-LIBRARY_FORWARD = "part: the library's forward"
-LIBRARY_DGRAD = "part: the library's input gradient"
+TORCH_FORWARD = "part: PyTorch's forward"
+TORCH_DGRAD = "part: PyTorch's input gradient"
 Step = Callable[[], object]
 
 
@@ -90,7 +90,7 @@ def measure(name: str, layer: nn.Module, x: Tensor, seconds: float) -> list[Row]
     }
     samples = stopwatch.in_turns(calls, seconds, most_rounds=20_000)
     rows = [{"case": name, "what": what, **_quantiles(taken)} for what, taken in samples.items()]
-    known = [samples[what] for what in ("empty", LIBRARY_FORWARD, LIBRARY_DGRAD)]
+    known = [samples[what] for what in ("empty", TORCH_FORWARD, TORCH_DGRAD)]
     beyond = [whole - sum(parts) for whole, *parts in zip(samples["neq"], *known, strict=True)]
     return [*rows, {"case": name, "what": "overhead", **_quantiles(beyond)}]
 
@@ -115,8 +115,8 @@ def _parts(
         dgrad = lambda: geometry.backward(grad_output, x, weight, (True, False, False))  # noqa: E731
     assert call is not None
     return {
-        LIBRARY_FORWARD: forward,
-        LIBRARY_DGRAD: dgrad,
+        TORCH_FORWARD: forward,
+        TORCH_DGRAD: dgrad,
         "part: all three gradients": lambda: call(grad_output, x, weight, wanted),
     }
 

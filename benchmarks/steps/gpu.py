@@ -39,7 +39,7 @@ class GpuStepOptions:
 
 
 def backends(lab: Lab) -> tuple[str, ...]:
-    """Ours, the last one is what serves a GPU if nobody asks for another."""
+    """Those that are measured; the last one is the default on a GPU."""
     return tuple(dict.fromkeys((lab.backend, *lab.others)))
 
 

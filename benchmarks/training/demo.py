@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.common import cli
-from benchmarks.common.interrupt import Interrupted, Interruptible
+from benchmarks.common import cli, interrupt
+from benchmarks.common.interrupt import Interruptible
 from benchmarks.training.report import html, report
 from benchmarks.training.report.results import Result
 from benchmarks.training.run import Run
@@ -91,18 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = QUICK if given.quick else FULL
     plan = replace(plan, base=replace(plan.base, threads=given.threads))
     start = time.perf_counter()
-    try:
-        with Interruptible() as interruptible:
-            run_demo(plan, given.out, interruptible)
-    except Interrupted as interrupted:
-        print(f"stopped ({interrupted})")
-        return interrupted.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError, ImportError) as error:
-        return cli.user_error(error)
-    print(f"{time.perf_counter() - start:.0f} s; report: {given.out / 'report.html'}")
-    return 0
+    code = interrupt.exit_code(lambda interruptible: run_demo(plan, given.out, interruptible))
+    if code == 0:
+        print(f"{time.perf_counter() - start:.0f} s; report: {given.out / 'report.html'}")
+    return code
 
 
 def run_demo(plan: DemoPlan, out: Path, interruptible: Interruptible) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.common import cli, models
+from benchmarks.common import cli, interrupt, models
 from benchmarks.common.interrupt import Interrupted, Interruptible
 from benchmarks.training.data import datasets
 from benchmarks.training.report import report
@@ -37,17 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     given = vars(parser.parse_args(arguments))
     folder, resume = RunFolder(given.pop("out")), given.pop("resume")
-    try:
-        with Interruptible() as interruptible:
-            _run(folder, resume, given, interruptible)
-    except Interrupted as interrupted:
-        print(f"stopped ({interrupted}); continue with --out {folder.path} --resume")
-        return interrupted.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError, ImportError) as error:
-        return cli.user_error(error)
-    return 0
+    return interrupt.exit_code(
+        lambda interruptible: _run(folder, resume, given, interruptible),
+        f"; continue with --out {folder.path} --resume",
+    )
 
 
 def load_data(settings: Settings) -> datasets.Dataset:
