@@ -3,18 +3,23 @@
 #   make test    the whole test suite
 #   make lint    ruff, mypy, clang-format
 #   make docs    the documentation's site in build/docs
+#   make dist    the source distribution and, built from it, the wheel: both in dist/, checked
 # VENV=path uses (or makes) a virtual environment elsewhere; PYTHON=path chooses the interpreter.
+# NEQ_BUILD_CUDA=1 builds the CUDA kernels too, which takes nvcc and minutes; auto does where there is
+# an nvcc. Asked for later, they are built then.
 
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 BUILD_INPUTS := constraints.txt pyproject.toml setup.py MANIFEST.in $(shell find csrc -type f 2>/dev/null)
-STAMP := $(VENV)/.neq_kernels_installed
+export NEQ_BUILD_CUDA ?= 0
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+STAMP := $(VENV)/.neq_kernels_installed.cuda_$(NEQ_BUILD_CUDA)
 JOBS ?= 2
 DOCS_EXTRA := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
 
-.PHONY: demo demo-quick test lint docs install clean
+.PHONY: demo demo-quick test lint docs dist install clean
 
 demo: install
 	$(PY) -m benchmarks.training.demo
@@ -36,15 +41,21 @@ docs: $(PY)
 	$(PY) -m pip install --quiet -c constraints.txt $$($(PY) -c '$(DOCS_EXTRA)')
 	$(PY) -m properdocs build --strict --config-file mkdocs.yml
 
+dist: install
+	rm -rf dist
+	$(PY) -m build --no-isolation
+	$(PY) -m twine check --strict dist/*
+
 install: $(STAMP)
 
 $(STAMP): $(BUILD_INPUTS) | $(PY)
 	$(PY) -m pip install --quiet -c constraints.txt setuptools wheel ninja torch torchvision
-	$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[bench,test,lint,energy]'
+	$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[bench,test,lint,energy,release]'
 	# Executes Triton kernels without a GPU. It asks for newer versions than it needs.
 	$(PY) -m pip install --quiet -c constraints.txt --no-deps --ignore-requires-python ttsem
 	# NVIDIA's headers say what the emulated instructions of CUDA do; its tools are not needed.
 	$(PY) -m pip install --quiet -c constraints.txt --no-deps nvidia-cutlass nvidia-cuda-crt nvidia-cuda-cccl
+	rm -f $(VENV)/.neq_kernels_installed*
 	touch $@
 
 $(PY):
@@ -55,4 +66,4 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf build *.egg-info neq_kernels/*.so
+	rm -rf build dist *.egg-info neq_kernels/*.so

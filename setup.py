@@ -2,7 +2,8 @@
 pyproject.toml. These environment variables have a say:
 
 NEQ_BUILD_CUDA: auto (default) builds the CUDA kernels where there is an nvcc, 1 insists on them, 0
-leaves them out. No GPU and no CUDA build of torch is needed.
+leaves them out, which is the default of every make target: a wheel of `make dist` has them only if
+asked. No GPU and no CUDA build of torch is needed.
 NEQ_CUDA_ARCHS: compute capabilities of the GPUs to compile for, "80;90;100" or "8.0 9.0 10.0"; code
 of the newest is also kept in a form that the driver compiles for GPUs to come.
 CUDACXX: nvcc. Without it: the one of CUDA_HOME or CUDA_PATH, on the PATH, in NVIDIA's Python
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 TORCH_2_10 = "0x020a000000000000"
@@ -170,9 +172,22 @@ def nvcc_command(toolkit: Toolkit, archs: Sequence[int]) -> list[str]:
     return [*command, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
 
+def kernel_sources(folder: Path = KERNELS) -> list[Path]:
+    """All ``.cu`` files, the largest first: they take longest. Objects are named by their stems."""
+    sources = sorted(folder.rglob("*.cu"), key=lambda path: (-path.stat().st_size, path))
+    of_stem: dict[str, Path] = {}
+    for path in sources:
+        other = of_stem.setdefault(path.stem, path)
+        if other != path:
+            raise SystemExit(
+                f"{folder}: expected .cu files of different names, got {other}, {path}"
+            )
+    return sources
+
+
 def compile_kernels(toolkit: Toolkit, archs: Sequence[int]) -> list[str]:
     """The objects of all kernels; those that are newer than the sources are kept."""
-    headers = [*KERNELS.glob("*.cuh"), *KERNELS.glob("*.h")]
+    headers = [*KERNELS.rglob("*.cuh"), *KERNELS.rglob("*.h")]
     jobs = max(1, int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0))))
     threads = f"--threads={min(jobs, len(archs) + 1)}"
     OBJECTS.mkdir(parents=True, exist_ok=True)
@@ -197,10 +212,8 @@ def compile_kernels(toolkit: Toolkit, archs: Sequence[int]) -> list[str]:
             made_by.write_text("\n".join(command))
         return str(target)
 
-    # The largest first: they take longest.
-    sources = sorted(KERNELS.glob("*.cu"), key=lambda path: (-path.stat().st_size, path))
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(compile_one, sources))
+        return list(pool.map(compile_one, kernel_sources()))
 
 
 def cuda_extension(toolkit: Toolkit, **common: Any) -> Extension:
@@ -213,8 +226,8 @@ def cuda_extension(toolkit: Toolkit, **common: Any) -> Extension:
     common["include_dirs"] = [*common["include_dirs"], toolkit.include]
     return Extension(
         CUDA,
-        [str(path) for path in sorted(KERNELS.glob("*.cpp"))],
-        depends=sorted(str(path) for path in KERNELS.iterdir() if path.suffix != ".cpp"),
+        [str(path) for path in sorted(KERNELS.rglob("*.cpp"))],
+        depends=sorted(str(path) for path in KERNELS.rglob("*.[ch]*") if path.suffix != ".cpp"),
         extra_link_args=link_args,
         **common,
     )
@@ -227,6 +240,13 @@ class BuildPyWithoutCompiler(build_py):
     def run(self) -> None:
         print(NO_COMPILER, file=sys.stderr)
         super().run()
+
+
+class WheelOfAnyPython(bdist_wheel):
+    """The libraries use torch's stable ABI and nothing of Python's."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
 
 
 def with_extensions(wanted: str) -> dict[str, object]:
@@ -248,8 +268,8 @@ def with_extensions(wanted: str) -> dict[str, object]:
     extensions = [
         Extension(
             CPU,
-            ["csrc/library.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("**/*.cpp"))],
-            depends=sorted(str(path) for path in Path("csrc/cpu").glob("**/*.h")),
+            sorted(str(path) for path in Path("csrc/cpu").rglob("*.cpp")),
+            depends=sorted(str(path) for path in Path("csrc/cpu").rglob("*.h")),
             extra_compile_args=compile_args + (sanitize_args if sanitize else []),
             extra_link_args=sanitize,
             **common,
@@ -271,11 +291,16 @@ def with_extensions(wanted: str) -> dict[str, object]:
                 cuda.depends += cuda.extra_objects
             else:
                 print(f"neq_kernels: built without CUDA kernels: {toolkit}", file=sys.stderr)
-                # What an earlier build has left would be installed with the rest.
-                Path(self.get_ext_fullpath(CUDA)).unlink(missing_ok=True)
             super().build_extensions()
 
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildBoth}}
+        def run(self) -> None:
+            super().run()
+            if not isinstance(toolkit, Toolkit):
+                # What an earlier build has left would be installed, or loaded, with the rest.
+                Path(self.get_ext_fullpath(CUDA)).unlink(missing_ok=True)
+
+    commands = {"build_ext": BuildBoth, "bdist_wheel": WheelOfAnyPython}
+    return {"ext_modules": extensions, "cmdclass": commands}
 
 
 def main() -> None:

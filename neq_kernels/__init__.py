@@ -6,13 +6,13 @@
 >>> controller = neq.NEqController(model, probe)
 """
 
-from neq_kernels import functional, measure
+from neq_kernels import functional, measure, nn
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.controllers import Controller, FixedController, NEqController, StochasticController
 from neq_kernels.conversion.convert import convert, revert, specialize
 from neq_kernels.conversion.report import conversion_report
 from neq_kernels.conversion.verify import verify
-from neq_kernels.dispatch.cuda_graphs import capturable
+from neq_kernels.dispatch.selection import capturable
 from neq_kernels.measure import flops
 from neq_kernels.model_tuning import load_tuning_state_dict, tune, tuning_state_dict
 from neq_kernels.optim import attach
@@ -34,6 +34,7 @@ __all__ = [
     "functional",
     "load_tuning_state_dict",
     "measure",
+    "nn",
     "revert",
     "specialize",
     "tune",

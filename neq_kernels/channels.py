@@ -84,6 +84,24 @@ class NeuronLayout:
 WHOLE_PARAMETER = NeuronLayout(axis=None)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Active:
+    """The active channels of one layer, as kernels on one device read them.
+
+    Attributes:
+        order: int64[K] on that device: the active channels ascending, then the frozen ones.
+        count: int32[1] on that device: the number of active channels.
+        n: the same number as the host knows it; K while a CUDA graph is captured, where only
+            ``count`` holds.
+        start: the first active channel when the active ones are neighbours, else -1.
+    """
+
+    order: Tensor
+    count: Tensor
+    n: int
+    start: int
+
+
 class ActiveChannels:
     """The set of active (updated) output channels of one layer. True means active.
 
@@ -114,6 +132,7 @@ class ActiveChannels:
         self._none_active = False
         # What others have derived from the present set; emptied when it changes.
         self.plans: dict[Hashable, Any] = {}
+        self._values: dict[torch.device, Active] = {}
         cpu = torch.device("cpu")
         with torch.inference_mode(False):  # else set() could not refresh them outside it
             self._mask = {cpu: torch.ones(n_channels, dtype=torch.bool, device=cpu)}
@@ -125,7 +144,7 @@ class ActiveChannels:
         return self._n_channels
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plans": {}}
+        return {**self.__dict__, "plans": {}, "_values": {}}
 
     def __repr__(self) -> str:
         return f"ActiveChannels(active={self._n_active}/{len(self)})"
@@ -168,6 +187,18 @@ class ActiveChannels:
     @property
     def host_count(self) -> Tensor:
         return self._host_count
+
+    def on(self, device: torch.device) -> Active:
+        """What kernels on ``device`` are told, made once for each set of active channels."""
+        value = self._values.get(device)
+        if value is None:
+            value = Active(self.order(device), self.count(device), self._n_active, self._start)
+            self._values[device] = value
+        return value
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """``(order, count, host_count)`` for an operator on ``device``."""
+        return self.order(device), self.count(device), self._host_count
 
     def mask_on(self, device: torch.device | str = "cpu") -> Tensor:
         """The mask on ``device`` (cached; copied there on first use); not to be changed."""
@@ -224,6 +255,7 @@ class ActiveChannels:
         self._none_active = n == 0
         self._generation += 1
         self.plans.clear()
+        self._values.clear()
         self._host_count.copy_(torch.tensor([n, self._start], device="cpu"))
         order = torch.cat([active, frozen])
         for tensor in self._mask.values():

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 import neq_kernels
+from neq_kernels.backends import cuda
 from neq_kernels.backends.problem import Strategy
-from neq_kernels.dispatch import selection
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.doctor import checks as doctor_checks
 from neq_kernels.doctor import runner
 from neq_kernels.integrations.named_models import named_model
@@ -32,6 +33,11 @@ LAYER_HEADER = ("layer", "kind", "MACs", "share", "dgrad MACs", "wgrad MACs")
 BENCH_HEADER = ("layer", "active", *(s.name.lower() for s in Strategy), "chosen", "over dense")
 BENCH_WIDTHS = (34, 11, 9, 9, 9, 8, 0)
 CHECK_WIDTHS = (20, 14, 9, 0)
+BUILD_CUDA = """
+  The CUDA kernels were not built. This builds them, in the source tree of neq_kernels:
+    pip install 'setuptools>=77' wheel ninja
+    NEQ_BUILD_CUDA=1 NEQ_CUDA_ARCHS='{archs}' pip install --no-build-isolation .
+  It needs nvcc and a C++ compiler; if there is no nvcc, it says how to get one."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +66,8 @@ def doctor(args: argparse.Namespace) -> int:
     print(_table(_backend_rows(chosen)))
     if problem:
         print(f"  {problem}")
+    if torch.version.hip is None and torch.cuda.is_available() and not cuda.LIBRARY.exists():
+        print(BUILD_CUDA.format(archs=_cuda_archs()))
     print("\nEnergy counters")
     print(_table(_energy_rows()))
     if problem:
@@ -158,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         help="milliseconds of the weight gradient of each layer of a model",
         description="Milliseconds of the weight gradient of each distinct layer of a model on this "
         "CPU, by strategy, with random channels active, and how much faster the chosen strategy is "
-        "than PyTorch's own kernel for all channels.",
+        "than PyTorch's kernel for all channels.",
         epilog="example: neq bench resnet18 --batch 16 --size 128 --channels-last",
     )
     _add_model_arguments(command)
@@ -305,11 +313,11 @@ def _version(package: str) -> str:
 
 
 def _chosen_backends() -> tuple[dict[str, list[str]], str]:
-    """Backend -> device types it serves, and what is wrong with the user's own choice, if it is."""
+    """Backend -> device types it is used for, and what is wrong with the user's own choice."""
     chosen: dict[str, list[str]] = {}
     try:
         for device in doctor_checks.device_types():
-            for name in selection.backends_for(device):
+            for name in selector.backends_for(device):
                 chosen.setdefault(name, []).append(device)
     except (ValueError, RuntimeError) as error:
         return chosen, str(error)
@@ -318,12 +326,18 @@ def _chosen_backends() -> tuple[dict[str, list[str]], str]:
 
 def _backend_rows(chosen: dict[str, list[str]]) -> list[list[str]]:
     rows = []
-    for name, reason in selection.backends():
+    for name, reason in selector.availability():
         if name in chosen:
-            rows.append([name, f"serves {' and '.join(chosen[name])} tensors"])
+            rows.append([name, f"used for {' and '.join(chosen[name])} tensors"])
         else:
             rows.append([name, "not chosen" if reason is None else f"cannot be used: {reason}"])
     return rows
+
+
+def _cuda_archs() -> str:
+    """The compute capabilities of this machine's GPUs, as ``NEQ_CUDA_ARCHS`` takes them."""
+    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(capabilities))
 
 
 def _energy_rows() -> list[list[str]]:
@@ -334,7 +348,7 @@ def _energy_rows() -> list[list[str]]:
 
 
 def _self_check() -> bool:
-    """Whether everything is right; kernels for GPUs that are serve from now on."""
+    """Whether everything is right; backends for GPUs that are become a default."""
     checks = []
     for check in runner.run_apart():
         checks.append(check)
@@ -345,7 +359,7 @@ def _self_check() -> bool:
             print(f"    {failure}")
     if "cuda" in doctor_checks.device_types():
         right = " and ".join(runner.prove(checks)) or "none"
-        print(f"\nOwn kernels that serve on this GPU from now on: {right}")
+        print(f"\nCustom kernels in use on this GPU from now on: {right}")
     return all(check.passed for check in checks)
 
 

@@ -1,20 +1,28 @@
 """Linear layers and convolutions whose backward computes weight gradients of active channels only.
 
-What a call may be given, and which graph serves it. The forward is PyTorch's own.
+A plan is looked up, or arguments are checked, and the autograd Function runs. The forward is
+PyTorch's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from neq_kernels.autograd import eager
-from neq_kernels.autograd.arguments import GradInput
-from neq_kernels.autograd.call_state import all_active, stopped
-from neq_kernels.autograd.eager import plan_conv, plan_linear
-from neq_kernels.autograd.functions import detached, learns, unplanned_conv, unplanned_linear
+from neq_kernels.autograd.arguments import GradInput, expanded, string_padding, validate
+from neq_kernels.autograd.call_state import all_active, learns, none_active, watched
+from neq_kernels.autograd.forward import convolve
+from neq_kernels.autograd.functions import (
+    ConvFunction,
+    LinearFunction,
+    active_arguments,
+    detached,
+)
 from neq_kernels.channels import ActiveChannels
 
 
@@ -45,18 +53,27 @@ def linear(
         ValueError: ``channels`` does not fit ``weight``, or an unknown ``grad_input``.
         RuntimeError: in backward, when ``channels`` was changed after the forward.
     """
-    known = None if torch.compiler.is_compiling() else eager.circumstances(input, weight, bias)
-    if known is None:
-        return unplanned_linear(input, weight, bias, channels, grad_input)
-    key = (known, grad_input)
-    if key in channels.plans:
-        plan: eager.LayerPlan | None = channels.plans[key]
-    else:
-        plan = plan_linear(input, weight, bias, channels, grad_input)
-        eager.keep(channels, key, plan)
-    if plan is None:
-        return unplanned_linear(input, weight, bias, channels, grad_input)
-    return plan.run(input, weight, bias)
+    known = None if torch.compiler.is_compiling() else eager.call_key(input, weight, bias)
+    if known is not None:
+        key = (known, grad_input)
+        if key in channels.plans:
+            plan: eager.LayerPlan | None = channels.plans[key]
+        else:
+            plan = eager.plan_linear(input, weight, bias, channels, grad_input)
+            eager.keep(channels, key, plan)
+        if plan is not None:
+            return plan.run(input, weight, bias)
+    if not learns(weight, bias):
+        return F.linear(input, weight, bias)
+    validate(input, weight, bias, channels, weight.shape[0], grad_input)
+    if all_active(channels, weight):
+        return watched(F.linear(input, weight, bias), channels)
+    if none_active(channels, weight) and not input.requires_grad:
+        return F.linear(input, weight.detach(), detached(bias))
+    out: Tensor = LinearFunction.apply(
+        input, weight, bias, *active_arguments(channels, weight), grad_input == "active"
+    )
+    return out
 
 
 def conv(
@@ -93,19 +110,36 @@ def conv(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`linear`.
     """
+    arguments: tuple[Any, ...]
     arguments = (stride, padding, dilation, groups, transposed, output_padding)
-    known = None if torch.compiler.is_compiling() else eager.circumstances(input, weight, bias)
-    if known is None or list in map(type, arguments):
-        return unplanned_conv(input, weight, bias, channels, arguments, grad_input)
-    key = (known, arguments, grad_input)
-    if key in channels.plans:
-        plan: eager.LayerPlan | None = channels.plans[key]
-    else:
-        plan = plan_conv(input, weight, bias, channels, arguments, grad_input)
-        eager.keep(channels, key, plan)
-    if plan is None:
-        return unplanned_conv(input, weight, bias, channels, arguments, grad_input)
-    return plan.run(input, weight, bias)
+    known = None if torch.compiler.is_compiling() else eager.call_key(input, weight, bias)
+    if known is not None and list not in map(type, arguments):
+        key = (known, arguments, grad_input)
+        if key in channels.plans:
+            plan: eager.LayerPlan | None = channels.plans[key]
+        else:
+            plan = eager.plan_conv(input, weight, bias, channels, arguments, grad_input)
+            eager.keep(channels, key, plan)
+        if plan is not None:
+            return plan.run(input, weight, bias)
+    arguments = expanded(weight, arguments)
+    if not learns(weight, bias):
+        return convolve(input, weight, bias, *arguments)
+    k = weight.shape[1] * groups if transposed else weight.shape[0]
+    validate(input, weight, bias, channels, k, grad_input)
+    if all_active(channels, weight):
+        return watched(convolve(input, weight, bias, *arguments), channels)
+    if none_active(channels, weight) and not input.requires_grad:
+        return convolve(input, weight.detach(), detached(bias), *arguments)
+    batched = input.dim() == weight.dim()
+    x = input if batched else input.unsqueeze(0)
+    if isinstance(arguments[1], str):
+        x, numbers = string_padding(x, weight, arguments[1], arguments[0], arguments[2])
+        arguments = (arguments[0], numbers, *arguments[2:])
+    out: Tensor = ConvFunction.apply(
+        x, weight, bias, *active_arguments(channels, weight), grad_input == "active", *arguments
+    )
+    return out if batched else out.squeeze(0)
 
 
 def affine(
@@ -132,7 +166,7 @@ def affine(
         raise ValueError(f"channels: expected {len(parameters[0])} channels, got {len(channels)}")
     if all_active(channels, parameters[0]):
         return weight, bias
-    if stopped(channels, parameters[0]):
+    if none_active(channels, parameters[0]):
         return detached(weight), detached(bias)
     mask = channels.mask_on(parameters[0].device)
     return _constant_where_frozen(weight, mask), _constant_where_frozen(bias, mask)

@@ -12,7 +12,8 @@ from torch import nn
 
 from neq_kernels.backends.problem import KernelChoice, Problem
 from neq_kernels.conversion.convert import revert
-from neq_kernels.dispatch import autotune, selection, verified_backends
+from neq_kernels.dispatch import autotune
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.dispatch.stopwatch import CudaClock
 from neq_kernels.dispatch.tuning_table import count_bucket, parsed
 from neq_kernels.doctor import runner
@@ -34,8 +35,9 @@ def tune(
 
     From then on the layers use them: in this process, and in later ones on the same kind of GPU, or
     of CPU with the same number of threads. Weight gradients of another shape, and numbers of active
-    channels that were not measured, go by heuristics as before. On a GPU those own kernels take
-    part that the self-check of ``neq doctor`` found right there; where it never ran it runs first.
+    channels that were not measured, go by the cost model as before. On a GPU those custom kernels
+    take part that the self-check of ``neq doctor`` found right there; where it never ran it runs
+    first.
 
     Args:
         model: converted or not; it is not changed. On the CPU or on one GPU.
@@ -62,11 +64,11 @@ def tune(
     if not layers:
         raise ValueError("model: expected linear layers or convolutions, got none that ran")
     device = devices.pop()
-    if device.type == "cuda" and verified_backends.proved() is None:
+    if device.type == "cuda" and selector.verified.names() is None:
         logger.info("checking the kernels on this GPU, once")
         runner.prove()
-    place = selection.place_of(device.type)
-    table = selection.table_for(place)
+    context = selector.context(device.type)
+    table = selector.table(context)
     clock = None if device.type == "cpu" else CudaClock(device)
     winners: dict[Problem, dict[int, KernelChoice]] = {}
     for name, problem in layers.items():
@@ -76,7 +78,7 @@ def tune(
             n: autotune.fastest(
                 problem,
                 n,
-                selection.contestants(problem, n, place),
+                selector.candidates(problem, n, context),
                 device,
                 seconds,
                 clock,
@@ -86,27 +88,27 @@ def tune(
         for n, winner in winners[problem].items():
             table.put(problem, n, winner)
         logger.info("tuned %s: %d of %d problems", name, len(winners), len(set(layers.values())))
-    selection.forget_choices()
+    selector.forget_choices()
     table.save()
     return {name: winners[problem] for name, problem in layers.items()}
 
 
 def tuning_state_dict() -> dict[str, Any]:
-    """The measured winners in use and the backends that serve, by type of device, for a checkpoint:
+    """The measured winners in use and the backends in use, by type of device, for a checkpoint:
     those of the present number of threads and, where there is one, of the GPU."""
-    places = [selection.place_of(name) for name in _device_types()]
+    contexts = [selector.context(name) for name in _device_types()]
     return {
-        place.device_type: {
-            **selection.table_for(place).state_dict(),
-            "backends": list(place.backends),
+        context.device_type: {
+            **selector.table(context).state_dict(),
+            "backends": list(context.backends),
         }
-        for place in places
+        for context in contexts
     }
 
 
 def load_tuning_state_dict(state: Mapping[str, Any]) -> None:
     """Use exactly the winners of a checkpoint, so that a resumed run makes the same bits. Where
-    other backends serve than did then it does not; a warning says so.
+    other backends are in use than were then it does not; a warning says so.
 
     Raises:
         ValueError: ``state`` is not what :func:`tuning_state_dict` returned; nothing is changed.
@@ -117,15 +119,15 @@ def load_tuning_state_dict(state: Mapping[str, Any]) -> None:
     for winners in state.values():
         parsed(winners)
     for device_type, winners in state.items():
-        place = selection.place_of(device_type)
-        selection.table_for(place).load_state_dict(winners)
-        before, now = winners.get("backends"), list(place.backends)
+        context = selector.context(device_type)
+        selector.table(context).load_state_dict(winners)
+        before, now = winners.get("backends"), list(context.backends)
         if device_type in _device_types() and before not in (None, now):
             logger.warning(
-                "tuning: %s tensors were served by %s, now by %s: bits may differ (see neq doctor)",
+                "tuning: %s tensors were given to %s, now to %s: bits may differ (see neq doctor)",
                 *(device_type, before, now),
             )
-    selection.forget_choices()
+    selector.forget_choices()
 
 
 def _device_types() -> tuple[str, ...]:
@@ -134,5 +136,5 @@ def _device_types() -> tuple[str, ...]:
 
 
 def _counts(k: int, shares: Sequence[float] | None) -> list[int]:
-    wanted = range(1, k + 1) if shares is None else [max(1, round(s * k)) for s in shares]
-    return sorted({count_bucket(n, k) for n in wanted})
+    counts = range(1, k + 1) if shares is None else [max(1, round(s * k)) for s in shares]
+    return sorted({count_bucket(n, k) for n in counts})

@@ -13,20 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
+from neq_kernels.backends.base import Grads
 from neq_kernels.backends.problem import ConvGeometry
-from neq_kernels.channels import ActiveChannels
-from neq_kernels.dispatch import backward, selection
+from neq_kernels.channels import Active
+from neq_kernels.dispatch import backward
 
 _LIBRARY = torch.library.Library("neq_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
-_PLAIN = (Tensor, Parameter)
 _Triple = tuple[Tensor, Tensor, Tensor]
-Grads = selection.Grads
-# In a compiled graph the three tensors (order, count, host_count).
-Active = ActiveChannels | tuple[Tensor, Tensor, Tensor]
+# Of an ``ActiveChannels``: (order, count, host_count).
+ActiveTensors = tuple[Tensor, Tensor, Tensor]
 
 _LIBRARY.define(
     "linear_backward(Tensor grad_output, Tensor? input, SymInt[] input_size, Tensor weight, "
@@ -55,9 +53,9 @@ def _linear_backward(
     output_mask: Sequence[bool],
     active_dgrad: bool,
 ) -> _Triple:
-    n, start = host_count.tolist()
+    active = Active(order, count, *host_count.tolist())
     grads = backward.linear_backward(
-        grad_output, input, input_size, weight, order, count, n, start, output_mask, active_dgrad
+        grad_output, input, input_size, weight, active, output_mask, active_dgrad
     )
     return _complete(grads, weight)
 
@@ -80,18 +78,9 @@ def _conv_backward(
     active_dgrad: bool,
 ) -> _Triple:
     geometry = _geometry(stride, padding, dilation, transposed, output_padding, groups)
-    n, _ = host_count.tolist()
+    active = Active(order, count, *host_count.tolist())
     grads = backward.conv_backward(
-        grad_output,
-        input,
-        input_size,
-        weight,
-        geometry,
-        order,
-        count,
-        n,
-        output_mask,
-        active_dgrad,
+        grad_output, input, input_size, weight, geometry, active, output_mask, active_dgrad
     )
     return _complete(grads, weight)
 
@@ -109,16 +98,9 @@ def _geometry(
     )
 
 
-def _in_layout_of(weight: Tensor, grads: selection.Grads) -> selection.Grads:
+def _complete(grads: Grads, weight: Tensor) -> _Triple:
+    """Empty tensors for what was not asked for."""
     grad_input, grad_weight, grad_bias = grads
-    if grad_weight is None or grad_weight.stride() == weight.stride():
-        return grads
-    return grad_input, torch.empty_like(weight).copy_(grad_weight), grad_bias
-
-
-def _complete(grads: selection.Grads, weight: Tensor) -> _Triple:
-    """Empty tensors for what was not asked for; the weight gradient in the weight's layout."""
-    grad_input, grad_weight, grad_bias = _in_layout_of(weight, grads)
     return (
         weight.new_empty(0) if grad_input is None else grad_input,
         weight.new_empty(0) if grad_weight is None else grad_weight,
@@ -218,36 +200,15 @@ def linear_backward(
     input: Tensor | None,
     input_size: Sequence[int],
     weight: Tensor,
-    active: Active,
+    active: ActiveTensors,
     output_mask: Sequence[bool],
     active_dgrad: bool,
-) -> selection.Grads:
-    """The operator of the same name; in eager without the detour through the dispatcher.
-
-    Returns None for what ``output_mask`` does not ask for.
-    """
-    if isinstance(active, ActiveChannels):
-        order, count = active.order(weight.device), active.count(weight.device)
-        if _needs_no_operator(weight, grad_output):
-            n, start = active.n_active, active.start
-            grads = backward.linear_backward(
-                grad_output,
-                input,
-                input_size,
-                weight,
-                order,
-                count,
-                n,
-                start,
-                output_mask,
-                active_dgrad,
-            )
-            return _in_layout_of(weight, grads)
-        active = order, count, active.host_count
+) -> Grads:
+    """The operator of the same name, with None for what ``output_mask`` does not ask for."""
     grads = torch.ops.neq_kernels.linear_backward(
         grad_output, input, input_size, weight, *active, output_mask, active_dgrad
     )
-    return _wanted(grads, output_mask)
+    return _asked(grads, output_mask)
 
 
 def conv_backward(
@@ -256,61 +217,20 @@ def conv_backward(
     input_size: Sequence[int],
     weight: Tensor,
     geometry: ConvGeometry,
-    active: Active,
+    active: ActiveTensors,
     output_mask: Sequence[bool],
     active_dgrad: bool,
-) -> selection.Grads:
-    """The operator of the same name; in eager without the detour through the dispatcher.
-
-    Returns None for what ``output_mask`` does not ask for.
-    """
-    if isinstance(active, ActiveChannels):
-        order, count = active.order(weight.device), active.count(weight.device)
-        if _needs_no_operator(weight, grad_output):
-            grads = backward.conv_backward(
-                grad_output,
-                input,
-                input_size,
-                weight,
-                geometry,
-                order,
-                count,
-                active.n_active,
-                output_mask,
-                active_dgrad,
-            )
-            return _in_layout_of(weight, grads)
-        active = order, count, active.host_count
+) -> Grads:
+    """The operator of the same name, with None for what ``output_mask`` does not ask for."""
     g = geometry
     grads = torch.ops.neq_kernels.conv_backward(
-        grad_output,
-        input,
-        input_size,
-        weight,
-        g.stride,
-        g.padding,
-        g.dilation,
-        g.transposed,
-        g.output_padding,
-        g.groups,
-        *active,
-        output_mask,
-        active_dgrad,
+        *(grad_output, input, input_size, weight, g.stride, g.padding, g.dilation, g.transposed),
+        *(g.output_padding, g.groups, *active, output_mask, active_dgrad),
     )
-    return _wanted(grads, output_mask)
+    return _asked(grads, output_mask)
 
 
-def _needs_no_operator(weight: Tensor, grad_output: Tensor) -> bool:
-    """Nobody watches the dispatcher, and the tensors are plain ones with data."""
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and type(grad_output) is Tensor
-        and type(weight) in _PLAIN
-        and not weight.is_meta
-    )
-
-
-def _wanted(grads: Sequence[Tensor], output_mask: Sequence[bool]) -> selection.Grads:
+def _asked(grads: Sequence[Tensor], output_mask: Sequence[bool]) -> Grads:
     dx, dw, db = (g if want else None for g, want in zip(grads, output_mask, strict=True))
     return dx, dw, db
 

@@ -2,10 +2,8 @@
 
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -102,7 +100,7 @@ def test_with_nvcc_both_are_built(build, monkeypatch, tmp_path):
     cpu, cuda = build.with_extensions("auto")["ext_modules"]
     assert not [name for name in cpu.sources if "cuda" in name]
     assert all(name.startswith("csrc/cuda/") for name in cuda.sources + cuda.depends)
-    assert "csrc/cuda/kernels.h" in cuda.depends
+    assert "csrc/cuda/launchers.h" in cuda.depends
     assert cuda.libraries == ["torch_cpu"]
     assert str(tmp_path / "lib/libcudart_static.a") in cuda.extra_link_args
     assert str(tmp_path / "include") in cuda.include_dirs
@@ -178,13 +176,10 @@ def test_an_nvcc_that_does_not_work_is_none(build, monkeypatch, tmp_path):
 
 def test_an_old_nvcc_is_none(build, monkeypatch, tmp_path):
     nvcc = Path(toolkit_in(tmp_path))
-    nvcc.write_text(
-        nvcc.read_text()
-        .replace("75", "70")
-        .replace("80", "71")
-        .replace("90", "72")
-        .replace("100", "73")
-    )
+    script = nvcc.read_text()
+    for known, older in (("75", "70"), ("80", "71"), ("90", "72"), ("100", "73")):
+        script = script.replace(f"sm_{known}", f"sm_{older}")
+    nvcc.write_text(script)
     monkeypatch.setenv("CUDACXX", str(nvcc))
     assert build.find_toolkit().startswith(f"{nvcc} is too old (CUDA 11 ")
 
@@ -244,8 +239,8 @@ def test_gpus_to_come_get_code_of_the_newest(build, monkeypatch):
 def kernels(build, monkeypatch, tmp_path):
     """Compiles two of them; what nvcc has been called with since."""
     monkeypatch.chdir(tmp_path)
-    build.KERNELS.mkdir(parents=True)
-    for name in ("a.cu", "b.cu", "shared.cuh", "kernels.h", "ops.cpp"):
+    (build.KERNELS / "wgrad").mkdir(parents=True)
+    for name in ("a.cu", "wgrad/b.cu", "wgrad/shared.cuh", "launchers.h", "bindings.cpp"):
         (build.KERNELS / name).touch()
     toolkit = build.Toolkit(toolkit_in(tmp_path / "home"), "", "", ())
     calls = tmp_path / "home" / "calls"
@@ -269,49 +264,38 @@ def test_objects_are_kept_as_long_as_nothing_changes(kernels, monkeypatch):
     assert len(kernels(80)) == 2
     monkeypatch.setenv("MAX_JOBS", "7")
     assert kernels(80) == []
-    change("csrc/cuda/ops.cpp")
+    change("csrc/cuda/bindings.cpp")
     assert kernels(80) == []
-    change("csrc/cuda/b.cu")
+    change("csrc/cuda/wgrad/b.cu")
     (call,) = kernels(80)
-    assert "-c csrc/cuda/b.cu -o build/cuda/b.o" in call
-    for header in ("shared.cuh", "kernels.h"):
+    assert "-c csrc/cuda/wgrad/b.cu -o build/cuda/b.o" in call
+    for header in ("wgrad/shared.cuh", "launchers.h"):
         change(f"csrc/cuda/{header}")
         assert len(kernels(80)) == 2
-    change("csrc/cuda/ops.cpp")
+    change("csrc/cuda/bindings.cpp")
     assert len(kernels(80, 90)) == 2
     Path("build/cuda/a.o").unlink()
     assert len(kernels(80, 90)) == 1
 
 
 def test_a_kernel_that_does_not_compile_ends_the_build(build, kernels, monkeypatch):
-    (build.KERNELS / "b.cu").rename(build.KERNELS / "broken.cu")
+    (build.KERNELS / "wgrad" / "b.cu").rename(build.KERNELS / "broken.cu")
     message = refusal(kernels, 80)
     assert message.startswith("error: broken\n")
     assert "nvcc cannot compile csrc/cuda/" in message
     assert "NEQ_BUILD_CUDA=0 builds the package without" in message
 
 
+def test_two_kernels_of_one_name_are_refused(build, kernels):
+    """The object of one would be taken for the other's."""
+    (build.KERNELS / "a" / "b.cu").parent.mkdir()
+    (build.KERNELS / "a" / "b.cu").touch()
+    message = refusal(kernels, 80)
+    assert message.startswith("csrc/cuda: expected .cu files of different names, got csrc/cuda/a/b")
+    assert message.endswith("csrc/cuda/wgrad/b.cu")
+
+
 # --- what comes of it ----------------------------------------------------------------------------
-
-
-def test_a_source_distribution_has_all_sources(tmp_path):
-    """Whatever the machine that makes it can build."""
-    tree = tmp_path / "tree"
-    tree.mkdir()
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree / name)
-    shutil.copytree(ROOT / "csrc", tree / "csrc")
-    (tree / "neq_kernels").mkdir()
-    (tree / "neq_kernels" / "__init__.py").touch()
-    environment = {**os.environ, "NEQ_BUILD_CUDA": "0"}
-    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
-    subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True)
-    (archive,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(archive) as packed:
-        names = {name.partition("/")[2] for name in packed.getnames()}
-    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
-    assert {Path(name).suffix for name in sources} == {".cpp", ".h", ".cu", ".cuh"}
-    assert sources <= names
 
 
 LIBRARY = ROOT / "neq_kernels" / "_cuda.so"

@@ -7,11 +7,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from neq_kernels import cli
 from neq_kernels.dispatch import selection
+from neq_kernels.dispatch.selection import selector
+from neq_kernels.doctor import checks as doctor_checks
 from neq_kernels.doctor import runner
 from neq_kernels.doctor.checks import Check
+from tests.support.backends import cuda
 
 PASSED = Check("linear_backward", "aten", "cpu", 30, ())
 FAILED = Check("conv_backward", "aten", "cpu", 180, tuple(f"case {i}: off" for i in range(5)))
@@ -49,7 +53,7 @@ def test_doctor_on_this_machine():
     assert done.returncode == 0, done.stdout + done.stderr
     for section in ("Machine", "Backends", "Energy counters", "Self-check"):
         assert section in done.stdout
-    for name, reason in selection.backends():
+    for name, reason in selector.availability():
         assert name in done.stdout
         assert reason is None or reason in done.stdout
     assert "FAILED" not in done.stdout
@@ -68,22 +72,49 @@ def test_doctor_fails_when_a_check_fails(neq, checks):
 def test_doctor_says_which_backend_serves_and_why_others_do_not(neq, checks, monkeypatch):
     checks(PASSED)
     reported = [("cpu", "the extension was not built"), ("aten", None), ("reference", None)]
-    monkeypatch.setattr(selection, "backends", lambda: reported)
-    monkeypatch.setattr(selection, "backends_for", lambda device: ("aten",))
+    monkeypatch.setattr(selector, "availability", lambda: reported)
+    monkeypatch.setattr(selector, "backends_for", lambda device: ("aten",))
     code, out, _ = neq("doctor")
     assert code == 0
     assert "cpu        cannot be used: the extension was not built" in out
-    assert "aten       serves cpu" in out
+    assert "aten       used for cpu" in out
     assert "reference  not chosen" in out
 
 
 def test_doctor_reports_a_forced_backend_that_does_not_exist(neq, monkeypatch):
     monkeypatch.setenv(selection.ENVIRONMENT_VARIABLE, "abacus")
-    selection.backends_for.cache_clear()
+    selector.forget()
     code, out, _ = neq("doctor")
     assert code == 1
     assert "expected one of" in out
     assert "abacus" in out
+
+
+@pytest.mark.parametrize(
+    ("is_there", "is_built", "is_told"),
+    [(True, False, True), (True, True, False), (False, False, False)],
+)
+def test_doctor_tells_how_to_build_the_cuda_kernels(
+    neq, checks, monkeypatch, tmp_path, is_there, is_built, is_told
+):
+    """On a machine with GPUs, where they were left out."""
+    checks(PASSED)
+    monkeypatch.setattr(selector, "availability", lambda: [("aten", None)])
+    monkeypatch.setattr(selector, "backends_for", lambda device: ("aten",))
+    monkeypatch.setattr(doctor_checks, "device_types", lambda: ("cpu",))
+    monkeypatch.setattr(cli, "_about", lambda: {"cores": 2})
+    monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "_cuda.so")
+    if is_built:
+        cuda.LIBRARY.touch()
+    gpus = [(9, 0), (8, 6), (9, 0)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_there)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", gpus.__getitem__)
+    code, out, _ = neq("doctor")
+    assert code == 0
+    command = "NEQ_BUILD_CUDA=1 NEQ_CUDA_ARCHS='8.6;9.0' pip install --no-build-isolation ."
+    assert (command in out) == is_told
+    assert ("NEQ_BUILD_CUDA" in out) == is_told
 
 
 def test_flops_by_both_conventions(neq):

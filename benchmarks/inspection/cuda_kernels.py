@@ -18,7 +18,7 @@ from benchmarks.inspection.cuda_launches import (
 from benchmarks.inspection.gate import judged
 
 TARGETS = ("sm_75", "sm_80", "sm_90", "sm_100")
-JOBS = ("finish", "pack", "linear", "conv", "depthwise", "similarity", "sgd", "adam")
+JOBS = ("finish", "pack", "linear", "conv", "depthwise", "sgd", "adam")
 PRODUCTS = ("linear", "conv")
 HALF = ("float16", "bfloat16")
 _NEEDS = re.compile(r"requires \.target (sm_\d+)")

@@ -2,7 +2,7 @@
 
 The sources of ``csrc/cuda`` are compiled with the flags that setup.py has for them, and the
 launchers called on top of a runtime that writes launches down. Whatever a launcher looks at on the
-host is made up from the names of its parameters in ``kernels.h``, in every combination.
+host is made up from the names of its parameters in ``launchers.h``, in every combination.
 """
 
 from __future__ import annotations
@@ -69,8 +69,6 @@ VALUES: dict[str, tuple[object, ...]] = {
     "dy_strides": (_NCHW, _NHWC),
     "x_strides": (_NCHW, _NHWC),
     "rows": (8,),
-    "inner": (1, 4096),
-    "a": (0, 4),
     "with_momentum": FLAG,
     "nesterov": FLAG,
     "amsgrad": FLAG,
@@ -91,7 +89,7 @@ class CudaLaunch:
     Attributes:
         kernel: its name in the cubin.
         threads, shared: per block; bytes of dynamic shared memory.
-        launcher: the function of ``kernels.h``.
+        launcher: the function of ``launchers.h``.
         dtype: of its elements.
         arguments: those of ``VALUES`` that it was first called with so, in words.
     """
@@ -150,15 +148,15 @@ def compiled(target: str, folder: Path = KERNELS) -> Program:
         raise RuntimeError(toolkit)
     arch = int(target.removeprefix("sm_"))
     command = [*setup_py().nvcc_command(toolkit, [arch]), "-Xcompiler=-fvisibility=default"]
-    sources = sorted(folder.glob("*.cu"))
-    made = _cache() / _key([*folder.iterdir(), RECORDER, Path(__file__)], command)
+    sources = setup_py().kernel_sources(folder)
+    made = _cache() / _key([*folder.rglob("*"), RECORDER, Path(__file__)], command)
     with open(f"{made}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not made.exists():
             with tempfile.TemporaryDirectory(dir=_cache()) as scratch:
                 work = Path(scratch, "work")
                 work.mkdir()
-                _compile(sources, folder / "kernels.h", work, command, toolkit.include, arch)
+                _compile(sources, folder / "launchers.h", work, command, toolkit.include, arch)
                 os.rename(work, made)
     cubins = {each.stem: each.read_bytes() for each in sorted(made.glob("*.cubin"))}
     errors = {each.stem: each.read_text() for each in sorted(made.glob("*.error"))}
@@ -188,9 +186,8 @@ def _compile(
             target.with_suffix(".cubin").write_bytes(cubin)
         return [str(target)]
 
-    by_size = sorted(sources, key=lambda path: -path.stat().st_size)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        objects = [each for made in pool.map(compile_one, by_size) for each in made]
+        objects = [each for made in pool.map(compile_one, sources) for each in made]
     # Bsymbolic: PyTorch has CUDA's own runtime in the process.
     link = [setup_py().find_compiler(), "-shared", "-fPIC", "-std=c++17", "-Wl,-Bsymbolic,-z,defs"]
     link += [f"-I{include}", f"-DNEQ_ARCH={arch}", str(RECORDER), *objects]

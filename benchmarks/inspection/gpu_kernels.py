@@ -38,7 +38,6 @@ from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.backends.triton import conv_wgrad, linear_wgrad, row_steps, tiles
 from neq_kernels.backends.triton.depthwise_wgrad import depthwise_wgrad
 from neq_kernels.backends.triton.pack import gather, scatter
-from neq_kernels.backends.triton.similarity import channel_similarity
 from neq_kernels.backends.triton.tiles import Tiles
 
 TABLE = RESULTS / "targets.csv"
@@ -111,7 +110,6 @@ def cases() -> Iterator[Case]:
         for layout in (torch.contiguous_format, torch.channels_last):
             name = "nhwc" if layout == torch.channels_last else "nchw"
             yield Case(f"depthwise {name}", dtype, lambda d=dtype, m=layout: _depthwise(d, m))
-            yield Case(f"similarity {name}", dtype, lambda d=dtype, m=layout: _similarity(d, m))
         for transposed in (False, True):
             name = "gather transposed" if transposed else "gather"
             yield Case(name, dtype, lambda d=dtype, t=transposed: _gather(d, t))
@@ -151,10 +149,6 @@ def _depthwise(dtype: torch.dtype, layout: torch.memory_format) -> None:
     weight = _images(dtype, layout, 256, 1, 3, 3)
     geometry = ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), 256)
     depthwise_wgrad(dy, x, weight, geometry, *_selection(256), 64, True)
-
-
-def _similarity(dtype: torch.dtype, layout: torch.memory_format) -> None:
-    channel_similarity(*(_images(dtype, layout, 64, 256, 28, 28) for _ in range(2)), 1)
 
 
 def _gather(dtype: torch.dtype, transposed: bool) -> None:

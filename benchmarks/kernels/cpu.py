@@ -31,7 +31,9 @@ from benchmarks.kernels.comparison import (
 from benchmarks.kernels.layer_shapes import NAMES, QUICK, TINY, Shape, shape_set
 from neq_kernels.backends.problem import KernelChoice, Problem, Strategy
 from neq_kernels.channels import ActiveChannels
-from neq_kernels.dispatch import autotune, backward, selection, stopwatch, trial
+from neq_kernels.dispatch import autotune, stopwatch, trial
+from neq_kernels.dispatch import backward as dispatch
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.measure.bandwidth import read_bandwidth
 
 SHARES = ("1", "0.75", "0.5", "0.25", "0.1", "1/K")
@@ -81,7 +83,7 @@ def measure(shape: Shape, options: KernelOptions, run: int) -> Iterator[Row]:
                 right[name] = calls[name]
             else:
                 yield {**about, "provider": name, "wrong": f"{error:.1f} times the dense error"}
-        chosen = selection.choice_for(problem, n, selection.place_of("cpu")).strategy
+        chosen = selector.choice(problem, n, selector.context("cpu")).strategy
         samples = stopwatch.in_turns(right, options.seconds, least_rounds=5)
         for name in samples:
             row = {**about, "provider": name, "error_over_dense": errors[name]}
@@ -107,19 +109,18 @@ def _providers(
             continue  # a peer for neighbouring channels is no peer for these
         calls[name] = peer_call(provider, problem, grad_output, input, weight, active)
     calls[OURS] = _ours(problem, channels, grad_output, input, weight)
-    backend = selection.backend_for("cpu")
-    usable = selection.candidates(problem, backend)
-    module = selection.module_of(backend)
+    backend = selector.backends[selector.backends_for("cpu")[0]]
+    usable = backend.strategies(problem)
 
     def by(strategy: Strategy) -> Callable[[], Tensor]:
         return trial.wgrad(
-            problem, module, KernelChoice(strategy), grad_output, input, weight, channels
+            problem, backend, KernelChoice(strategy), grad_output, input, weight, channels
         )
 
     if options.strategies:
         calls |= {f"{OURS} {s.name.lower()}": by(s) for s in usable}
     if options.tuned:
-        possible = selection.contestants(problem, n, selection.place_of("cpu"))
+        possible = selector.candidates(problem, n, selector.context("cpu"))
         winner = autotune.fastest(problem, n, possible, seconds=options.seconds / 2)
         calls[TUNED] = by(winner.strategy)
     return calls
@@ -131,17 +132,12 @@ def _ours(
     """What a layer runs while its active channels do not change."""
     geometry, wanted = problem.geometry, (False, True, False)
     if geometry is None:
-        replaced, call = False, backward.linear_call(input, weight, channels)
+        replaced, call = False, dispatch.linear_call(input, weight, channels)
     else:
-        replaced = backward.replaces_library(input, weight, geometry)
-        call = backward.conv_call(input, weight, geometry, channels)
+        replaced = dispatch.replaces_dense(input, weight, geometry)
+        call = dispatch.conv_call(input, weight, geometry, channels)
     if channels.n_active == len(channels) and not replaced:
         return peer_call(peers.DENSE, problem, grad_output, input, weight, channels.active)
-    if call is None:
-        place = selection.place_of("cpu")
-        choice = selection.choice_for(problem, channels.n_active, place)
-        module = place.module(choice)
-        return trial.wgrad(problem, module, choice, grad_output, input, weight, channels)
 
     def ours() -> Tensor:
         gradient = call(grad_output, input, weight, wanted)[1]

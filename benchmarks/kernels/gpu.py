@@ -24,6 +24,7 @@ from neq_kernels import ops
 from neq_kernels.backends.problem import Problem, Strategy
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.dispatch import selection, trial
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.dispatch.stopwatch import cold_times
 from neq_kernels.doctor import checks
 
@@ -143,8 +144,8 @@ class _Cells:
         n = channels.n_active
         if n == len(channels):
             return Strategy.DENSE
-        place = selection.ExecutionContext((self._lab.backend,), "cuda", 0)
-        return selection.choice_for(self._problem, n, place).strategy
+        context = selection.ExecutionContext((self._lab.backend,), "cuda", 0)
+        return selector.choice(self._problem, n, context).strategy
 
     def _calls(self, channels: ActiveChannels) -> dict[str, Call]:
         """Providers by name, dense first."""
@@ -156,7 +157,7 @@ class _Cells:
             if provider.why_not(problem.geometry, operands[2]) is None:
                 calls[name] = comparison.peer_call(provider, problem, *operands, active)
         own = self._lab.backend
-        place = selection.ExecutionContext((own,), "cuda", 0)
+        context = selection.ExecutionContext((own,), "cuda", 0)
         calls[OURS] = _layer(problem, *operands, channels, own)
         # With every channel active a layer, and all strategies but one, make PyTorch's call.
         partly = n < problem.neurons
@@ -164,13 +165,13 @@ class _Cells:
             for other in self._lab.others:
                 if other != own:
                     calls[f"{OURS} {other}"] = _layer(problem, *operands, channels, other)
-        for choice, module in selection.contestants(problem, n, place).items():
+        for choice, backend in selector.candidates(problem, n, context).items():
             if not (partly or choice.strategy == Strategy.CUSTOM):
                 continue
             name = f"{OURS} {choice.strategy.name.lower()}"
-            if name in calls:  # by rule it runs another way
+            if name in calls:  # the default runs another way
                 name = f"{name} {'x'.join(map(str, choice.settings))}"
-            calls[name] = trial.wgrad(problem, module, choice, *operands, channels)
+            calls[name] = trial.wgrad(problem, backend, choice, *operands, channels)
         return calls
 
 

@@ -23,7 +23,8 @@ from benchmarks.common.records import Record, Row
 from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.dispatch import backward as dispatch_backward
-from neq_kernels.dispatch import selection, stopwatch
+from neq_kernels.dispatch import stopwatch
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.measure.timing import Quantiles
 
 TARGET = 30e-6
@@ -113,7 +114,6 @@ def _parts(
         call = dispatch_backward.conv_call(x, weight, geometry, channels)
         forward = lambda: F.conv2d(x, weight, bias, *arguments, layer.groups)  # noqa: E731
         dgrad = lambda: geometry.backward(grad_output, x, weight, (True, False, False))  # noqa: E731
-    assert call is not None
     return {
         TORCH_FORWARD: forward,
         TORCH_DGRAD: dgrad,
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cli.add_common_arguments(parser)
     parser.add_argument("--seconds", type=cli.seconds, help="for each case (5; quick: 0.5)")
     args = parser.parse_args(arguments)
-    if selection.backend_for("cpu") != "cpu":
+    if selector.backends_for("cpu")[0] != "cpu":
         return cli.user_error("the C++ extension, which is measured, is not in use here")
     cli.prepare(args, threads=1)
     seconds = args.seconds or (0.5 if args.quick else 5.0)

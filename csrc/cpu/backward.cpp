@@ -1,15 +1,15 @@
-// The backward of a linear layer and of a convolution in one call: input gradient by the library,
+// The backward of a linear layer and of a convolution in one call: input gradient by PyTorch,
 // weight and bias gradients of the active channels by the strategy that was chosen.
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
 #include <cstring>
 
-#include "direct_wgrad.h"
-#include "kernels.h"
+#include "conv/direct_wgrad.h"
 #include "ops.h"
-#include "runs.h"
-#include "strides.h"
+#include "simd/kernels.h"
+#include "tensor/runs.h"
+#include "tensor/strides.h"
 
 namespace neq {
 namespace {
@@ -17,7 +17,7 @@ namespace {
 using torch::stable::narrow;
 
 // As in neq_kernels/backends/problem.py.
-enum class Strategy : int64_t { dense, pack, fused };
+enum class Strategy : int64_t { dense, pack, custom };
 
 // BLAS works on this many rows at a time. What is left over, on any of its threads, it sums one
 // product after the other, with up to 30 times the error of the rest (float32, 100,000 products).
@@ -51,17 +51,17 @@ struct Geometry {
   int64_t groups;
 };
 
-struct Wanted {
+struct OutputMask {
   bool input, weight, bias;
 };
 
-// What was not asked for is undefined.
-Grads library(const Tensor& grad, const Tensor& input, const Tensor& weight, const Geometry& g,
-              const Wanted& wanted) {
+// By PyTorch; what was not requested is undefined.
+Grads convolution_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
+                           const Geometry& g, const OutputMask& output_mask) {
   using torch::stable::detail::from;
   std::optional<std::vector<int64_t>> bias_sizes;
-  if (wanted.bias) bias_sizes = {grad.size(1)};
-  const bool mask[] = {wanted.input, wanted.weight, wanted.bias};
+  if (output_mask.bias) bias_sizes = {grad.size(1)};
+  const bool mask[] = {output_mask.input, output_mask.weight, output_mask.bias};
   std::array<StableIValue, 11> stack{from(grad),
                                      from(input),
                                      from(weight),
@@ -77,7 +77,7 @@ Grads library(const Tensor& grad, const Tensor& input, const Tensor& weight, con
       torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
   std::array<Tensor, 3> grads;
   for (size_t i = 0; i < 3; ++i) {
-    // oneDNN computes weight and bias together, and may return one that was not asked for.
+    // oneDNN computes weight and bias together, and may return one that was not requested.
     Tensor computed = torch::stable::detail::to<Tensor>(stack[i]);
     if (mask[i]) grads[i] = computed;
   }
@@ -145,7 +145,7 @@ template <class F>
 void dispatch_single_or_double(const Tensor& tensor, F&& f) {
   if (tensor.scalar_type() == ScalarType::Double) return f(double{});
   require(tensor.scalar_type() == ScalarType::Float,
-          "strategy: expected float32 or float64 for the fused one, got ",
+          "strategy: expected float32 or float64 for the custom one, got ",
           torch::headeronly::toString(tensor.scalar_type()));
   f(float{});
 }
@@ -194,7 +194,7 @@ Grads linear_wgrad(const Tensor& dy, const Tensor& input, const Tensor& weight, 
     return {Tensor(), want_weight ? zeros_like(weight) : Tensor(),
             want_bias ? zeros_like(bias_like(weight, k)) : Tensor()};
   }
-  if (chosen == Strategy::fused && want_weight && c > 0) {
+  if (chosen == Strategy::custom && want_weight && c > 0) {
     const Tensor x = in_order(matrix(input), {0, 1}), grad = in_order(dy, {0, 1});
     require_same_dtype(grad, x, "grad_output");
     require(x.size(0) == grad.size(0) && x.size(1) == c && grad.size(1) == k,
@@ -255,7 +255,7 @@ Grads conv_wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& w
     Tensor same = weight;
     const Tensor shape_only = narrow(same, neurons.axis, 0, m);
     auto [none, rows, bias] =
-        library(packed, input, shape_only, g, {false, want_weight, want_bias});
+        convolution_backward(packed, input, shape_only, g, {false, want_weight, want_bias});
     if (m > n && rows.defined()) rows = narrow(rows, neurons.axis, 0, n);
     if (m > n && bias.defined()) bias = narrow(bias, 0, 0, n);
     return {Tensor(), scattered(rows, weight, order, n, neurons),
@@ -327,8 +327,8 @@ Grads conv_backward(const Tensor& grad_output, const Tensor& input, const Tensor
   const bool wants_rows = want_weight || want_bias;
   const bool packs_all = chosen == Strategy::pack && rounded_up(n, k) == k;
   if ((chosen == Strategy::dense || packs_all) && n > 0 && wants_rows) {
-    Grads grads =
-        library(grad_output, input, weight, geometry, {want_input, want_weight, want_bias});
+    Grads grads = convolution_backward(grad_output, input, weight, geometry,
+                                       {want_input, want_weight, want_bias});
     if (n < k) {
       clear_frozen(std::get<1>(grads), order, n, neurons);
       clear_frozen(std::get<2>(grads), order, n, neurons);
@@ -337,7 +337,8 @@ Grads conv_backward(const Tensor& grad_output, const Tensor& input, const Tensor
   }
   Tensor grad_input;
   if (want_input) {
-    grad_input = std::get<0>(library(grad_output, input, weight, geometry, {true, false, false}));
+    grad_input = std::get<0>(
+        convolution_backward(grad_output, input, weight, geometry, {true, false, false}));
   }
   Grads grads;
   if (wants_rows) {

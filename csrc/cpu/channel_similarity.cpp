@@ -3,10 +3,10 @@
 
 #include <algorithm>
 
-#include "kernels.h"
 #include "ops.h"
-#include "split.h"
-#include "strides.h"
+#include "simd/kernels.h"
+#include "tensor/split.h"
+#include "tensor/strides.h"
 
 namespace neq {
 namespace {

@@ -1,4 +1,4 @@
-// The private leaf ops, registered in library.cpp under the schemas given there.
+// The private leaf ops, registered in bindings.cpp under the schemas given there.
 #pragma once
 
 #include <optional>
@@ -6,7 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
+#include "tensor/checks.h"
 
 namespace neq {
 
@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor> depthwise_wgrad(const Tensor& grad_output, const Tens
                                            const std::vector<int64_t>& dilation,
                                            const Tensor& order, int64_t n, bool want_bias);
 
-// Gradients of input, weight and bias; undefined where not wanted.
+// Gradients of input, weight and bias; undefined where not requested.
 using Grads = std::tuple<Tensor, Tensor, Tensor>;
 
 // Numbers come as one tensor, int64 on the CPU: every argument of an operator costs time.

@@ -3,11 +3,11 @@
 
 #include <cstring>
 
-#include "column_gather.h"
+#include "conv/column_gather.h"
 #include "ops.h"
-#include "runs.h"
-#include "strides.h"
-#include "zeros.h"
+#include "tensor/runs.h"
+#include "tensor/strides.h"
+#include "tensor/zeros.h"
 
 namespace neq {
 namespace {

@@ -1,9 +1,9 @@
 // Optimizer steps for the active neurons only.
 #include <cmath>
 
-#include "kernels.h"
 #include "ops.h"
-#include "runs.h"
+#include "simd/kernels.h"
+#include "tensor/runs.h"
 
 namespace neq {
 namespace {

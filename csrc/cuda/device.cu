@@ -1,6 +1,6 @@
 #include <cuda_runtime.h>
 
-#include "kernels.h"
+#include "launchers.h"
 
 extern "C" int neq_cuda_multiprocessors(int32_t* count) {
   int device = 0, found = 0;

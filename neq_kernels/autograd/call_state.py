@@ -7,24 +7,31 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _get_tracing_state
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+)
+from torch.nn import Parameter
 
 from neq_kernels.channels import ActiveChannels
-from neq_kernels.dispatch import cuda_graphs
+from neq_kernels.dispatch.selection import selector
+
+PLAIN = (Tensor, Parameter)
 
 
 def recorded(parameter: Tensor) -> bool:
     """Whether what runs now is recorded, by ``torch.compile`` or into a CUDA graph, to run again
     with other channels active."""
-    return torch.compiler.is_compiling() or cuda_graphs.captured(parameter)
+    return torch.compiler.is_compiling() or selector.rehearsal.captures(parameter)
 
 
 def all_active(channels: ActiveChannels, parameter: Tensor) -> bool:
-    """Whether PyTorch's own graph serves: every channel is active, and will be."""
+    """Whether PyTorch's own graph is right: every channel is active, and will be."""
     return not recorded(parameter) and channels.n_active == len(channels)
 
 
-def stopped(channels: ActiveChannels, parameter: Tensor) -> bool:
+def none_active(channels: ActiveChannels, parameter: Tensor) -> bool:
     """Whether nothing is to be computed: no channel is active, or will be."""
     return not recorded(parameter) and channels.n_active == 0
 
@@ -42,6 +49,30 @@ def check_unchanged(channels: ActiveChannels, generation: int, grad: Tensor | No
 def transformed() -> bool:
     """Whether this eager call is part of a trace or of a function transform."""
     return _get_tracing_state() is not None or _are_functorch_transforms_active()
+
+
+def learns(weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether a parameter needs a gradient here, and ours would not be in the way: an exported
+    program is for any runtime, and functorch has rules of its own."""
+    needed = (weight is not None and weight.requires_grad) or (
+        bias is not None and bias.requires_grad
+    )
+    if not needed or not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    return not transformed()
+
+
+def unobserved(weight: Tensor, grad_output: Tensor) -> bool:
+    """Whether nobody watches the dispatcher, and the tensors are plain ones with data: then a
+    backward needs no registered operator."""
+    return (
+        _len_torch_dispatch_stack() == 0
+        and type(grad_output) is Tensor
+        and type(weight) in PLAIN
+        and not weight.is_meta
+    )
 
 
 def watched(output: Tensor, channels: ActiveChannels) -> Tensor:

@@ -1,21 +1,24 @@
-"""What the backends for GPUs have in common: the library's part of a backward, and who does what of
-the rest."""
+"""Code shared by the CUDA and Triton backends: which gradients a custom kernel computes, and the
+tables that one launch reads to step many parameters."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from neq_kernels.backends import aten
-from neq_kernels.backends.problem import ConvGeometry, Strategy
-from neq_kernels.channels import NeuronLayout
+from neq_kernels.backends.aten import Aten
+from neq_kernels.backends.base import Grads, in_layout_of
+from neq_kernels.backends.problem import ConvGeometry, KernelChoice, Strategy
+from neq_kernels.channels import Active, NeuronLayout
 
-# Of grad_output, input, count: the gradients of weight and bias.
-OwnWgrad = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+# The gradients of weight and bias; the bias's is None if it was not asked for.
+WeightGrads = tuple[Tensor, Tensor | None]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -26,79 +29,132 @@ _LEAST_NEIGHBOURS = 8
 _MOST_WEIGHTS_OF_A_NEURON = 2**27  # what a block has is numbered in 32 bits
 
 
-def linear_backward(
-    grad_output: Tensor,
-    input: Tensor | None,
-    input_size: Sequence[int],
-    weight: Tensor,
-    order: Tensor,
-    n: int,
-    start: int,
-    wanted: Sequence[bool],
-    strategy: Strategy,
-    count: Tensor | None,
-    primitives: aten.Primitives,
-    own_wgrad: OwnWgrad,
-) -> aten.Grads:
-    """``aten.linear_backward``; the weight's gradient by ``own_wgrad``, of matrices, where the
-    strategy is ``CUSTOM``.
+class Gpu(Aten):
+    """Custom kernels for weight gradients, PyTorch's for the rest.
 
-    Args:
-        count: int32[1] on the device, for the own kernel to read n from; None makes one.
+    Attributes:
+        device_type: of the tensors that the kernels take.
     """
-    fused = strategy == Strategy.CUSTOM and wanted[1] and n > 0
-    fused = fused and grad_output.numel() > 0 and weight.numel() > 0
-    grads = aten.linear_backward(
-        grad_output,
-        input,
-        input_size,
-        weight,
-        order,
-        n,
-        start,
-        (wanted[0], False, False) if fused else wanted,
-        Strategy.DENSE if strategy == Strategy.DENSE else Strategy.PACK,
-        primitives,
-    )
-    if not fused:
-        return grads
-    assert input is not None
-    dy = grad_output.reshape(-1, len(order))
-    x = input.reshape(len(dy), -1)
-    return grads[0], *own_wgrad(dy, x, count_of(n, weight.device) if count is None else count)
+
+    for_gpus = True
+    device_type: ClassVar[str] = "cuda"
+
+    def supports(self, device_type: str) -> bool:
+        return device_type == self.device_type
+
+    @abstractmethod
+    def linear_wgrad(
+        self,
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        active: Active,
+        with_bias: bool,
+        settings: tuple[int, ...],
+    ) -> WeightGrads:
+        """By the custom kernel, of the matrices ``[T, K]`` and ``[T, C]``; it reads
+        ``active.count``."""
+
+    @abstractmethod
+    def conv_wgrad(
+        self,
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        geometry: ConvGeometry,
+        active: Active,
+        with_bias: bool,
+        settings: tuple[int, ...],
+    ) -> WeightGrads:
+        """By the custom kernel; it reads ``active.count``."""
+
+    def linear_backward(
+        self,
+        grad_output: Tensor,
+        input: Tensor | None,
+        weight: Tensor,
+        output_mask: Sequence[bool],
+        *,
+        input_size: Sequence[int],
+        active: Active,
+        choice: KernelChoice,
+    ) -> Grads:
+        """As that of ``aten``; the weight gradient by the custom kernel if it was chosen."""
+        if not _is_custom(choice, active, grad_output, weight, output_mask):
+            return super().linear_backward(
+                grad_output,
+                input,
+                weight,
+                output_mask,
+                input_size=input_size,
+                active=active,
+                choice=choice,
+            )
+        assert input is not None
+        dy = grad_output.reshape(-1, len(active.order))
+        grad_input = dy.mm(weight).reshape(input_size) if output_mask[0] else None
+        x = input.reshape(len(dy), -1)
+        dw, db = self.linear_wgrad(dy, x, weight, active, output_mask[2], choice.settings)
+        return grad_input, in_layout_of(weight, dw), db
+
+    def conv_backward(
+        self,
+        grad_output: Tensor,
+        input: Tensor | None,
+        weight: Tensor,
+        output_mask: Sequence[bool],
+        *,
+        input_size: Sequence[int],
+        geometry: ConvGeometry,
+        active: Active,
+        choice: KernelChoice,
+    ) -> Grads:
+        """As that of ``aten``; the weight gradient by the custom kernel if it was chosen."""
+        if not _is_custom(choice, active, grad_output, weight, output_mask):
+            return super().conv_backward(
+                grad_output,
+                input,
+                weight,
+                output_mask,
+                input_size=input_size,
+                geometry=geometry,
+                active=active,
+                choice=choice,
+            )
+        assert input is not None
+        grad_input = None
+        if output_mask[0]:
+            grad_input = geometry.backward(grad_output, input, weight, (True, False, False))[0]
+        like = weight if geometry.layout.blocks(weight) is not None else weight.contiguous()
+        dw, db = self.conv_wgrad(
+            grad_output, input, like, geometry, active, output_mask[2], choice.settings
+        )
+        return grad_input, in_layout_of(weight, dw), db
+
+    def supports_row_steps(self, parameter: Tensor, layout: NeuronLayout) -> bool:
+        blocks = layout.blocks(parameter)
+        return (
+            parameter.device.type == self.device_type
+            and parameter.dtype in DTYPES
+            and blocks is not None
+            and blocks[1] * blocks[3] < _MOST_WEIGHTS_OF_A_NEURON
+        )
 
 
-def conv_backward(
+def _is_custom(
+    choice: KernelChoice,
+    active: Active,
     grad_output: Tensor,
-    input: Tensor,
     weight: Tensor,
-    geometry: ConvGeometry,
-    order: Tensor,
-    n: int,
-    wanted: Sequence[bool],
-    strategy: Strategy,
-    count: Tensor | None,
-    primitives: aten.Primitives,
-    own_wgrad: OwnWgrad,
-) -> aten.Grads:
-    """``aten.conv_backward``; as :func:`linear_backward`."""
-    fused = strategy == Strategy.CUSTOM and wanted[1] and n > 0
-    fused = fused and grad_output.numel() > 0 and weight.numel() > 0
-    grads = aten.conv_backward(
-        grad_output,
-        input,
-        weight,
-        geometry,
-        order,
-        n,
-        (wanted[0], False, False) if fused else wanted,
-        Strategy.DENSE if strategy == Strategy.DENSE else Strategy.PACK,
-        primitives,
+    output_mask: Sequence[bool],
+) -> bool:
+    return (
+        choice.strategy == Strategy.CUSTOM
+        and output_mask[1]
+        and active.n > 0
+        and grad_output.numel() > 0
+        and weight.numel() > 0
     )
-    if not fused:
-        return grads
-    count = count_of(n, weight.device) if count is None else count
-    return grads[0], *own_wgrad(grad_output, input, count)
 
 
 @functools.lru_cache(maxsize=8192)
@@ -109,18 +165,6 @@ def count_of(n: int, device: torch.device) -> Tensor:
 
 
 # --- row steps of many parameters ----------------------------------------------------------------
-
-
-def steps_rows(parameter: Tensor, layout: NeuronLayout, device_type: str) -> bool:
-    """Whether one launch can step this parameter with others, on devices of this type; gradient and
-    state have to lie as it does."""
-    blocks = layout.blocks(parameter)
-    return (
-        parameter.device.type == device_type
-        and parameter.dtype in DTYPES
-        and blocks is not None
-        and blocks[1] * blocks[3] < _MOST_WEIGHTS_OF_A_NEURON
-    )
 
 
 def tables(

@@ -1,15 +1,15 @@
-"""Which choice is fastest for a weight gradient: measured on this machine."""
+"""Autotuning: time every candidate kernel for one wgrad problem and return the fastest."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Mapping
-from types import ModuleType
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from neq_kernels.backends.base import Backend
 from neq_kernels.backends.problem import KernelChoice, Problem, Strategy
 from neq_kernels.dispatch.stopwatch import Clock, CudaClock, cold_times, in_turns
 from neq_kernels.dispatch.trial import operands, spread, wgrad
@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 Name = TypeVar("Name", bound=Hashable)
 
-# A strategy must beat PyTorch's own kernel by more than the noise.
+# A strategy must beat PyTorch's kernel by more than the noise.
 _MARGIN = 0.95
-# What a gradient may differ from the library's, of its largest element: rounding is far below it, a
+# What a gradient may differ from PyTorch's, of its largest element: rounding is far below it, a
 # wrong element mostly far above.
 _DISAGREEMENT = 0.02
 
@@ -28,7 +28,7 @@ _DISAGREEMENT = 0.02
 def fastest(
     problem: Problem,
     n: int,
-    candidates: Mapping[KernelChoice, ModuleType],
+    candidates: Mapping[KernelChoice, Backend],
     device: torch.device | str = "cpu",
     seconds: float = 0.05,
     clock: Clock | None = None,
@@ -38,9 +38,8 @@ def fastest(
     Args:
         problem: random values of its shapes are made and thrown away.
         n: 1 to K active channels.
-        candidates: choices for this problem, and the module of ``neq_kernels.backends`` that
-            computes each. An own kernel of a GPU that cannot run, or is wrong, is passed over with
-            a warning.
+        candidates: choices for this problem, and the backend that runs each. A custom kernel of a
+            GPU that cannot run, or is wrong, is passed over with a warning.
         device: where to measure.
         seconds: to spend, if one round of all candidates does not take longer.
         clock: of a GPU, where caches are emptied before each call; None makes one.
@@ -51,8 +50,8 @@ def fastest(
     channels = spread(n, problem.neurons)
     on_gpu = torch.device(device).type != "cpu"
     calls: dict[KernelChoice, Callable[[], Tensor]] = {
-        choice: wgrad(problem, module, choice, dy, x, weight, channels)
-        for choice, module in candidates.items()
+        choice: wgrad(problem, backend, choice, dy, x, weight, channels)
+        for choice, backend in candidates.items()
     }
     if on_gpu:
         calls = _right(calls)
@@ -68,7 +67,7 @@ def fastest(
 def _right(
     calls: Mapping[KernelChoice, Callable[[], Tensor]],
 ) -> dict[KernelChoice, Callable[[], Tensor]]:
-    """Those that run and agree with the library."""
+    """Those that run and agree with PyTorch's gradient."""
     expected = calls[KernelChoice(Strategy.DENSE)]()
     allowed = _DISAGREEMENT * expected.abs().max()
     found = {}

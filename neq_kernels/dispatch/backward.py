@@ -1,33 +1,19 @@
-"""Run the backward of one layer on the selected backend with the selected strategy."""
+"""The backward of one layer, on the selected backend with the selected kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 from torch import Tensor
 
-from neq_kernels.backends import aten, cpu, reference
+from neq_kernels.backends.base import BackwardCall, Grads
 from neq_kernels.backends.problem import ConvGeometry, KernelChoice, Problem, Strategy
-from neq_kernels.channels import ActiveChannels, NeuronLayout
-from neq_kernels.dispatch.cuda_graphs import captured, clear_frozen, replayed_choice
-from neq_kernels.dispatch.selection import (
-    _BACKENDS,
-    FOR_GPUS,
-    Grads,
-    backend_for,
-    choice_for,
-    place_of,
-)
+from neq_kernels.channels import Active, ActiveChannels, NeuronLayout
+from neq_kernels.dispatch.cuda_graphs import clear_frozen
+from neq_kernels.dispatch.selection import selector
 
-
-def replaces_library(input: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
-    """Whether a convolution with every channel active is faster by other means than by
-    ``aten.convolution_backward``."""
-    if weight.device.type != "cpu" or backend_for("cpu") != "cpu":
-        return False
-    problem = Problem.conv(input, weight, geometry)
-    return choice_for(problem, problem.neurons, place_of("cpu")).strategy != Strategy.DENSE
+_DENSE = KernelChoice(Strategy.DENSE)
 
 
 def linear_backward(
@@ -35,20 +21,14 @@ def linear_backward(
     input: Tensor | None,
     input_size: Sequence[int],
     weight: Tensor,
-    order: Tensor,
-    count: Tensor,
-    n: int,
-    start: int,
+    active: Active,
     output_mask: Sequence[bool],
     active_dgrad: bool,
 ) -> Grads:
     """Gradients of input, weight and bias, None where ``output_mask`` is False.
 
     Args:
-        order: int64[K], the active features first.
-        count: int32[1] on the same device, how many are active.
-        n: the same number; not looked at while a CUDA graph is captured.
-        start: the first of them when they are neighbours, else -1.
+        active: the active features, on the weight's device.
         active_dgrad: only active features propagate to the input gradient.
         The others are those of ``torch.ops.neq_kernels.linear_backward``.
 
@@ -56,33 +36,32 @@ def linear_backward(
         RuntimeError: ``active_dgrad`` while a CUDA graph is captured.
     """
     k = weight.shape[0]
-    place = place_of(weight.device.type)
-    if place.backends == ("reference",):
-        return reference.linear_backward(
-            grad_output, input, input_size, weight, order, n, output_mask, active_dgrad
-        )
-    choice, replayed = KernelChoice(Strategy.DENSE), captured(weight)
-    if replayed or (0 < n < k and (output_mask[1] or output_mask[2])):
+    context = selector.context(weight.device.type)
+    replayed, choice = selector.rehearsal.captures(weight), _DENSE
+    if replayed or (0 < active.n < k and (output_mask[1] or output_mask[2])):
         problem = Problem.linear(grad_output.numel() // max(1, k), weight)
         if replayed:
-            choice = replayed_choice(problem, place, output_mask, active_dgrad)
-            n, start = k, -1
+            _refuse_active_dgrad(active_dgrad and output_mask[0])
+            choice = selector.choice_in_graph(problem, context, output_mask)
+            active = replace(active, n=k, start=-1)
         else:
-            choice = choice_for(problem, n, place)
-    module = place.module(choice)
-    more: dict[str, Any] = {"count": count} if module in FOR_GPUS.values() else {}
-    if choice.settings:
-        more["settings"] = choice.settings
-    wanted = output_mask
+            choice = selector.choice(problem, active.n, context)
+    backend = selector.backend_of(choice, context)
     grad_input = None
-    if active_dgrad and output_mask[0] and n < k:
-        grad_input = aten.linear_active_dgrad(grad_output, weight, input_size, order, n, module)
-        wanted = (False, *output_mask[1:])
-    grads: Grads = module.linear_backward(
-        grad_output, input, input_size, weight, order, n, start, wanted, choice.strategy, **more
+    if active_dgrad and output_mask[0] and active.n < k:
+        grad_input = backend.linear_active_dgrad(grad_output, weight, input_size, active)
+        output_mask = (False, *output_mask[1:])
+    grads = backend.linear_backward(
+        grad_output,
+        input,
+        weight,
+        output_mask,
+        input_size=input_size,
+        active=active,
+        choice=choice,
     )
     if replayed and choice.strategy == Strategy.DENSE:
-        clear_frozen(grads, NeuronLayout(), order, count)
+        clear_frozen(grads, NeuronLayout(), active.order, active.count)
     return grads if grad_input is None else (grad_input, *grads[1:])
 
 
@@ -92,84 +71,90 @@ def conv_backward(
     input_size: Sequence[int],
     weight: Tensor,
     geometry: ConvGeometry,
-    order: Tensor,
-    count: Tensor,
-    n: int,
+    active: Active,
     output_mask: Sequence[bool],
     active_dgrad: bool,
 ) -> Grads:
-    """Gradients of input, weight and bias, None where ``output_mask`` is False.
-
-    Args:
-        order: int64[K], the active channels first.
-        count: int32[1] on the same device, how many are active.
-        n: the same number; not looked at while a CUDA graph is captured.
-        active_dgrad: only active channels propagate to the input gradient.
-        The others are those of ``torch.ops.neq_kernels.conv_backward``.
-
-    Raises:
-        RuntimeError: ``active_dgrad`` while a CUDA graph is captured.
-    """
+    """As :func:`linear_backward`, for a convolution of batched images."""
     k = grad_output.shape[1]
-    place = place_of(weight.device.type)
-    if place.backends == ("reference",):
-        return reference.conv_backward(
-            grad_output, input, input_size, weight, geometry, order, n, output_mask, active_dgrad
-        )
-    # Where only the input's shape matters (dgrad alone), nothing is allocated for it.
-    x = grad_output.new_empty(1).expand(input_size) if input is None else input
-    choice, replayed = KernelChoice(Strategy.DENSE), captured(weight)
-    if replayed or (n > 0 and output_mask[1]):
-        problem = Problem.conv(x, weight, geometry)
+    context = selector.context(weight.device.type)
+    replayed, choice = selector.rehearsal.captures(weight), _DENSE
+    if replayed or (active.n > 0 and output_mask[1]):
         if replayed:
-            choice = replayed_choice(problem, place, output_mask, active_dgrad)
-            n = k
-        else:
-            choice = choice_for(problem, n, place)
-    module = place.module(choice)
-    more: dict[str, Any] = {"count": count} if module in FOR_GPUS.values() else {}
-    if choice.settings:
-        more["settings"] = choice.settings
-    wanted = output_mask
+            _refuse_active_dgrad(active_dgrad and output_mask[0])
+        if input is not None:
+            problem = Problem.conv(input, weight, geometry)
+            if replayed:
+                choice = selector.choice_in_graph(problem, context, output_mask)
+            else:
+                choice = selector.choice(problem, active.n, context)
+        if replayed:
+            active = replace(active, n=k, start=-1)
+    backend = selector.backend_of(choice, context)
     grad_input = None
-    if active_dgrad and output_mask[0] and n < k:
-        grad_input = aten.conv_active_dgrad(grad_output, x, weight, geometry, order, n)
-        wanted = (False, *output_mask[1:])
-    grads: Grads = module.conv_backward(
-        grad_output, x, weight, geometry, order, n, wanted, choice.strategy, **more
+    if active_dgrad and output_mask[0] and active.n < k:
+        grad_input = backend.conv_active_dgrad(
+            grad_output, input, weight, input_size, geometry, active
+        )
+        output_mask = (False, *output_mask[1:])
+    grads = backend.conv_backward(
+        grad_output,
+        input,
+        weight,
+        output_mask,
+        input_size=input_size,
+        geometry=geometry,
+        active=active,
+        choice=choice,
     )
     if replayed and choice.strategy == Strategy.DENSE:
-        clear_frozen(grads, geometry.layout, order, count)
+        clear_frozen(grads, geometry.layout, active.order, active.count)
     return grads if grad_input is None else (grad_input, *grads[1:])
 
 
-def linear_call(input: Tensor, weight: Tensor, channels: ActiveChannels) -> cpu.Call | None:
-    """Computes the gradients of a linear layer on the CPU in one call, while ``channels`` does not
-    change; None where the extension cannot."""
-    backend, n = backend_for("cpu"), channels.n_active
-    if backend != "cpu":
-        return None
-    strategy = Strategy.DENSE
-    if n > 0:
+def _refuse_active_dgrad(is_asked: bool) -> None:
+    if is_asked:
+        raise RuntimeError(
+            'grad_input: expected "exact" while a CUDA graph is captured, got "active", which '
+            "would go on propagating from the channels that are active now"
+        )
+
+
+def linear_call(input: Tensor, weight: Tensor, channels: ActiveChannels) -> BackwardCall:
+    """The backward of a linear layer with its kernel chosen: for as long as shapes, ``channels``
+    and ``selector.revision`` do not change."""
+    context = selector.context(weight.device.type)
+    choice, active = _DENSE, channels.on(weight.device)
+    if active.n > 0:
         problem = Problem.linear(input.numel() // max(1, weight.shape[1]), weight)
-        strategy = choice_for(problem, n, place_of("cpu")).strategy
-    return cpu.linear_call(weight, channels.order(), n, channels.start, strategy)
+        choice = selector.choice(problem, active.n, context)
+    backend = selector.backend_of(choice, context)
+    return backend.linear_call(weight, input.shape, active, choice)
 
 
 def conv_call(
     input: Tensor, weight: Tensor, geometry: ConvGeometry, channels: ActiveChannels
-) -> cpu.Call | None:
-    """As :func:`linear_call`, for a convolution."""
-    backend, n = backend_for("cpu"), channels.n_active
-    if backend != "cpu":
-        return None
-    strategy = Strategy.DENSE
-    if n > 0:
-        problem = Problem.conv(input, weight, geometry)
-        strategy = choice_for(problem, n, place_of("cpu")).strategy
-    return cpu.conv_call(input.shape, weight, geometry, channels.order(), n, strategy)
+) -> BackwardCall:
+    """As :func:`linear_call`, for a convolution of batched images."""
+    context = selector.context(weight.device.type)
+    choice, active = _DENSE, channels.on(weight.device)
+    if active.n > 0:
+        choice = selector.choice(Problem.conv(input, weight, geometry), active.n, context)
+    backend = selector.backend_of(choice, context)
+    return backend.conv_call(weight, input.shape, geometry, active, choice)
+
+
+def replaces_dense(input: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
+    """Whether a convolution with every channel active is expected to be clearly faster by a custom
+    kernel than by PyTorch's: on the CPU alone, where that was measured."""
+    context = selector.context(weight.device.type)
+    if context.backends != ("cpu",):
+        return False
+    problem = Problem.conv(input, weight, geometry)
+    return selector.choice(problem, problem.neurons, context).strategy != Strategy.DENSE
 
 
 def channel_similarity(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    result: Tensor = _BACKENDS[backend_for(a.device.type)].channel_similarity(a, b, dim)
-    return result
+    """See :func:`neq_kernels.ops.channel_similarity`."""
+    name = selector.backends_for(a.device.type)[0]
+    return selector.backends[name].channel_similarity(a, b, dim)

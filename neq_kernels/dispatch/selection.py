@@ -1,113 +1,43 @@
-"""Who computes a gradient, and how: the choice of backend and of wgrad strategy."""
+"""Backend and wgrad-strategy selection."""
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from types import ModuleType
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from neq_kernels.backends import aten, cpu, cuda, reference
+from neq_kernels.backends.aten import Aten
+from neq_kernels.backends.base import Backend
+from neq_kernels.backends.cpu import Cpu
+from neq_kernels.backends.cuda import Cuda
 from neq_kernels.backends.problem import KernelChoice, Problem, Strategy
-from neq_kernels.backends.triton import backend as triton
-from neq_kernels.dispatch import autotune, cost_model, tuning_table, verified_backends
+from neq_kernels.backends.reference import Reference
+from neq_kernels.backends.triton.backend import Triton
+from neq_kernels.dispatch import autotune, cost_model, tuning_table
+from neq_kernels.dispatch.cuda_graphs import Rehearsal
+from neq_kernels.dispatch.tuning_table import TuningTable
+from neq_kernels.dispatch.verified_backends import VerifiedBackends
 from neq_kernels.machine import machine
 from neq_kernels.version import __version__
 
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "NEQ_KERNELS_BACKEND"
-_BACKENDS: dict[str, ModuleType] = {
-    "triton": triton,
-    "cuda": cuda,
-    "cpu": cpu,
-    "aten": aten,
-    "reference": reference,
-}
-# They read counts on the device, and serve by themselves where they were proved right. The one that
-# is preferred where nothing was measured comes first.
-FOR_GPUS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton}
-
-_forced: Strategy | None = None
-# Grows when what was chosen no longer holds.
-revision = 0
-
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-def backends() -> list[tuple[str, str | None]]:
-    """Every backend with None when it can be used, else the reason why not."""
-    return [(name, module.unavailable()) for name, module in _BACKENDS.items()]
-
-
-@functools.cache
-def backends_for(device_type: str) -> tuple[str, ...]:
-    """The backends that serve tensors of this device type, the preferred one first: one for the
-    CPU, or by name; for a GPU those that were proved right on it, and ``aten``.
-
-    Raises:
-        ValueError: ``NEQ_KERNELS_BACKEND`` names no backend.
-        RuntimeError: it names one that cannot be used here.
-    """
-    forced = os.environ.get(ENVIRONMENT_VARIABLE)
-    if forced:
-        if forced not in _BACKENDS:
-            raise ValueError(
-                f"{ENVIRONMENT_VARIABLE}: expected one of {sorted(_BACKENDS)}, got {forced!r}"
-            )
-        reason = why_not(forced, device_type)
-        if reason is not None:
-            raise RuntimeError(f"{ENVIRONMENT_VARIABLE}={forced}: {reason}")
-        return (forced,)
-    if device_type == "cpu":
-        reason = cpu.unavailable()
-        if reason is None:
-            return ("cpu",)
-        logger.warning("backend cpu is not used for cpu tensors: %s", reason)
-        return ("aten",)
-    proved = verified_backends.proved() or () if device_type == "cuda" else ()
-    able = [name for name in FOR_GPUS if name in proved and why_not(name, device_type) is None]
-    return (*able, "aten")
-
-
-def why_not(backend: str, device_type: str) -> str | None:
-    """None where a backend can serve tensors of this device type, else the reason why not."""
-    reason: str | None = _BACKENDS[backend].unavailable()
-    if reason is None and backend == "cpu" and device_type != "cpu":
-        reason = f"it serves CPU tensors, got {device_type}"
-    kernels = FOR_GPUS.get(backend)
-    if reason is None and kernels is not None and not kernels.serves(device_type):
-        reason = f"it serves GPU tensors, got {device_type}"
-    return reason
-
-
-def backend_for(device_type: str) -> str:
-    """The first of :func:`backends_for`."""
-    return backends_for(device_type)[0]
-
-
-def module_of(backend: str) -> ModuleType:
-    """The module of a backend."""
-    return _BACKENDS[backend]
-
-
-def candidates(problem: Problem, backend: str) -> tuple[Strategy, ...]:
-    """The strategies among which this backend has a choice."""
-    if backend == "reference":
-        return (Strategy.DENSE,)
-    usable: tuple[Strategy, ...] = _BACKENDS[backend].strategies(problem)
-    return usable
+_MOST_CHOICES = 8192
 
 
 class ExecutionContext(NamedTuple):
-    """Where and by whom something is computed: ``backends`` as :func:`backends_for` names them;
-    ``threads`` are 0 on a GPU."""
+    """Where gradients are computed, and by whom.
+
+    Attributes:
+        backends: names, the default one first.
+        device_type: of the tensors.
+        threads: of the CPU; 0 on a GPU.
+    """
 
     backends: tuple[str, ...]
     device_type: str
@@ -116,117 +46,278 @@ class ExecutionContext(NamedTuple):
     def choice(
         self, strategy: Strategy, backend: str, settings: tuple[int, ...] = ()
     ) -> KernelChoice:
-        """Of one of the backends. On a GPU, where others may serve tomorrow, it says which;
-        PyTorch's own kernel is nobody's."""
+        """One of a backend's kernels. On a GPU, where another backend may be the default tomorrow,
+        it is named; PyTorch's kernel belongs to none."""
         is_named = self.device_type == "cuda" and strategy != Strategy.DENSE
         return KernelChoice(strategy, settings, backend if is_named else "")
 
-    def module(self, choice: KernelChoice) -> ModuleType:
-        """That of the backend which serves."""
-        return _BACKENDS[choice.backend or self.backends[0]]
 
-    def strategies(self, problem: Problem) -> dict[str, tuple[Strategy, ...]]:
-        """Those of each backend. How many channels each group has to pack would have to be asked of
-        the GPU."""
+class Selector:
+    """Selects the backend, and among its kernels the one for each weight gradient.
+
+    Everything that changes about this is kept here.
+
+    Attributes:
+        backends: by name; on a GPU the first one that can run a problem is its default.
+        rehearsal: of CUDA graphs.
+        verified: which backends were found right on the GPU at hand.
+        revision: grows whenever a selection made before may no longer hold.
+    """
+
+    def __init__(self) -> None:
+        every: tuple[Backend, ...] = (Cuda(), Triton(), Cpu(), Aten(), Reference())
+        self.backends: dict[str, Backend] = {backend.name: backend for backend in every}
+        self.rehearsal = Rehearsal()
+        self.verified = VerifiedBackends(self.backends)
+        self.revision = 0
+        self._forced_backend: str | None = None
+        self._forced_strategy: Strategy | None = None
+        self._by_device_type: dict[str, tuple[str, ...]] = {}
+        self._choices: dict[tuple[Problem, int, ExecutionContext], KernelChoice] = {}
+        self._tables: dict[ExecutionContext, TuningTable] = {}
+
+    # --- backends --------------------------------------------------------------------------------
+
+    def availability(self) -> list[tuple[str, str | None]]:
+        """Every backend with None when it can be used, else the reason why not."""
+        return [(name, backend.unavailable()) for name, backend in self.backends.items()]
+
+    def backends_for(self, device_type: str) -> tuple[str, ...]:
+        """The backends in use for tensors of this device type, the default one first: one for the
+        CPU, or by name; for a GPU those that were found right on it, and ``aten``.
+
+        Raises:
+            ValueError: ``NEQ_KERNELS_BACKEND`` names no backend.
+            RuntimeError: it names one that cannot be used here.
+        """
+        names = self._by_device_type.get(device_type)
+        if names is None:
+            names = self._by_device_type[device_type] = self._find_backends(device_type)
+        return names
+
+    def _find_backends(self, device_type: str) -> tuple[str, ...]:
+        forced = self._forced_backend or os.environ.get(ENVIRONMENT_VARIABLE)
+        if forced:
+            if forced not in self.backends:
+                raise ValueError(
+                    f"{ENVIRONMENT_VARIABLE}: expected one of {sorted(self.backends)}, "
+                    f"got {forced!r}"
+                )
+            reason = self.why_not(forced, device_type)
+            if reason is not None:
+                raise RuntimeError(f"{ENVIRONMENT_VARIABLE}={forced}: {reason}")
+            return (forced,)
+        if device_type == "cpu":
+            reason = self.backends["cpu"].unavailable()
+            if reason is None:
+                return ("cpu",)
+            logger.warning("backend cpu is not used for cpu tensors: %s", reason)
+            return ("aten",)
+        right = self.verified.names() or () if device_type == "cuda" else ()
+        able = [
+            name
+            for name in self.for_gpus()
+            if name in right and self.why_not(name, device_type) is None
+        ]
+        return (*able, "aten")
+
+    def for_gpus(self) -> tuple[str, ...]:
+        """The backends with custom kernels for GPUs, the default one first."""
+        return tuple(name for name, backend in self.backends.items() if backend.for_gpus)
+
+    def why_not(self, name: str, device_type: str) -> str | None:
+        """None if a backend can be used for tensors of this device type, else the reason."""
+        backend = self.backends[name]
+        reason = backend.unavailable()
+        if reason is None and not backend.supports(device_type):
+            kind = "GPU" if backend.for_gpus else "CPU"
+            reason = f"it supports {kind} tensors, got {device_type}"
+        return reason
+
+    def context(self, device_type: str) -> ExecutionContext:
+        """Where tensors of this device type are worked on now."""
+        threads = torch.get_num_threads() if device_type == "cpu" else 0
+        return ExecutionContext(self.backends_for(device_type), device_type, threads)
+
+    def backend_of(self, choice: KernelChoice, context: ExecutionContext) -> Backend:
+        """The one that runs this kernel there."""
+        return self.backends[choice.backend or context.backends[0]]
+
+    # --- strategies ------------------------------------------------------------------------------
+
+    def strategies(
+        self, problem: Problem, context: ExecutionContext
+    ) -> dict[str, tuple[Strategy, ...]]:
+        """The strategies of each backend. How many channels each group has to pack would have to be
+        asked of the GPU."""
         packs = (
-            self.device_type == "cpu" or problem.geometry is None or problem.geometry.groups == 1
+            context.device_type == "cpu" or problem.geometry is None or problem.geometry.groups == 1
         )
         return {
-            backend: tuple(s for s in candidates(problem, backend) if packs or s != Strategy.PACK)
-            for backend in self.backends
+            name: tuple(
+                strategy
+                for strategy in self.backends[name].strategies(problem)
+                if packs or strategy != Strategy.PACK
+            )
+            for name in context.backends
         }
 
+    def candidates(
+        self, problem: Problem, n: int, context: ExecutionContext
+    ) -> Mapping[KernelChoice, Backend]:
+        """Every way of computing a weight gradient of ``n`` active channels there, and by whom;
+        PyTorch's kernel once."""
+        found: dict[KernelChoice, Backend] = {}
+        for name, usable in self.strategies(problem, context).items():
+            backend = self.backends[name]
+            for strategy in usable:
+                is_custom = strategy == Strategy.CUSTOM
+                for settings in backend.settings(problem, n) if is_custom else ((),):
+                    found.setdefault(context.choice(strategy, name, settings), backend)
+        return found
 
-def place_of(device_type: str) -> ExecutionContext:
-    """Where tensors of this device type are worked on now."""
-    threads = torch.get_num_threads() if device_type == "cpu" else 0
-    return ExecutionContext(backends_for(device_type), device_type, threads)
+    def choice(self, problem: Problem, n: int, context: ExecutionContext) -> KernelChoice:
+        """How the weight gradient of ``n`` active channels is computed there."""
+        key = (problem, n, context)
+        choice = self._choices.get(key)
+        if choice is None:
+            if len(self._choices) >= _MOST_CHOICES:
+                self._choices.clear()
+            choice = self._choices[key] = self._choose(problem, n, context)
+        return choice
 
+    def _choose(self, problem: Problem, n: int, context: ExecutionContext) -> KernelChoice:
+        usable = self.strategies(problem, context)
+        every = tuple(dict.fromkeys(strategy for some in usable.values() for strategy in some))
 
-def contestants(
-    problem: Problem, n: int, place: ExecutionContext
-) -> Mapping[KernelChoice, ModuleType]:
-    """Every way of computing a weight gradient there, and by whom; PyTorch's own kernel once."""
-    found: dict[KernelChoice, ModuleType] = {}
-    for backend, usable in place.strategies(problem).items():
-        for strategy in usable:
-            settings: tuple[tuple[int, ...], ...] = ((),)
-            if strategy == Strategy.CUSTOM and backend == "triton":
-                settings = triton.settings(problem, n)
-            for each in settings:
-                found.setdefault(place.choice(strategy, backend, each), _BACKENDS[backend])
-    return found
+        def default(strategy: Strategy) -> KernelChoice:
+            first = next(name for name, some in usable.items() if strategy in some)
+            return context.choice(strategy, first)
 
-
-@functools.lru_cache(maxsize=8192)
-def choice_for(problem: Problem, n: int, place: ExecutionContext) -> KernelChoice:
-    """How the weight gradient of ``n`` active channels is computed."""
-    usable = place.strategies(problem)
-    every = tuple(dict.fromkeys(strategy for some in usable.values() for strategy in some))
-
-    def by_rule(strategy: Strategy) -> KernelChoice:
-        return place.choice(strategy, next(b for b, some in usable.items() if strategy in some))
-
-    if _forced is not None:
-        return by_rule(_forced if _forced in every else every[0])
-    if len(every) == 1 or n == 0:
-        return by_rule(every[0])
-    table = table_for(place)
-    winner = table.get(problem, n)
-    if winner is not None and winner.strategy in every:
-        possible = contestants(problem, n, place)
-        if winner in (*possible, by_rule(winner.strategy)):
+        if self._forced_strategy is not None:
+            return default(self._forced_strategy if self._forced_strategy in every else every[0])
+        if len(every) == 1 or n == 0:
+            return default(every[0])
+        table = self.table(context)
+        winner = table.get(problem, n)
+        if winner is not None and winner.strategy in every:
+            possible = self.candidates(problem, n, context)
+            if winner in (*possible, default(winner.strategy)):
+                return winner
+        if tuning_table.measures_on_the_fly():
+            possible = self.candidates(problem, n, context)
+            winner = autotune.fastest(problem, n, possible, context.device_type)
+            table.put(problem, n, winner)
+            table.save()
             return winner
-    if tuning_table.measures_on_the_fly():
-        possible = contestants(problem, n, place)
-        winner = autotune.fastest(problem, n, possible, place.device_type)
-        table.put(problem, n, winner)
-        table.save()
-        return winner
-    on_gpu = place.device_type == "cuda" or not FOR_GPUS.keys().isdisjoint(place.backends)
-    rule = cost_model.strategy_on_gpu if on_gpu else cost_model.strategy
-    return by_rule(rule(problem, n, every))
+        on_gpu = any(self.backends[name].for_gpus for name in context.backends)
+        if on_gpu or context.device_type == "cuda":
+            return default(cost_model.strategy_on_gpu(problem, n, every))
+        return default(cost_model.strategy(problem, n, every))
 
+    def choice_in_graph(
+        self, problem: Problem, context: ExecutionContext, output_mask: Sequence[bool]
+    ) -> KernelChoice:
+        """How it is computed in a CUDA graph: by a custom kernel that reads the number of active
+        channels on the device, or densely."""
+        able = [
+            name
+            for name, usable in self.strategies(problem, context).items()
+            if self.backends[name].for_gpus and Strategy.CUSTOM in usable
+        ]
+        if not output_mask[1] or not able:
+            return KernelChoice(Strategy.DENSE)
 
-@functools.cache
-def table_for(place: ExecutionContext) -> tuning_table.TuningTable:
-    """The table of winners measured in such a place."""
-    about = machine()
-    measured_with: dict[str, Any] = {
-        "backend": " ".join(place.backends),
-        "torch": about.torch,
-        "neq_kernels": __version__,
-    }
-    if place.device_type == "cpu":
-        measured_with |= {
-            "cpu": about.cpu,
-            "instructions": about.instructions,
-            "kernels": cpu.capability() if "cpu" in place.backends else None,
-            "threads": place.threads,
+        def choose() -> KernelChoice:
+            choice = self.choice(problem, problem.neurons, context)
+            is_custom = choice.strategy == Strategy.CUSTOM
+            return choice if is_custom else context.choice(Strategy.CUSTOM, able[0])
+
+        about = tuning_table.key(problem, problem.neurons)
+        return self.rehearsal.choice((problem, context, bool(output_mask[2])), choose, about)
+
+    # --- what was measured -----------------------------------------------------------------------
+
+    def table(self, context: ExecutionContext) -> TuningTable:
+        """The winners measured in such a context."""
+        table = self._tables.get(context)
+        if table is None:
+            measured_with = self._measured_with(context)
+            table = TuningTable(tuning_table.directory(), measured_with)
+            self._tables[context] = table
+        return table
+
+    def _measured_with(self, context: ExecutionContext) -> dict[str, Any]:
+        about = machine()
+        measured_with: dict[str, Any] = {
+            "backend": " ".join(context.backends),
+            "torch": about.torch,
+            "neq_kernels": __version__,
         }
-    else:
-        measured_with["accelerator"] = about.accelerator
-    if "triton" in place.backends:
-        measured_with["triton"] = triton.version()
-    return tuning_table.TuningTable(tuning_table.directory(), measured_with)
+        if context.device_type == "cpu":
+            measured_with |= {
+                "cpu": about.cpu,
+                "instructions": about.instructions,
+                "kernels": None,
+                "threads": context.threads,
+            }
+        else:
+            measured_with["accelerator"] = about.accelerator
+        for name in context.backends:
+            measured_with |= self.backends[name].built_with()
+        return measured_with
+
+    # --- changes ---------------------------------------------------------------------------------
+
+    def forget_choices(self) -> None:
+        """Choose kernels anew from now on."""
+        self.revision += 1
+        self._choices.clear()
+
+    def forget(self) -> None:
+        """Select backends anew, too, and read the environment and the tables' files again."""
+        self._by_device_type.clear()
+        self._tables.clear()
+        self.forget_choices()
+
+    @contextmanager
+    def forced_backend(self, name: str) -> Iterator[None]:
+        """Within it, ``name`` is used for everything, as ``NEQ_KERNELS_BACKEND`` would say."""
+        before, self._forced_backend = self._forced_backend, name
+        self._backends_change()
+        try:
+            yield
+        finally:
+            self._forced_backend = before
+            self._backends_change()
+
+    @contextmanager
+    def forced_strategy(self, strategy: Strategy) -> Iterator[None]:
+        """Within it, ``strategy`` is used wherever it can be, else ``DENSE``."""
+        before, self._forced_strategy = self._forced_strategy, strategy
+        self.forget_choices()
+        try:
+            yield
+        finally:
+            self._forced_strategy = before
+            self.forget_choices()
+
+    def _backends_change(self) -> None:
+        self._by_device_type.clear()
+        self.revision += 1
 
 
-def forget_choices() -> None:
-    """Strategies are chosen anew from now on."""
-    global revision
-    revision += 1
-    choice_for.cache_clear()
+selector = Selector()
 
 
-@contextmanager
-def forced_strategy(strategy: Strategy) -> Iterator[None]:
-    """Within it ``strategy`` is used wherever it can serve, else ``DENSE``: for tests and
-    measurements."""
-    global _forced
-    before, _forced = _forced, strategy
-    forget_choices()
-    try:
-        yield
-    finally:
-        _forced = before
-        forget_choices()
+def capturable() -> AbstractContextManager[None]:
+    """Within it, gradients are computed as in a CUDA graph: wrap the warm-up in it, or both.
+
+    A captured graph reads the number of active channels on the device, with kernels that eager
+    steps may not have used; loading a kernel is forbidden while a graph is captured. What was not
+    warmed up here is captured densely: correct with every mask, and no faster for any.
+
+    >>> with neq.capturable():
+    ...     step = torch.cuda.make_graphed_callables(model, (example,))
+    """
+    return selector.rehearsal.running()

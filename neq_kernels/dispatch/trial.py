@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from neq_kernels.backends.base import Backend, BackwardCall
 from neq_kernels.backends.problem import KernelChoice, Problem
 from neq_kernels.channels import ActiveChannels
 
 
 def wgrad(
     problem: Problem,
-    backend: ModuleType,
+    backend: Backend,
     choice: KernelChoice,
     grad_output: Tensor,
     input: Tensor,
@@ -22,27 +24,23 @@ def wgrad(
     channels: ActiveChannels,
 ) -> Callable[[], Tensor]:
     """A call that computes the whole weight gradient, zeros over the frozen rows included."""
-    order, n, start = channels.order(weight.device), channels.n_active, channels.start
-    wanted = (False, True, False)
-    geometry, strategy = problem.geometry, choice.strategy
-    settings = {"settings": choice.settings} if choice.settings else {}
+    decided: dict[str, Any] = {
+        "input_size": input.shape,
+        "active": channels.on(weight.device),
+        "choice": choice,
+    }
+    backward: BackwardCall
+    if problem.geometry is None:
+        backward = partial(backend.linear_backward, **decided)
+    else:
+        backward = partial(backend.conv_backward, geometry=problem.geometry, **decided)
 
-    def linear() -> Tensor:
-        size = input.shape
-        grads = backend.linear_backward(
-            grad_output, input, size, weight, order, n, start, wanted, strategy, **settings
-        )
-        gradient: Tensor = grads[1]
+    def call() -> Tensor:
+        gradient = backward(grad_output, input, weight, (False, True, False))[1]
+        assert gradient is not None
         return gradient
 
-    def conv() -> Tensor:
-        grads = backend.conv_backward(
-            grad_output, input, weight, geometry, order, n, wanted, strategy, **settings
-        )
-        gradient: Tensor = grads[1]
-        return gradient
-
-    return linear if geometry is None else conv
+    return call
 
 
 def spread(n: int, k: int) -> ActiveChannels:

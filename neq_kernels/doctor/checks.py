@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from neq_kernels.dispatch import selection
+from neq_kernels.dispatch.selection import selector
 
 ORACLE = "reference"
-
-
 ANY = "any"
-
-
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-
-
 GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
 FLOAT64_TOLERANCE = 1e-12
-
-
 # Float16 cannot hold the usual one.
 FLOAT16_EPS = 1e-4
-
-
 SEED = 2022
 
 
@@ -61,31 +47,16 @@ OPS = (
 )
 
 
-def served() -> Iterator[tuple[str, str]]:
-    """Every (backend, device type) of this machine but the oracle itself."""
-    for (backend, _), device in itertools.product(selection.backends(), device_types()):
-        if backend != ORACLE and selection.why_not(backend, device) is None:
+def usable() -> Iterator[tuple[str, str]]:
+    """Every (backend, device type) of this machine that can be used, but the oracle itself."""
+    for backend, device in itertools.product(selector.backends, device_types()):
+        if backend != ORACLE and selector.why_not(backend, device) is None:
             yield backend, device
 
 
 def device_types() -> list[str]:
     """The device types that PyTorch can use here."""
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
-
-@contextmanager
-def forced(backend: str) -> Iterator[None]:
-    """Within it, everything is served by ``backend``."""
-    before = os.environ.get(selection.ENVIRONMENT_VARIABLE)
-    os.environ[selection.ENVIRONMENT_VARIABLE] = backend
-    selection.backends_for.cache_clear()
-    try:
-        yield
-    finally:
-        del os.environ[selection.ENVIRONMENT_VARIABLE]
-        if before is not None:
-            os.environ[selection.ENVIRONMENT_VARIABLE] = before
-        selection.backends_for.cache_clear()
 
 
 def masks(k: int) -> dict[str, list[int]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from neq_kernels import functional, ops
 from neq_kernels.backends.problem import Strategy
 from neq_kernels.channels import ActiveChannels, NeuronLayout
-from neq_kernels.dispatch import cuda_graphs, selection
+from neq_kernels.dispatch.selection import capturable, selector
 from neq_kernels.doctor.cases import CASES, GPU_CASES, Case
 from neq_kernels.doctor.checks import (
     DTYPES,
@@ -25,7 +25,6 @@ from neq_kernels.doctor.checks import (
     Check,
     coarse,
     distance,
-    forced,
     largest,
     leaf,
     masks,
@@ -33,19 +32,19 @@ from neq_kernels.doctor.checks import (
 
 # Contexts in which gradients are computed.
 _Way = tuple[Callable[[], AbstractContextManager[None]], ...]
-_BY_RULE: _Way = ()
-_PACKED: _Way = (functools.partial(selection.forced_strategy, Strategy.PACK),)
-_CUSTOM: _Way = (functools.partial(selection.forced_strategy, Strategy.CUSTOM),)
-_REPLAYED: _Way = (*_CUSTOM, cuda_graphs.capturable)
+_DEFAULT: _Way = ()
+_PACKED: _Way = (functools.partial(selector.forced_strategy, Strategy.PACK),)
+_CUSTOM: _Way = (functools.partial(selector.forced_strategy, Strategy.CUSTOM),)
+_REPLAYED: _Way = (*_CUSTOM, capturable)
 
 
 def check_gradients(op: str, backend: str, device: str) -> Check:
-    """Of an own backend for GPUs by each strategy, because which one goes by rule depends on the
+    """Of a backend for GPUs with each strategy, because which one is the default depends on the
     size of a layer, and as a CUDA graph would replay it."""
     failures = []
     n = 0
-    cases, dtypes, ways = CASES[op], DTYPES, [_BY_RULE]
-    if backend in selection.FOR_GPUS:
+    cases, dtypes, ways = CASES[op], DTYPES, [_DEFAULT]
+    if selector.backends[backend].for_gpus:
         cases, dtypes, ways = cases + GPU_CASES[op], GPU_DTYPES, [_PACKED, _CUSTOM, _REPLAYED]
     for way in ways:
         with contextlib.ExitStack() as within:
@@ -71,11 +70,11 @@ def _wrong_gradient(
     shapes = (case.input, case.weight, (case.n_channels,))
     leaves = [coarse(leaf(shape, dtype, device, case.channels_last)) for shape in shapes]
     try:
-        with forced(backend):
+        with selector.forced_backend(backend):
             ours = _backward(case, leaves, channels, dtype)
     except Exception as error:  # whatever a broken kernel raises belongs into the report
         return f"{type(error).__name__}: {error}"
-    with forced(ORACLE):
+    with selector.forced_backend(ORACLE):
         exact = _backward(case, [leaf.double().cpu() for leaf in leaves], channels, dtype)
         stock = _backward(case, leaves, channels, dtype)
     for name, got, same_dtype, want in zip(

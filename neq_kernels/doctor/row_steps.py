@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from neq_kernels.backends import cpu
+from neq_kernels.backends.base import Backend
 from neq_kernels.channels import ActiveChannels, NeuronLayout
-from neq_kernels.dispatch import selection
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.doctor.cases import LAYOUTS, OPTIMIZERS
 from neq_kernels.doctor.checks import (
     FLOAT16_EPS,
@@ -24,43 +23,41 @@ from neq_kernels.doctor.checks import (
     largest,
     leaf,
     masks,
-    served,
+    usable,
 )
-from neq_kernels.optim import reference
 from neq_kernels.optim.multi_tensor import Batches, RowStep
 
 
 def row_step_checks() -> Iterator[Check]:
     """Row steps against torch's own optimizers, frozen rows bit for bit."""
-    steppers: list[tuple[str, ModuleType, str]] = [("torch", reference, "cpu")]
-    if cpu.unavailable() is None:
-        steppers.append(("cpu", cpu, "cpu"))
-    for backend, device in served():
-        if backend in selection.FOR_GPUS:
-            steppers.append((backend, selection.FOR_GPUS[backend], device))
-    for (backend, module, device), name in itertools.product(steppers, ("SGD", "Adam", "AdamW")):
+    steppers: list[tuple[str, Backend | None, str]] = [("torch", None, "cpu")]
+    for name, device in usable():
+        if name == "cpu" or selector.backends[name].for_gpus:
+            steppers.append((name, selector.backends[name], device))
+    for (label, backend, device), name in itertools.product(steppers, ("SGD", "Adam", "AdamW")):
         failures = []
         n = 0
-        is_for_gpus = backend in selection.FOR_GPUS
+        is_for_gpus = backend is not None and backend.for_gpus
         dtypes = GPU_DTYPES if is_for_gpus else (torch.float64,)
         kinds = [(kind, options) for kind, options in OPTIMIZERS if kind.__name__ == name]
         for (kind, options), layout, dtype in itertools.product(kinds, LAYOUTS, dtypes):
-            label, shape, where, channels_last = layout
+            kind_of_layout, shape, where, channels_last = layout
             parameter = leaf(shape, dtype, device, channels_last)
-            if is_for_gpus and not module.steps_rows(parameter, where):
+            if backend is not None and not backend.supports_row_steps(parameter, where):
                 continue
             if dtype == torch.float16 and name != "SGD":
                 options = options | {"eps": FLOAT16_EPS}
             for mask, active in masks(where.n_neurons(parameter)).items():
                 n += 1
-                problem = _wrong_step(module, kind, options, parameter, where, active)
+                problem = _wrong_step(backend, kind, options, parameter, where, active)
                 if problem:
-                    failures.append(f"{label}, {dtype}, {options}, active: {mask}: {problem}")
-        yield Check(f"{name} row step", backend, device, n, tuple(failures))
+                    about = f"{kind_of_layout}, {dtype}, {options}, active: {mask}"
+                    failures.append(f"{about}: {problem}")
+        yield Check(f"{name} row step", label, device, n, tuple(failures))
 
 
 def _wrong_step(
-    module: ModuleType,
+    backend: Backend | None,
     optimizer: type[torch.optim.Optimizer],
     options: dict[str, Any],
     start: Tensor,
@@ -73,7 +70,7 @@ def _wrong_step(
     ours, theirs = start.clone(), torch.nn.Parameter(start.clone())
     exact = torch.nn.Parameter(start.to(torch.float64, copy=True))
     stock, in_float64 = optimizer([theirs], **options), optimizer([exact], **options)
-    step = _row_step(module, stock, ours, channels, layout)
+    step = _row_step(backend, stock, ours, channels, layout)
     torch.manual_seed(SEED)
     try:
         for _ in range(3):
@@ -100,7 +97,7 @@ def _wrong_step(
 
 
 def _row_step(
-    module: ModuleType,
+    backend: Backend | None,
     stock: torch.optim.Optimizer,
     parameter: Tensor,
     channels: ActiveChannels,
@@ -123,7 +120,7 @@ def _row_step(
         largest = torch.zeros_like(parameter) if group["amsgrad"] else None
         state = mean, square, largest, steps
         function = "adam_rows_"
-    row_step = RowStep(parameter, state, channels.order(device), channels.n_active, layout, module)
+    row_step = RowStep(parameter, state, channels.order(device), channels.n_active, layout, backend)
     batches = Batches(function, [row_step])
 
     def step(grad: Tensor) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from neq_kernels.dispatch import selection, verified_backends
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.doctor.cases import CASES
-from neq_kernels.doctor.checks import ANY, OPS, Check, forced, served
+from neq_kernels.doctor.checks import ANY, OPS, Check, usable
 from neq_kernels.doctor.gradients import check_gradients, check_similarity
 from neq_kernels.doctor.row_steps import row_step_checks
 
@@ -47,8 +47,8 @@ def run_apart() -> Iterator[Check]:
 
 
 def prove(checks: Iterable[Check] | None = None) -> tuple[str, ...]:
-    """The backends for GPUs that are right on this one; they serve by themselves from now on, here
-    and in later processes. Where a check could not be finished nothing is remembered.
+    """The backends for GPUs that are right on this one; they are a default from now on, here and in
+    later processes. Where a check could not be finished nothing is remembered.
 
     Args:
         checks: the outcome of :func:`run`; None runs them apart.
@@ -61,25 +61,24 @@ def prove(checks: Iterable[Check] | None = None) -> tuple[str, ...]:
     on_gpu = [check for check in checks if check.device == "cuda"]
     right = tuple(
         name
-        for name in selection.FOR_GPUS
+        for name in selector.for_gpus()
         if {check.op for check in on_gpu if check.backend == name} == set(OPS)
         and all(check.passed for check in on_gpu if check.backend == name)
     )
-    verified_backends.keep(right)
-    selection.backends_for.cache_clear()
-    selection.forget_choices()
-    return right if verified_backends.proved() is not None else ()
+    selector.verified.keep(right)
+    selector.forget()
+    return right if selector.verified.names() is not None else ()
 
 
 def run() -> Iterator[Check]:
-    """Check every op on every backend that serves a device of this machine. Takes seconds; minutes
-    where Triton compiles for the first time.
+    """Check every op on every backend that supports a device of this machine. Takes seconds;
+    minutes where Triton compiles for the first time.
 
     Random state, the choice of backend and PyTorch's float32 precision are left as they were.
     """
     with torch.random.fork_rng(devices=[]), _full_precision():
-        for backend, device in served():
-            with forced(backend):
+        for backend, device in usable():
+            with selector.forced_backend(backend):
                 yield from (check_gradients(op, backend, device) for op in CASES)
                 yield check_similarity(backend, device)
         yield from row_step_checks()
@@ -87,8 +86,8 @@ def run() -> Iterator[Check]:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """No TF32: whether the library rounds to it depends on the kernel that it picks, and its error
-    is the measure of ours."""
+    """No TF32: whether PyTorch rounds to it depends on the kernel that it picks, and its error is
+    the measure of ours."""
     backends: Any = torch.backends
     settings = backends.cuda.matmul, backends.cudnn.conv
     before = [setting.fp32_precision for setting in settings]

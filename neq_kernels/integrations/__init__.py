@@ -1,1 +1,0 @@
-"""Support for particular libraries, imported only when they are."""

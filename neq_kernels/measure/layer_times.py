@@ -11,7 +11,8 @@ from torch import nn
 
 from neq_kernels.backends.problem import KernelChoice, Problem, Strategy
 from neq_kernels.conversion.convert import revert
-from neq_kernels.dispatch import selection, stopwatch, trial
+from neq_kernels.dispatch import stopwatch, trial
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.layers.traversal import unwrap
 from neq_kernels.measure.problems import problems_of
 from neq_kernels.measure.timing import Quantiles
@@ -27,7 +28,7 @@ class LayerTime:
         chosen: the strategy the layer uses.
         seconds: of the weight gradient, by strategy; ``Strategy.DENSE`` with zeros written over the
             frozen rows.
-        speedup: of the chosen strategy over all rows by PyTorch's own kernel.
+        speedup: of the chosen strategy over all rows by PyTorch's kernel.
     """
 
     layers: tuple[str, ...]
@@ -55,9 +56,8 @@ def layer_times(
     layers = problems_of(revert(copy.deepcopy(unwrap(model))), *inputs)
     if not layers:
         raise ValueError("model: expected linear layers or convolutions, got none that ran")
-    place, dense = selection.place_of("cpu"), KernelChoice(Strategy.DENSE)
-    backend = place.backends[0]
-    module = selection.module_of(backend)
+    context, dense = selector.context("cpu"), KernelChoice(Strategy.DENSE)
+    backend = selector.backends[context.backends[0]]
     for problem in dict.fromkeys(layers.values()):
         names = tuple(name for name, other in layers.items() if other == problem)
         tensors = trial.operands(problem)
@@ -66,12 +66,12 @@ def layer_times(
         for n in dict.fromkeys(max(1, round(share * k)) for share in shares):
             channels = trial.spread(n, k)
             calls = {
-                strategy: trial.wgrad(problem, module, KernelChoice(strategy), *tensors, channels)
-                for strategy in selection.candidates(problem, backend)
+                strategy: trial.wgrad(problem, backend, KernelChoice(strategy), *tensors, channels)
+                for strategy in backend.strategies(problem)
             }
-            whole = trial.wgrad(problem, module, dense, *tensors, everything)
+            whole = trial.wgrad(problem, backend, dense, *tensors, everything)
             samples = stopwatch.in_turns({**calls, None: whole}, seconds)
-            chosen = selection.choice_for(problem, n, place).strategy
+            chosen = selector.choice(problem, n, context).strategy
             ratios = [a / b for a, b in zip(samples[None], samples[chosen], strict=True)]
             yield LayerTime(
                 names,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from neq_kernels.dispatch import selection
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.optim.ownership import Ownership, remember, same_objects
 
 # Of a group: what decides which steps its parameters get, not only how far they go.
@@ -61,7 +61,7 @@ class Watch:
         groups = self._optimizer.param_groups
         flags = [bool(group.get(flag)) for group in groups for flag in _DECIDING_FLAGS]
         sizes = [len(group["params"]) for group in groups]
-        return [self._ownership.version, selection.backend_for("cpu"), *sizes, *flags]
+        return [self._ownership.version, selector.revision, *sizes, *flags]
 
     def _read_formats(self) -> list[object] | None:
         """None for a tensor without strides (a sparse gradient): nothing is known of it."""

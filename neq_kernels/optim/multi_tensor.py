@@ -1,14 +1,14 @@
-"""The row steps of many parameters as few calls: one of a backend for all that it can serve."""
+"""The row steps of many parameters in few calls: one of a backend for all that it supports."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from neq_kernels.backends.base import Backend
 from neq_kernels.channels import NeuronLayout
 from neq_kernels.optim import reference
 
@@ -22,7 +22,8 @@ class RowStep(NamedTuple):
         order: the active neurons first.
         n: how many are active.
         layout: where a neuron lies in ``parameter``.
-        module: whose row function serves: ``optim.rows`` or a backend (many parameters in a call).
+        backend: whose row function runs, for many parameters in a call; None: that of
+            ``optim.reference``.
     """
 
     parameter: Tensor
@@ -30,14 +31,16 @@ class RowStep(NamedTuple):
     order: Tensor
     n: int
     layout: NeuronLayout
-    module: ModuleType
+    backend: Backend | None
 
 
 class _Batch:
     """Steps of parameters of one dtype on one device, as the lists that backends take."""
 
     def __init__(self, steps: list[RowStep]) -> None:
-        self._module = steps[0].module
+        backend = steps[0].backend
+        assert backend is not None
+        self._backend = backend
         self._parameters = [step.parameter for step in steps]
         # State that is missing for one is missing for all.
         self._state = [
@@ -50,7 +53,7 @@ class _Batch:
 
     def run(self, function: str, flags: dict[str, Any]) -> None:
         grads = [p.grad for p in self._parameters]
-        step = getattr(self._module, function)
+        step = getattr(self._backend, function)
         step(self._parameters, grads, *self._state, self._orders, self._n, self._blocks, **flags)
 
 
@@ -67,11 +70,11 @@ class Batches:
         self._single: list[RowStep] = []
         alike: dict[object, list[RowStep]] = {}
         for step in steps:
-            if step.module is reference:
+            if step.backend is None:
                 self._single.append(step)
             else:
                 p, missing = step.parameter, tuple(tensor is None for tensor in step.state)
-                alike.setdefault((step.module, p.dtype, p.device, missing), []).append(step)
+                alike.setdefault((step.backend, p.dtype, p.device, missing), []).append(step)
         self._batches = [_Batch(some) for some in alike.values()]
 
     def run(self, flags: dict[str, Any]) -> None:
@@ -101,5 +104,5 @@ class ScalarSteps:
 
 def _blocks(layout: NeuronLayout, parameter: Tensor) -> tuple[int, int, int, int]:
     blocks = layout.blocks(parameter)
-    assert blocks is not None, "a backend was chosen for a memory format it cannot serve"
+    assert blocks is not None, "a backend was chosen for a memory format it does not support"
     return blocks

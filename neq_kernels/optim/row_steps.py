@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -15,10 +14,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from neq_kernels.backends import cpu
+from neq_kernels.backends.base import Backend
 from neq_kernels.channels import ActiveChannels, NeuronLayout
-from neq_kernels.dispatch import selection
-from neq_kernels.optim import reference as optim_reference
+from neq_kernels.dispatch.selection import selector
+from neq_kernels.optim import reference
 from neq_kernels.optim.multi_tensor import Batches, RowStep, ScalarSteps
 from neq_kernels.optim.ownership import OwnedParameter
 from neq_kernels.optim.step_counts import COUNTS, State, counts_from
@@ -26,8 +25,6 @@ from neq_kernels.optim.step_counts import COUNTS, State, counts_from
 FrozenState = Literal["reset", "keep", "reference"]
 Group = dict[str, Any]
 Flags = dict[str, Any]
-
-_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -188,7 +185,7 @@ class RowSteps:
             owned.channels.order(p.device),
             owned.channels.n_active,
             owned.layout,
-            _kernels([p, grad, *alike], owned.layout),
+            _backend([p, grad, *alike], owned.layout),
         )
 
 
@@ -271,7 +268,7 @@ class AdamRows(RowSteps):
         return state["exp_avg"], state["exp_avg_sq"], largest, state[COUNTS]
 
     def decay(self, flags: Flags, p: Parameter, owned: OwnedParameter, state: State) -> None:
-        optim_reference.decay_frozen_(
+        reference.decay_frozen_(
             state["exp_avg_sq"],
             owned.channels.order(p.device),
             owned.channels.n_active,
@@ -299,32 +296,28 @@ def group_refusal(group: Group) -> str | None:
 def parameter_refusal(p: Parameter) -> str | None:
     """Why this parameter takes the guard, or None."""
     if not p.is_floating_point():
-        return f"row steps serve real floating-point parameters, got {p.dtype}"
+        return f"row steps support real floating-point parameters, got {p.dtype}"
     if type(p) is not Parameter:
-        return f"row steps serve plain parameters, got {type(p).__name__}"
+        return f"row steps support plain parameters, got {type(p).__name__}"
     if p.grad is None:
         return None
     if p.grad.layout != torch.strided:
-        return f"row steps serve dense gradients, got {p.grad.layout}"
+        return f"row steps support dense gradients, got {p.grad.layout}"
     if p.grad.dtype != p.dtype:
-        return f"row steps serve gradients of the parameter's dtype, got {p.grad.dtype}"
+        return f"row steps support gradients of the parameter's dtype, got {p.grad.dtype}"
     return None
 
 
-def _kernels(tensors: list[Tensor], layout: NeuronLayout) -> ModuleType:
-    """The row steps of the device's backend where they can serve, else the ones in plain torch."""
+def _backend(tensors: list[Tensor], layout: NeuronLayout) -> Backend | None:
+    """The backend in use for the device if it can step these; None: plain torch does."""
     first = tensors[0]
     if not all(
         t.device == first.device and t.dtype == first.dtype and _lie_alike(t, first)
         for t in tensors
     ):
-        return optim_reference
-    kind = first.device.type
-    backend = selection.backend_for(kind)
-    if backend == "cpu" and kind == "cpu" and first.dtype in _CPU_DTYPES:
-        return cpu if layout.blocks(first) is not None else optim_reference
-    kernels = selection.FOR_GPUS.get(backend)
-    return kernels if kernels is not None and kernels.steps_rows(first, layout) else optim_reference
+        return None
+    backend = selector.backends[selector.backends_for(first.device.type)[0]]
+    return backend if backend.supports_row_steps(first, layout) else None
 
 
 def _lie_alike(a: Tensor, b: Tensor) -> bool:

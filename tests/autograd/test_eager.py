@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import neq_kernels as neq
-from neq_kernels import ActiveChannels, functional
+from neq_kernels import ActiveChannels
 from neq_kernels.autograd import eager
-from neq_kernels.backends import cpu
 from neq_kernels.backends.problem import Strategy
-from neq_kernels.dispatch import selection
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.functional import conv, linear
 from tests.support import oracle
 from tests.support.arrange import threads
+from tests.support.backends import cpu
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="plans use the extension")
 
@@ -30,13 +30,13 @@ def planned(monkeypatch):
     """The layers that were planned, in order."""
     made = []
     for name in ("plan_linear", "plan_conv"):
-        original = getattr(functional, name)
+        original = getattr(eager, name)
 
         def spy(*args, original=original, name=name):
             made.append(name)
             return original(*args)
 
-        monkeypatch.setattr(functional, name, spy)
+        monkeypatch.setattr(eager, name, spy)
     return made
 
 
@@ -106,7 +106,7 @@ def test_threads_and_choices_of_strategy_are_noticed(planned):
     with threads(torch.get_num_threads() + 1):
         call(channels)
     for strategy in (Strategy.DENSE, Strategy.PACK, Strategy.CUSTOM):
-        with selection.forced_strategy(strategy):
+        with selector.forced_strategy(strategy):
             call(channels)
     assert len(planned) == 5
 
@@ -169,7 +169,7 @@ def test_differentiating_twice_through_a_replaced_convolution():
     channels = ActiveChannels(6)
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(6, 4, 3, 3, dtype=torch.float64, requires_grad=True)
-    with selection.forced_strategy(Strategy.CUSTOM):
+    with selector.forced_strategy(Strategy.CUSTOM):
         assert torch.autograd.gradgradcheck(lambda x, w: conv(x, w, None, channels), (x, weight))
         channels.set(MASK)
         out = conv(x, weight, None, channels)
@@ -186,7 +186,7 @@ def test_subclasses_and_modes_take_the_general_way():
     plain, weight = torch.ones(2, 4, 5, 5), torch.ones(6, 4, 3, 3, requires_grad=True)
 
     def planned(x, w=weight):
-        return eager.circumstances(x, w, None) is not None
+        return eager.call_key(x, w, None) is not None
 
     assert planned(plain)
     assert planned(plain, nn.Parameter(weight.detach()))

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from neq_kernels.backends import cpu
 from tests.support.arrange import (
     FLOATING,
     arranged,
@@ -19,6 +18,7 @@ from tests.support.arrange import (
     seeds,
     threads,
 )
+from tests.support.backends import cpu
 
 NAN = float("nan")
 

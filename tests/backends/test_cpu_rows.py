@@ -5,7 +5,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neq_kernels.backends import cpu
 from neq_kernels.channels import WHOLE_PARAMETER, NeuronLayout
 from neq_kernels.optim import reference as plain
 from tests.support.arrange import (
@@ -18,6 +17,7 @@ from tests.support.arrange import (
     seeds,
     threads,
 )
+from tests.support.backends import cpu
 from tests.support.row_functions import step_one
 
 NAN = float("nan")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from neq_kernels.backends.triton import backend as triton
+from tests.support.backends import triton
 
 FOLDER = Path(__file__).parent / "triton"
 EXECUTORS = {

@@ -5,9 +5,8 @@ import torch
 import torch.multiprocessing as mp
 
 from neq_kernels.controllers import NEqController
-from tests.controllers.probe.test_probe import assert_same
 from tests.support import ranks
-from tests.support.nets import conv_net, images, train
+from tests.support.nets import assert_same, conv_net, images, train
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +84,7 @@ def test_rank_zeros_state_resumes_all(both):
 def test_sharded_parameters(both):
     for result in both("sharded_parameters"):
         assert (
-            "memory: 'snapshot' cannot serve this model (its parameters are sharded)"
+            "memory: 'snapshot' does not support this model (its parameters are sharded)"
             in (result["message"])
         )
         assert result["outputs"] == ["1"]

@@ -8,8 +8,7 @@ from torch import nn
 
 import neq_kernels as neq
 from neq_kernels.controllers import FixedController, NEqController, StochasticController
-from tests.controllers.probe.test_probe import assert_same
-from tests.support.nets import Block, conv_net, images, masks, picture, tokens, train
+from tests.support.nets import Block, assert_same, conv_net, images, masks, picture, tokens, train
 
 MAKERS = {
     "snapshot": lambda model: NEqController(model, images(seed=9), eps=3e-4, warmup=2),

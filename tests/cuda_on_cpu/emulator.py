@@ -6,7 +6,7 @@ are open on a GPU, and a kernel has to be right in all modes. Everything is dete
 
 ::
 
-    library = build(["csrc/cuda/gather.cu"], include=["csrc/cuda"])
+    library = build(["csrc/cuda/wgrad/pack.cu"])
     run = Run(library, Mode("random", "at issue", seed=1), reads={"x": x}, writes={"out": out})
     (launch,) = run.call("launch_gather", x, out, n)
     assert launch.total.moved_bytes <= 1.1 * launch.total.least_bytes

@@ -9,11 +9,12 @@ import sys
 import pytest
 import torch
 
-from neq_kernels.backends import aten, cpu, cuda
 from neq_kernels.backends.problem import ConvGeometry, Problem, Strategy
-from neq_kernels.backends.triton import backend as triton
-from neq_kernels.dispatch import backward, cost_model, selection, verified_backends
+from neq_kernels.channels import Active
+from neq_kernels.dispatch import backward, cost_model, selection
+from neq_kernels.dispatch.selection import selector
 from tests.support import oracle
+from tests.support.backends import aten, cpu, cuda, triton
 
 
 def test_the_extension_is_built():
@@ -26,19 +27,19 @@ def test_the_extension_is_built():
 
 def test_the_best_usable_backend_serves(monkeypatch):
     monkeypatch.delenv(selection.ENVIRONMENT_VARIABLE, raising=False)
-    selection.backends_for.cache_clear()
-    assert selection.backend_for("cpu") == ("cpu" if cpu.unavailable() is None else "aten")
-    assert selection.backend_for("meta") == "aten"
-    selection.backends_for.cache_clear()
+    selector.forget()
+    assert selector.backends_for("cpu")[0] == ("cpu" if cpu.unavailable() is None else "aten")
+    assert selector.backends_for("meta")[0] == "aten"
+    selector.forget()
 
 
 def test_a_missing_extension_falls_back_and_says_so_once(monkeypatch, caplog):
     monkeypatch.delenv(selection.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(cpu, "unavailable", lambda: "it is missing on purpose")
-    selection.backends_for.cache_clear()
+    selector.forget()
     for _ in range(3):
-        assert selection.backend_for("cpu") == "aten"
-    selection.backends_for.cache_clear()
+        assert selector.backends_for("cpu")[0] == "aten"
+    selector.forget()
     assert [r.message for r in caplog.records] == [
         "backend cpu is not used for cpu tensors: it is missing on purpose"
     ]
@@ -47,22 +48,21 @@ def test_a_missing_extension_falls_back_and_says_so_once(monkeypatch, caplog):
 def test_a_forced_backend_that_cannot_serve_raises(monkeypatch):
     monkeypatch.setattr(cpu, "unavailable", lambda: "it is missing on purpose")
     with oracle.forced_backend("cpu"), pytest.raises(RuntimeError, match="missing on purpose"):
-        selection.backend_for("cpu")
+        selector.backends_for("cpu")[0]
     monkeypatch.undo()
     with oracle.forced_backend("cpu"), pytest.raises(RuntimeError, match=r"got meta|not built"):
-        selection.backend_for("meta")
+        selector.backends_for("meta")[0]
     monkeypatch.setattr(triton, "unavailable", lambda: None)
     with oracle.forced_backend("triton"), pytest.raises(RuntimeError, match="GPU tensors, got cpu"):
-        selection.backend_for("cpu")
+        selector.backends_for("cpu")[0]
     monkeypatch.undo()
     with oracle.forced_backend("cudnn"), pytest.raises(ValueError, match="got 'cudnn'"):
-        selection.backend_for("cpu")
+        selector.backends_for("cpu")[0]
 
 
 def test_a_gpu_is_served_by_what_was_proved_on_it(monkeypatch):
     monkeypatch.delenv(selection.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
-    monkeypatch.setattr(cuda, "emulated", lambda: False)
     monkeypatch.setattr(triton, "unavailable", lambda: "it is missing on purpose")
     for proved, expected in (
         (None, ("aten",)),
@@ -70,13 +70,13 @@ def test_a_gpu_is_served_by_what_was_proved_on_it(monkeypatch):
         (("cuda", "triton"), ("cuda", "aten")),
         (("triton",), ("aten",)),
     ):
-        monkeypatch.setattr(verified_backends, "proved", lambda proved=proved: proved)
-        selection.backends_for.cache_clear()
-        assert selection.backends_for("cuda") == expected
-        assert selection.backend_for("cuda") == expected[0]
-        assert selection.place_of("cuda").backends == expected
-        assert selection.backends_for("meta") == ("aten",)
-    selection.backends_for.cache_clear()
+        monkeypatch.setattr(selector.verified, "names", lambda proved=proved: proved)
+        selector.forget()
+        assert selector.backends_for("cuda") == expected
+        assert selector.backends_for("cuda")[0] == expected[0]
+        assert selector.context("cuda").backends == expected
+        assert selector.backends_for("meta") == ("aten",)
+    selector.forget()
 
 
 OVERRUN = """
@@ -84,7 +84,7 @@ import sys
 import torch
 import neq_kernels as neq
 from neq_kernels.backends.problem import Strategy
-from neq_kernels.dispatch import selection
+from neq_kernels.dispatch.selection import selector
 
 torch.set_num_threads(1)
 last = {"memory_format": torch.channels_last}
@@ -93,7 +93,7 @@ channels = neq.ActiveChannels(8)
 channels.set([1, 2])
 weight = torch.randn(8, 8 if transposed else 4, 1, 1).contiguous(**last).requires_grad_()
 arguments = {"transposed": True, "output_padding": 1} if transposed else {"groups": 2}
-with selection.forced_strategy(Strategy.PACK):
+with selector.forced_strategy(Strategy.PACK):
     for _ in range(300):
         x = torch.randn(3, 8, 10, 10).contiguous(**last)
         neq.functional.conv(x, weight, None, channels, stride=2, **arguments).sum().backward()
@@ -134,14 +134,16 @@ def test_off_the_cpu_the_channels_of_groups_are_not_counted_to_pack_them(
 ):
     """That would wait for the GPU. Here in its place: tensors without data."""
     used = []
-    monkeypatch.setattr(selection, "backends_for", lambda device_type: ("aten",))
+    monkeypatch.setattr(selector, "backends_for", lambda device_type: ("aten",))
     monkeypatch.setattr(
-        aten, "conv_backward", lambda *arguments: (used.append(arguments[-1]), [None] * 3)[1]
+        aten,
+        "conv_backward",
+        lambda *_, choice, **more: (used.append(choice.strategy), [None] * 3)[1],
     )
     geometry = ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), groups)
     x, dy = (torch.empty(2, 8, 5, 5, device="meta") for _ in range(2))
     weight = torch.empty(8, 8 // groups, 3, 3, device="meta")
-    order, count = torch.arange(8), torch.tensor([2])
-    with selection.forced_strategy(Strategy.PACK):
-        backward.conv_backward(dy, x, x.shape, weight, geometry, order, count, 2, [True] * 3, False)
+    active = Active(torch.arange(8), torch.tensor([2]), 2, -1)
+    with selector.forced_strategy(Strategy.PACK):
+        backward.conv_backward(dy, x, x.shape, weight, geometry, active, [True] * 3, False)
     assert used == [expected]

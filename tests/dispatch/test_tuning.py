@@ -11,17 +11,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import neq_kernels as neq
-from neq_kernels.backends import aten
+from neq_kernels.backends.aten import Aten
 from neq_kernels.backends.problem import ConvGeometry, KernelChoice, Problem, Strategy
 from neq_kernels.dispatch import (
     autotune,
-    cuda_graphs,
     selection,
     stopwatch,
     trial,
     tuning_table,
-    verified_backends,
 )
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.dispatch.tuning_table import TuningTable, count_bucket, key
 from neq_kernels.doctor import runner
 
@@ -40,11 +39,9 @@ CUSTOM, PACK = KernelChoice(Strategy.CUSTOM), KernelChoice(Strategy.PACK)
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv(tuning_table.DIRECTORY_VARIABLE, str(tmp_path))
-    selection.table_for.cache_clear()
-    selection.forget_choices()
+    selector.forget()
     yield tmp_path
-    selection.table_for.cache_clear()
-    selection.forget_choices()
+    selector.forget()
 
 
 def test_counts_share_an_entry_four_to_the_doubling():
@@ -140,39 +137,39 @@ def test_a_checkpoint_brings_exactly_its_own_winners():
 
 
 def test_dispatch_follows_the_table():
-    place = selection.place_of("cpu")
-    for choice in selection.contestants(CONV, 4, place):
-        selection.table_for(place).put(CONV, 4, choice)
-        selection.forget_choices()
-        assert selection.choice_for(CONV, 4, place) == choice
+    place = selector.context("cpu")
+    for choice in selector.candidates(CONV, 4, place):
+        selector.table(place).put(CONV, 4, choice)
+        selector.forget_choices()
+        assert selector.choice(CONV, 4, place) == choice
 
 
 def test_a_winner_that_cannot_serve_is_not_used():
-    place = selection.place_of("cpu")
+    place = selector.context("cpu")
     problem = CONV._replace(dtype=torch.bfloat16)
-    selection.table_for(place).put(problem, 4, CUSTOM)
-    assert selection.choice_for(problem, 4, place) != CUSTOM
+    selector.table(place).put(problem, 4, CUSTOM)
+    assert selector.choice(problem, 4, place) != CUSTOM
 
 
 def test_winners_of_the_cpu_are_none_of_a_gpu():
-    cpu, gpu = selection.place_of("cpu"), selection.ExecutionContext(("triton",), "cuda", 0)
-    selection.table_for(cpu).put(CONV, 4, PACK)
-    assert selection.table_for(gpu).get(CONV, 4) is None
-    assert selection.table_for(gpu._replace(backends=("aten",))).get(CONV, 4) is None
+    cpu, gpu = selector.context("cpu"), selection.ExecutionContext(("triton",), "cuda", 0)
+    selector.table(cpu).put(CONV, 4, PACK)
+    assert selector.table(gpu).get(CONV, 4) is None
+    assert selector.table(gpu._replace(backends=("aten",))).get(CONV, 4) is None
 
 
 def test_settings_are_followed_where_the_kernel_has_them():
     place = selection.ExecutionContext(("triton",), "cuda", 0)
-    possible = selection.contestants(LINEAR, 9, place)
+    possible = selector.candidates(LINEAR, 9, place)
     ways = [choice for choice in possible if choice.settings]
     assert len(ways) > 1
     for choice in (*ways, KernelChoice(Strategy.CUSTOM, (), "triton")):
-        selection.table_for(place).put(LINEAR, 9, choice)
-        selection.forget_choices()
-        assert selection.choice_for(LINEAR, 9, place) == choice
-    selection.table_for(place).put(LINEAR, 9, KernelChoice(Strategy.CUSTOM, (1, 2, 3), "triton"))
-    selection.forget_choices()
-    assert selection.choice_for(LINEAR, 9, place).settings == ()
+        selector.table(place).put(LINEAR, 9, choice)
+        selector.forget_choices()
+        assert selector.choice(LINEAR, 9, place) == choice
+    selector.table(place).put(LINEAR, 9, KernelChoice(Strategy.CUSTOM, (1, 2, 3), "triton"))
+    selector.forget_choices()
+    assert selector.choice(LINEAR, 9, place).settings == ()
 
 
 GPU = selection.ExecutionContext(("cuda", "triton", "aten"), "cuda", 0)
@@ -181,43 +178,43 @@ UNALIGNED = Problem((32, 9), (16, 9), None, False, torch.float16)
 
 
 def test_on_a_gpu_the_table_says_which_backend_serves():
-    possible = selection.contestants(LINEAR, 9, GPU)
+    possible = selector.candidates(LINEAR, 9, GPU)
     assert [c.backend for c in possible if c.strategy == Strategy.PACK] == list(GPU.backends)
     assert {c.backend for c in possible if c.strategy == Strategy.CUSTOM} == {"cuda", "triton"}
     assert [c for c in possible if c.strategy == Strategy.DENSE] == [KernelChoice(Strategy.DENSE)]
     for choice, module in possible.items():
-        selection.table_for(GPU).put(LINEAR, 9, choice)
-        selection.table_for(GPU).load_state_dict(selection.table_for(GPU).state_dict())
-        selection.forget_choices()
-        assert selection.choice_for(LINEAR, 9, GPU) == choice
-        assert GPU.module(choice) is module
+        selector.table(GPU).put(LINEAR, 9, choice)
+        selector.table(GPU).load_state_dict(selector.table(GPU).state_dict())
+        selector.forget_choices()
+        assert selector.choice(LINEAR, 9, GPU) == choice
+        assert selector.backend_of(choice, GPU) is module
     for stranger in ("cpu", "cublas"):
         choice = KernelChoice(Strategy.CUSTOM, (), stranger)
-        selection.table_for(GPU).put(LINEAR, 9, choice)
-        selection.forget_choices()
-        assert selection.choice_for(LINEAR, 9, GPU) != choice
+        selector.table(GPU).put(LINEAR, 9, choice)
+        selector.forget_choices()
+        assert selector.choice(LINEAR, 9, GPU) != choice
 
 
 def test_where_nothing_was_measured_the_first_backend_that_can_serves():
-    chosen = selection.choice_for(LINEAR, 9, GPU)
+    chosen = selector.choice(LINEAR, 9, GPU)
     assert chosen == KernelChoice(Strategy.CUSTOM, (), "cuda")
-    assert selection.choice_for(UNALIGNED, 9, GPU) == KernelChoice(Strategy.CUSTOM, (), "triton")
+    assert selector.choice(UNALIGNED, 9, GPU) == KernelChoice(Strategy.CUSTOM, (), "triton")
     wide = Problem((8192, 4096), (4096, 4096), None, False, torch.bfloat16)
-    assert selection.choice_for(wide, 400, GPU) == KernelChoice(Strategy.PACK, (), "cuda")
-    assert selection.choice_for(wide, 4000, GPU) == KernelChoice(Strategy.DENSE)
+    assert selector.choice(wide, 400, GPU) == KernelChoice(Strategy.PACK, (), "cuda")
+    assert selector.choice(wide, 4000, GPU) == KernelChoice(Strategy.DENSE)
     alone = GPU._replace(backends=("triton",))
-    assert selection.choice_for(LINEAR, 9, alone) == KernelChoice(Strategy.CUSTOM, (), "triton")
+    assert selector.choice(LINEAR, 9, alone) == KernelChoice(Strategy.CUSTOM, (), "triton")
 
 
 @pytest.mark.parametrize(("problem", "backend"), [(LINEAR, "cuda"), (UNALIGNED, "triton")])
 def test_what_a_cuda_graph_replays_is_an_own_kernel_of_the_first_backend(
     problem, backend, monkeypatch
 ):
-    monkeypatch.setattr(cuda_graphs, "_rehearsed", {})
+    monkeypatch.setattr(selector.rehearsal, "_rehearsed", {})
     with neq.capturable():
-        choice = cuda_graphs.replayed_choice(problem, GPU, [True] * 3, False)
+        choice = selector.choice_in_graph(problem, GPU, [True] * 3)
     assert choice == KernelChoice(Strategy.CUSTOM, (), backend)
-    assert cuda_graphs.replayed_choice(problem, GPU, [True] * 3, False) == choice
+    assert selector.choice_in_graph(problem, GPU, [True] * 3) == choice
 
 
 def test_tune_measures_every_layer_and_keeps_the_winners(own_folder):
@@ -230,8 +227,8 @@ def test_tune_measures_every_layer_and_keeps_the_winners(own_folder):
     }
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert len(list(own_folder.glob("*.json"))) == 1
-    selection.table_for.cache_clear()
-    assert len(selection.table_for(selection.place_of("cpu"))) == 4
+    selector.forget()
+    assert len(selector.table(selector.context("cpu"))) == 4
 
 
 def test_tune_refuses_what_it_cannot_measure():
@@ -248,42 +245,34 @@ def test_measuring_on_the_fly_is_asked_for_by_the_environment(monkeypatch):
     monkeypatch.setattr(
         autotune, "fastest", lambda problem, n, *_: measured.append((problem, n)) or PACK
     )
-    place = selection.place_of("cpu")
-    selection.choice_for(LINEAR, 3, place)
+    place = selector.context("cpu")
+    selector.choice(LINEAR, 3, place)
     assert measured == []
-    selection.forget_choices()
+    selector.forget_choices()
     monkeypatch.setenv(tuning_table.MEASURE_VARIABLE, "1")
     for _ in range(3):
-        assert selection.choice_for(LINEAR, 3, place) == PACK
+        assert selector.choice(LINEAR, 3, place) == PACK
     assert measured == [(LINEAR, 3)]
     monkeypatch.setenv(tuning_table.MEASURE_VARIABLE, "yes")
-    selection.forget_choices()
+    selector.forget_choices()
     with pytest.raises(ValueError, match="expected 0 or 1"):
-        selection.choice_for(LINEAR, 5, place)
+        selector.choice(LINEAR, 5, place)
 
 
 @pytest.mark.parametrize("problem", [CONV, LINEAR])
 def test_the_contest_runs_every_candidate(problem):
     ran = []
 
-    class Backend:
-        __name__ = "test"
+    class Counted(Aten):
+        def conv_backward(self, *tensors, choice, **more):
+            ran.append(choice.strategy)
+            return super().conv_backward(*tensors, choice=PACK, **more)
 
-        @staticmethod
-        def conv_backward(dy, x, weight, geometry, order, n, wanted, strategy):
-            ran.append(strategy)
-            return aten.conv_backward(
-                dy, x, weight, geometry, order, n, wanted, Strategy.PACK, aten
-            )
+        def linear_backward(self, *tensors, choice, **more):
+            ran.append(choice.strategy)
+            return super().linear_backward(*tensors, choice=PACK, **more)
 
-        @staticmethod
-        def linear_backward(dy, x, size, weight, order, n, start, wanted, strategy):
-            ran.append(strategy)
-            return aten.linear_backward(
-                dy, x, size, weight, order, n, start, wanted, Strategy.PACK, aten
-            )
-
-    candidates = {KernelChoice(strategy): Backend() for strategy in Strategy}
+    candidates = {KernelChoice(strategy): Counted() for strategy in Strategy}
     assert autotune.fastest(problem, 4, candidates, seconds=0.001) in candidates
     assert set(ran) == set(Strategy)
 
@@ -297,7 +286,8 @@ class WithSettings:
     def __init__(self, clock):
         self._clock = clock
 
-    def linear_backward(self, *arguments, settings=()):
+    def linear_backward(self, *tensors, choice, **more):
+        settings = choice.settings
         if settings == (2,):
             raise RuntimeError("out of shared memory")
         self._clock.now += {(): 5.0, (1,): 3.0, (3,): 1.0, (4,): 0.5}[settings]
@@ -329,7 +319,7 @@ def test_on_a_gpu_ways_compete_on_a_clock_and_the_wrong_is_passed_over(monkeypat
     backend = WithSettings(clock)
     candidates = dict.fromkeys([KernelChoice(Strategy.DENSE), *WithSettings.ways], backend)
     monkeypatch.setattr(autotune, "operands", lambda problem, device: [torch.zeros(2, 2)] * 3)
-    monkeypatch.setattr(trial.ActiveChannels, "order", lambda self, device=None: None)
+    monkeypatch.setattr(trial.ActiveChannels, "on", lambda self, device: None)
     winner = autotune.fastest(LINEAR, 4, candidates, "cuda", 0.1, clock)
     assert winner == KernelChoice(Strategy.CUSTOM, (3,))
     assert clock.flushed > 0
@@ -339,24 +329,24 @@ def test_on_a_gpu_ways_compete_on_a_clock_and_the_wrong_is_passed_over(monkeypat
 
 
 def test_states_of_all_tables_are_kept_and_checked_before_any_is_used(monkeypatch):
-    place = selection.place_of("cpu")
-    gpu = selection.place_of("cuda")
-    selection.table_for(place).put(CONV, 4, PACK)
-    selection.table_for(gpu).put(LINEAR, 4, KernelChoice(Strategy.CUSTOM, (16, 32, 16, 4, 2, 1)))
+    place = selector.context("cpu")
+    gpu = selector.context("cuda")
+    selector.table(place).put(CONV, 4, PACK)
+    selector.table(gpu).put(LINEAR, 4, KernelChoice(Strategy.CUSTOM, (16, 32, 16, 4, 2, 1)))
     assert set(neq.tuning_state_dict()) == {"cpu"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     state = json.loads(json.dumps(neq.tuning_state_dict()))
     monkeypatch.undo()
-    selection.table_for(place).put(CONV, 4, KernelChoice(Strategy.DENSE))
-    selection.table_for(gpu).put(LINEAR, 4, KernelChoice(Strategy.DENSE))
+    selector.table(place).put(CONV, 4, KernelChoice(Strategy.DENSE))
+    selector.table(gpu).put(LINEAR, 4, KernelChoice(Strategy.DENSE))
     broken = {**state, "cuda": {"winners": {"x": "CUSTOM a"}}}
     for wrong in (broken, {"tpu": {}}, state["cpu"], [], None):
         with pytest.raises(ValueError, match="tuning: expected winners"):
             neq.load_tuning_state_dict(wrong)
-        assert selection.table_for(place).get(CONV, 4) == KernelChoice(Strategy.DENSE)
+        assert selector.table(place).get(CONV, 4) == KernelChoice(Strategy.DENSE)
     neq.load_tuning_state_dict(state)
-    assert selection.table_for(place).get(CONV, 4) == PACK
-    assert selection.table_for(gpu).get(LINEAR, 4).settings == (16, 32, 16, 4, 2, 1)
+    assert selector.table(place).get(CONV, 4) == PACK
+    assert selector.table(gpu).get(LINEAR, 4).settings == (16, 32, 16, 4, 2, 1)
 
 
 def test_a_checkpoint_of_other_backends_is_told_of(monkeypatch, caplog):
@@ -366,9 +356,9 @@ def test_a_checkpoint_of_other_backends_is_told_of(monkeypatch, caplog):
     state["cpu"]["backends"] = ["abacus"]
     state["cuda"] = {"winners": {}, "backends": ["cuda", "aten"]}  # of no device here
     neq.load_tuning_state_dict(state)
-    now = list(selection.backends_for("cpu"))
+    now = list(selector.backends_for("cpu"))
     (record,) = caplog.records
-    served = f"cpu tensors were served by ['abacus'], now by {now}"
+    served = f"cpu tensors were given to ['abacus'], now to {now}"
     assert record.getMessage() == f"tuning: {served}: bits may differ (see neq doctor)"
 
 
@@ -376,9 +366,9 @@ def test_no_way_packs_the_channels_of_groups_on_a_gpu():
     """How many each group has would have to be asked of it."""
     g = ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), 4)
     grouped = Problem((2, 16, 6, 6), (16, 4, 3, 3), g, False, torch.float32)
-    strategies = {choice.strategy for choice in selection.contestants(grouped, 4, GPU)}
+    strategies = {choice.strategy for choice in selector.candidates(grouped, 4, GPU)}
     assert strategies == {Strategy.DENSE, Strategy.CUSTOM}
-    on_cpu = selection.contestants(grouped, 4, selection.place_of("cpu"))
+    on_cpu = selector.candidates(grouped, 4, selector.context("cpu"))
     assert KernelChoice(Strategy.PACK) in on_cpu
 
 
@@ -397,7 +387,7 @@ def test_tune_checks_the_kernels_of_a_gpu_where_that_was_never_done(monkeypatch,
     """On parameters without data, of a GPU that is not there."""
     module = importlib.import_module("neq_kernels.model_tuning")
     checked, measured = [], []
-    monkeypatch.setattr(verified_backends, "proved", lambda: proved)
+    monkeypatch.setattr(selector.verified, "names", lambda: proved)
     monkeypatch.setattr(runner, "prove", lambda: checked.append(True))
     monkeypatch.setattr(module, "problems_of", lambda *_: {"0": LINEAR})
     monkeypatch.setattr(module, "CudaClock", lambda device: None)

@@ -7,10 +7,13 @@ import json
 import pytest
 import torch
 
-from neq_kernels.dispatch import selection, tuning_table, verified_backends
+from neq_kernels.backends import cuda as module
+from neq_kernels.dispatch import selection, tuning_table
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.doctor import checks as doctor_checks
 from neq_kernels.doctor import runner
 from neq_kernels.doctor.checks import OPS, Check
+from tests.support.backends import cuda
 
 
 @pytest.fixture
@@ -20,11 +23,11 @@ def gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
-    monkeypatch.setattr(verified_backends, "_outcomes", {})
-    selection.backends_for.cache_clear()
+    monkeypatch.setattr(selector.verified, "_outcomes", {})
+    selector.forget()
     yield tmp_path
     monkeypatch.undo()
-    selection.backends_for.cache_clear()
+    selector.forget()
 
 
 def checks(backend, device="cuda", wrong=()):
@@ -43,52 +46,52 @@ def checks(backend, device="cuda", wrong=()):
     ],
 )
 def test_a_backend_is_proved_by_every_op(gpu, outcome, right, monkeypatch):
-    assert verified_backends.proved() is None
+    assert selector.verified.names() is None
     assert runner.prove(outcome) == right
-    assert verified_backends.proved() == right
-    monkeypatch.setattr(verified_backends, "_outcomes", {})  # as in another process
-    assert verified_backends.proved() == right
+    assert selector.verified.names() == right
+    monkeypatch.setattr(selector.verified, "_outcomes", {})  # as in another process
+    assert selector.verified.names() == right
 
 
 def test_a_check_that_was_not_finished_proves_and_refutes_nothing(gpu):
     died = Check("the rest", doctor_checks.ANY, doctor_checks.ANY, 0, ("out of memory",))
     assert runner.prove([*checks("cuda"), died]) == ()
-    assert verified_backends.proved() is None
+    assert selector.verified.names() is None
 
 
 def test_what_cannot_be_written_holds_in_this_process(gpu, monkeypatch, caplog):
     (gpu / "file").write_text("")
     monkeypatch.setenv(tuning_table.DIRECTORY_VARIABLE, str(gpu / "file"))
     assert runner.prove(checks("cuda")) == ("cuda",)
-    assert verified_backends.proved() == ("cuda",)
+    assert selector.verified.names() == ("cuda",)
     assert "is not saved" in caplog.text
 
 
 def test_where_gpus_differ_nothing_is_proved(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i=0: f"GPU {i}")
     assert runner.prove(checks("cuda")) == ()
-    assert verified_backends.proved() is None
+    assert selector.verified.names() is None
     assert list(gpu.iterdir()) == []
 
 
 def test_an_unserved_failure_is_no_failure_of_the_others(gpu, caplog):
     runner.prove(checks("cuda") + checks("aten", wrong=["linear_backward"]))
-    assert verified_backends.proved() == ("cuda",)
+    assert selector.verified.names() == ("cuda",)
     assert "linear_backward of aten on cuda is wrong: off" in caplog.text
 
 
 def test_a_proof_holds_for_one_gpu_version_and_build(gpu, monkeypatch):
-    verified_backends.keep(["cuda"])
+    selector.verified.keep(["cuda"])
     others = (
         (torch.cuda, "get_device_name", lambda *_: "another GPU"),
         (torch, "__version__", "9.9"),
-        (verified_backends, "_built_with", lambda: {"cuda library": "of today"}),
+        (cuda, "build", lambda: "of today"),
     )
     for where, what, other in others:
         with monkeypatch.context() as m:
             m.setattr(where, what, other)
-            assert verified_backends.proved() is None
-    assert verified_backends.proved() == ("cuda",)
+            assert selector.verified.names() is None
+    assert selector.verified.names() == ("cuda",)
 
 
 def test_a_build_is_known_by_its_bytes(tmp_path, monkeypatch):
@@ -96,30 +99,30 @@ def test_a_build_is_known_by_its_bytes(tmp_path, monkeypatch):
     for text in ("a", "b", None):
         library = tmp_path / "_cuda.so"
         library.write_text(text) if text else library.unlink()
-        monkeypatch.setattr(verified_backends.cuda, "LIBRARY", library)
-        seen.append(verified_backends._built_with.__wrapped__()["cuda library"])
+        monkeypatch.setattr(module, "LIBRARY", library)
+        seen.append(cuda.build())
     assert len(set(seen)) == 3
     assert seen[2] == ""
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"checked_with": {}, "right": ["cuda"]}'])
 def test_a_file_that_says_something_else_is_ignored(gpu, caplog, text):
-    verified_backends.keep(["cuda"])
-    verified_backends._outcomes.clear()
+    selector.verified.keep(["cuda"])
+    selector.verified._outcomes.clear()
     (path,) = gpu.glob("selfcheck-*.json")
     assert json.loads(path.read_text())["right"] == ["cuda"]
     path.write_text(text)
-    assert verified_backends.proved() is None
+    assert selector.verified.names() is None
     assert "is ignored" in caplog.text
 
 
 def test_without_a_gpu_nothing_is_proved():
-    assert verified_backends.proved() is None
+    assert selector.verified.names() is None
 
 
 def test_what_is_proved_serves_from_then_on(gpu, monkeypatch):
     monkeypatch.delenv(selection.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.setattr(selection, "why_not", lambda backend, device: None)
-    assert selection.backends_for("cuda") == ("aten",)
+    monkeypatch.setattr(selector, "why_not", lambda backend, device: None)
+    assert selector.backends_for("cuda") == ("aten",)
     runner.prove(checks("cuda"))
-    assert selection.backends_for("cuda") == ("cuda", "aten")
+    assert selector.backends_for("cuda") == ("cuda", "aten")

@@ -11,11 +11,12 @@ import sys
 import pytest
 import torch
 
-from neq_kernels.backends import aten
 from neq_kernels.dispatch import selection
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.doctor import checks as doctor_checks
 from neq_kernels.doctor import runner
 from neq_kernels.optim import reference
+from tests.support.backends import aten, triton
 
 
 def results() -> dict[tuple[str, str], doctor_checks.Check]:
@@ -28,7 +29,7 @@ def test_every_op_of_every_backend_passes_and_nothing_is_left_behind(monkeypatch
     checks = results()
     assert [f for check in checks.values() for f in check.failures] == []
     usable = [
-        n for n, reason in selection.backends() if reason is None and n != doctor_checks.ORACLE
+        n for n, reason in selector.availability() if reason is None and n != doctor_checks.ORACLE
     ]
     for backend in usable:
         for op in ("linear_backward", "conv_backward", "channel_similarity"):
@@ -40,10 +41,9 @@ def test_every_op_of_every_backend_passes_and_nothing_is_left_behind(monkeypatch
 
 
 def test_triton_is_checked_on_the_gpu_alone(monkeypatch):
-    monkeypatch.setattr(selection.triton, "unavailable", lambda: None)
-    monkeypatch.setattr(selection.triton, "interpreted", lambda: False)
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
     monkeypatch.setattr(doctor_checks, "device_types", lambda: ["cpu", "cuda"])
-    served = list(doctor_checks.served())
+    served = list(doctor_checks.usable())
     assert {device for backend, device in served if backend == "triton"} == {"cuda"}
     assert {device for backend, device in served if backend == "aten"} == {"cpu", "cuda"}
 
@@ -66,7 +66,7 @@ def test_float32_is_not_rounded_to_tf32_while_it_is_checked(monkeypatch, only_at
 
 @pytest.fixture
 def only_aten(monkeypatch):
-    monkeypatch.setattr(doctor_checks, "served", lambda: iter([("aten", "cpu")]))
+    monkeypatch.setattr(doctor_checks, "usable", lambda: iter([("aten", "cpu")]))
 
 
 def test_a_gradient_in_the_wrong_row_is_found(monkeypatch, only_aten):

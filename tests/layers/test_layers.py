@@ -13,12 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import neq_kernels as neq
-from neq_kernels.backends import cpu
 from neq_kernels.backends.problem import Strategy
 from neq_kernels.channels import WHOLE_PARAMETER, NeuronLayout
-from neq_kernels.dispatch import selection
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.layers.traversal import named_neuron_layers, neuron_owners, unwrap
 from tests.support import oracle
+from tests.support.backends import cpu
 
 # name: (how to make it, shape of an input)
 LAYERS = {
@@ -197,14 +197,14 @@ def calls_of_a_step(model, x):
 @pytest.mark.usefixtures("stock_algorithms")
 def test_with_everything_active_a_step_is_pytorchs_own_calls(name):
     plain, ours, x = twins(name)
-    with selection.forced_strategy(Strategy.DENSE):
+    with selector.forced_strategy(Strategy.DENSE):
         assert calls_of_a_step(ours, x) == calls_of_a_step(plain, x)
 
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason="it needs the extension's kernel")
 def test_with_everything_active_another_strategy_can_replace_the_library():
     plain, ours, x = twins("conv2d depthwise")
-    with selection.forced_strategy(Strategy.CUSTOM):
+    with selector.forced_strategy(Strategy.CUSTOM):
         assert "conv_backward" in calls_of_a_step(ours, x)
         x.requires_grad_()
         for layer in (plain, ours):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.optim import SGD, Adam
 
-from neq_kernels.backends import cpu
 from neq_kernels.optim import attach, row_steps
+from tests.support.backends import cpu
 from tests.support.optimizer_nets import layers, make_net
 
 MAKE = {

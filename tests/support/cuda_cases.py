@@ -30,7 +30,9 @@ def library(
     checked: bool = True,
 ) -> Library:
     """Products, packing and the second pass."""
-    return build([FOLDER / f"{name}.cu" for name in sources], replace=replace, checked=checked)
+    return build(
+        [FOLDER / "wgrad" / f"{name}.cu" for name in sources], replace=replace, checked=checked
+    )
 
 
 def without(*dtypes: torch.dtype) -> list[tuple[str, str, str]]:

@@ -140,3 +140,19 @@ def picture(model: nn.Module) -> dict[str, object]:
         "python": random.getstate(),
         "grad_enabled": torch.is_grad_enabled(),
     }
+
+
+def assert_same(found: object, expected: object) -> None:
+    """Nested state, tensors bit by bit."""
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected)
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            assert_same(found[key], expected[key])
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for pair in zip(found, expected, strict=True):
+            assert_same(*pair)
+    else:
+        assert found == expected

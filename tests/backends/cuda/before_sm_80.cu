@@ -1,7 +1,7 @@
 // The products of GPUs before sm_80 beside those of the emulated instruction.
-#include "before_sm_80.cuh"
-#include "launch.cuh"
-#include "ptx.cuh"
+#include "common/before_sm_80.cuh"
+#include "common/launch.cuh"
+#include "common/ptx.cuh"
 
 namespace {
 

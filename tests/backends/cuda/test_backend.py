@@ -9,13 +9,15 @@ import torch
 from torch.nn import functional as F
 
 from neq_kernels import ops as public
-from neq_kernels.backends import aten, cuda
+from neq_kernels.backends import cuda as module
 from neq_kernels.backends.problem import ConvGeometry, Problem, Strategy
 from neq_kernels.channels import NeuronLayout
-from neq_kernels.dispatch import cuda_graphs, selection
+from neq_kernels.dispatch import selection
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.doctor import checks as doctor_checks
 from neq_kernels.doctor import gradients, runner
-from tests.backends.cuda.conftest import build_emulated
+from tests.backends.cuda.conftest import build_emulated, emulated
+from tests.support.backends import aten, cuda
 from tests.support.cuda_cases import DEVICE, DTYPES, images
 from tests.support.gpu_cases import MASKS, assert_gradient, channels
 
@@ -65,7 +67,7 @@ def geometry(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear(dtype, mask, ops):
-    with selection.forced_strategy(Strategy.CUSTOM):
+    with selector.forced_strategy(Strategy.CUSTOM):
         for k, c in ((16, 72), (16, 1032), (48, 40), (128, 64)):
             linear(150, k, c, dtype, mask)
     assert ops.calls["linear_wgrad"] == (0 if mask in ("none", "all") else 4)
@@ -74,7 +76,7 @@ def test_linear(dtype, mask, ops):
 @pytest.mark.parametrize("mask", ["one", "random", "contiguous"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_convolutions(dtype, mask, ops):
-    with selection.forced_strategy(Strategy.CUSTOM):
+    with selector.forced_strategy(Strategy.CUSTOM):
         conv((2, 16, 7, 9), 24, (3, 3), geometry(), dtype, mask)
         conv((2, 16, 7, 9), 72, (3, 3), geometry((2, 2)), dtype, mask)
         conv((2, 16, 7, 9), 128, (1, 1), geometry(padding=(0, 0)), dtype, mask)
@@ -85,7 +87,7 @@ def test_convolutions(dtype, mask, ops):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_depthwise_convolutions(dtype, layout, ops):
-    with selection.forced_strategy(Strategy.CUSTOM):
+    with selector.forced_strategy(Strategy.CUSTOM):
         for kernel, per_input in (((3, 3), 1), ((5, 3), 2)):
             k = 12 * per_input
             conv((2, 12, 7, 9), k, kernel, geometry(groups=12), dtype, "random", layout)
@@ -94,7 +96,7 @@ def test_depthwise_convolutions(dtype, layout, ops):
 
 @pytest.mark.parametrize("mask", ["one", "random", "contiguous"])
 def test_packing_in_front_of_the_library(mask, ops):
-    with selection.forced_strategy(Strategy.PACK):
+    with selector.forced_strategy(Strategy.PACK):
         linear(150, 64, 40, torch.float32, mask)
         conv((2, 16, 7, 9), 24, (3, 3), geometry(), torch.float32, mask)
         conv((2, 16, 7, 9), 24, (3, 3), geometry(), torch.float32, mask, torch.contiguous_format)
@@ -105,7 +107,7 @@ def test_packing_in_front_of_the_library(mask, ops):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_do_not_start_at_multiples_of_16_bytes_are_copied(dtype, ops):
-    with selection.forced_strategy(Strategy.CUSTOM):
+    with selector.forced_strategy(Strategy.CUSTOM):
         for offset in (1, 3):
             linear(70, 16, 24, dtype, "random", offset)
     assert ops.calls["linear_wgrad"] == 2
@@ -121,7 +123,7 @@ def test_what_the_kernels_cannot_serve_is_left_to_the_library(ops):
     assert Strategy.CUSTOM in cuda.strategies(last)
     huge = last._replace(input_size=(2**27, 8, 5, 5))
     assert Strategy.CUSTOM not in cuda.strategies(huge)
-    with selection.forced_strategy(Strategy.CUSTOM):
+    with selector.forced_strategy(Strategy.CUSTOM):
         linear(32, 16, 9, torch.float32, "random")
     assert ops.calls["linear_wgrad"] == 0
 
@@ -139,7 +141,7 @@ def test_what_is_numbered_in_more_than_31_bits_is_the_librarys():
 @pytest.mark.parametrize(("t", "inputs"), [(4, 0), (0, 8), (0, 0)])
 def test_a_layer_without_inputs_or_rows(t, inputs, mask, ops):
     """Its weight is empty, or no kernel has anything to read."""
-    with selection.forced_strategy(Strategy.CUSTOM):
+    with selector.forced_strategy(Strategy.CUSTOM):
         linear(t, 16, inputs, torch.float32, mask)
     assert ops.calls["linear_wgrad"] == 0
 
@@ -154,8 +156,8 @@ def test_few_rows_of_a_convolution(inputs, padding, ops):
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_replayed_count_is_read_on_the_device(mask, ops, monkeypatch):
     """The host believes that all are active."""
-    monkeypatch.setattr(cuda_graphs, "_rehearsed", {})
-    with cuda_graphs.capturable():
+    monkeypatch.setattr(selector.rehearsal, "_rehearsed", {})
+    with selection.capturable():
         linear(70, 48, 24, torch.float16, mask)
         conv((2, 16, 7, 9), 48, (3, 3), geometry(), torch.float16, mask)
         conv((2, 12, 7, 9), 12, (3, 3), geometry(groups=12), torch.float16, mask)
@@ -172,65 +174,43 @@ def test_rows_of_the_librarys_product(dtype, ops):
     assert ops.calls["scatter_rows"] == 1
 
 
-@pytest.mark.parametrize("dim", [0, 1, 2, -1])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_channel_similarity(dtype, dim, ops):
-    both = torch.randn(2, 3, 24, 5, 8, generator=torch.Generator().manual_seed(0))
-    a, b = both.to(DEVICE, dtype)
-    sums = cuda.channel_similarity(a, b, dim)
-    torch.testing.assert_close(sums, aten.channel_similarity(a, b, dim), rtol=1e-5, atol=1e-4)
-    assert ops.calls["channel_similarity"] == 1
-    last = [t.contiguous(memory_format=torch.channels_last) for t in (a, b)]
-    sums = cuda.channel_similarity(*last, 1)
-    torch.testing.assert_close(sums, aten.channel_similarity(a, b, 1), rtol=1e-5, atol=1e-4)
-    assert ops.calls["channel_similarity"] == 2
-    cuda.channel_similarity(a, last[1], 1)
-    assert ops.calls["channel_similarity"] == 2
-
-
-def test_without_the_emulator_there_is_a_reason(monkeypatch):
-    monkeypatch.delenv(cuda.ENVIRONMENT_VARIABLE, raising=False)
-    cuda.unavailable.cache_clear()
+def test_without_a_gpu_there_is_a_reason(monkeypatch):
+    reason = module._load.__wrapped__
     if not torch.cuda.is_available():
-        assert cuda.unavailable() in (
+        assert reason() in (
             "PyTorch finds no NVIDIA GPU",
             "the CUDA extension was not built when neq_kernels was installed",
         )
-    monkeypatch.setattr(cuda, "LIBRARY", cuda.LIBRARY.with_name("missing.so"))
-    cuda.unavailable.cache_clear()
-    assert cuda.unavailable() == "the CUDA extension was not built when neq_kernels was installed"
-    cuda.unavailable.cache_clear()
+    monkeypatch.setattr(module, "LIBRARY", module.LIBRARY.with_name("missing.so"))
+    assert reason() == "the CUDA extension was not built when neq_kernels was installed"
 
 
-def test_a_driver_that_cannot_run_the_kernels_is_a_reason(ops, monkeypatch):
+def test_a_driver_that_cannot_run_the_kernels_is_a_reason(emulated_library, monkeypatch):
     def refused():
         raise RuntimeError("neq_kernels multiprocessors: CUDA driver version is insufficient")
 
-    monkeypatch.setattr(cuda, "_leaf", SimpleNamespace(multiprocessors=refused))
-    cuda.unavailable.cache_clear()
-    reason = cuda.unavailable()
-    if DEVICE == "cpu":
-        assert reason is not None
-        assert reason.startswith("the CUDA extension cannot be used: neq_kernels multiproc")
-    cuda.unavailable.cache_clear()
+    monkeypatch.setattr(module, "_leaf", SimpleNamespace(multiprocessors=refused))
+    reason = module.load_library(emulated_library or module.LIBRARY)
+    assert reason is not None
+    assert reason.startswith("the CUDA extension cannot be used: neq_kernels multiproc")
 
 
 def test_an_error_of_a_launch_names_the_operation(ops):
     rows, order = torch.zeros(4, 8, device=DEVICE), torch.arange(8, device=DEVICE)
     count = torch.tensor([1], dtype=torch.int32, device=DEVICE)
     with pytest.raises(RuntimeError, match=r"neq_kernels pack: invalid"):
-        cuda._leaf.pack(rows, order, count, 128 * 65536, False, False)
+        module._leaf.pack(rows, order, count, 128 * 65536, False, False)
 
 
 def test_the_self_check_runs_and_finds_every_kernel_right(ops, monkeypatch):
     """It is what lets the backend serve a GPU by itself."""
-    monkeypatch.setattr(doctor_checks, "served", lambda: iter([("cuda", DEVICE)]))
+    monkeypatch.setattr(doctor_checks, "usable", lambda: iter([("cuda", DEVICE)]))
     checks = [check for check in runner.run() if check.backend == "cuda"]
     assert {check.op for check in checks} == set(doctor_checks.OPS)
     assert [failure for check in checks for failure in check.failures] == []
     assert set(ops.calls) - {"multiprocessors"} == {
         *("linear_wgrad", "conv_wgrad", "depthwise_wgrad", "pack", "scatter_rows"),
-        *("channel_similarity", "sgd_rows_", "adam_rows_"),
+        *("sgd_rows_", "adam_rows_"),
     }
 
 
@@ -238,7 +218,7 @@ def test_the_self_check_runs_and_finds_every_kernel_right(ops, monkeypatch):
 FAULTS = {
     "rows of channels_last": (
         (
-            "depthwise_wgrad.cuh",
+            "rows.cuh",
             "= to_float(rows[dy_at + q * dy_pitch]);",
             "= 2 * to_float(rows[dy_at + q * dy_pitch]);",
         ),
@@ -246,7 +226,7 @@ FAULTS = {
     ),
     "sides and strides": (
         (
-            "depthwise_wgrad.cuh",
+            "common.cuh",
             "sums[r * Taps::kSide + s] +=",
             "if (Taps::kSide < 7 && Taps::kStride == 1) sums[r * Taps::kSide + s] +=",
         ),
@@ -282,7 +262,7 @@ FAULTS = {
 def test_the_self_check_finds_what_is_wrong_in_one_kernel(monkeypatch):
     """All at once: none of the cases named is for another's fault."""
     registered = [
-        ("ops.cpp", f"LIBRARY{name}", f"LIBRARY{name}".replace("kernels_cuda", "kernels_faulty"))
+        ("bindings.cpp", f"LIBRARY{name}", f"LIBRARY{name}".replace("s_cuda", "s_faulty"))
         for name in (
             "(neq_kernels_cuda,",
             "_IMPL(neq_kernels_cuda, NEQ_CUDA_KEY,",
@@ -290,12 +270,9 @@ def test_the_self_check_finds_what_is_wrong_in_one_kernel(monkeypatch):
         )
     ]
     library = build_emulated([*registered, *(fault for fault, _ in FAULTS.values())])
-    monkeypatch.setenv(cuda.ENVIRONMENT_VARIABLE, library)
-    monkeypatch.setattr(cuda, "_leaf", torch.ops.neq_kernels_faulty)
-    cuda.unavailable.cache_clear()
-    with doctor_checks.forced("cuda"):
+    monkeypatch.setattr(module, "_leaf", torch.ops.neq_kernels_faulty)
+    with emulated(library):
         failures = gradients.check_gradients("conv_backward", "cuda", "cpu").failures
-    cuda.unavailable.cache_clear()
     for _, case in FAULTS.values():
         assert any(case in failure for failure in failures), case
     right = (

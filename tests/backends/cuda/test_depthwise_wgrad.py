@@ -11,10 +11,10 @@ from torch import Tensor
 
 from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.channels import ActiveChannels
-from tests.backends.triton.test_conv_wgrad import LAYOUTS, geometry, operands
 from tests.cuda_on_cpu.emulator import MODES, EmulationError, Launch, Library, Mode, Run, build
 from tests.support.cuda_cases import DTYPES, FOLDER, SMALLEST, pointer, poisoned
 from tests.support.gpu_cases import MASKS, assert_gradient, channels
+from tests.support.wgrad_operands import LAYOUTS, conv_operands, geometry
 
 
 class Cut(ctypes.Structure):
@@ -22,7 +22,7 @@ class Cut(ctypes.Structure):
 
 
 def library(*replace: tuple[str, str, str]) -> Library:
-    return build([FOLDER / "depthwise_wgrad.cu"], replace=replace)
+    return build([FOLDER / "depthwise" / "depthwise_wgrad.cu"], replace=replace)
 
 
 @dataclass
@@ -96,7 +96,7 @@ def check_tensors(chosen, dy, x, kernel, g, how) -> list[Launch]:
 
 def check(problem, g, mask, dtype, layout, **how) -> list[Launch]:
     images, c, k, size, kernel = problem
-    dy, x, _ = operands(images, c, k, size, kernel, g, dtype, layout)
+    dy, x, _ = conv_operands(images, c, k, size, kernel, g, dtype, layout)
     return check_tensors(channels(k, mask), dy, x, kernel, g, How(**how))
 
 
@@ -219,7 +219,7 @@ def test_tensors_that_start_anywhere(dtype, layout):
     g = geometry(padding=(1, 1), groups=8)
     for size in ((3, 1), (1, 5), (7, 7), (11, 6)):
         for by in range(1, 4 if dtype == torch.float32 else 8):
-            dy, x, _ = operands(2, 8, 8, size, (3, 3), g, dtype, layout)
+            dy, x, _ = conv_operands(2, 8, 8, size, (3, 3), g, dtype, layout)
             chosen = channels(8, "all" if by % 2 else "random")
             dy[:, chosen.frozen] = x[:, chosen.frozen] = torch.nan
             tensors = shifted(dy, by), shifted(x, 3 * by % (16 // x.element_size()))
@@ -241,7 +241,7 @@ def test_images_beside_each_other_and_cut(width):
 def test_any_number_of_neurons(dtype):
     """Whose sectors lie across the borders of blocks."""
     g = geometry(padding=(1, 1), groups=48)
-    dy, x, _ = operands(2, 48, 96, (5, 9), (3, 3), g, dtype, "nhwc")
+    dy, x, _ = conv_operands(2, 48, 96, (5, 9), (3, 3), g, dtype, "nhwc")
     generator = torch.Generator().manual_seed(5)
     for active in (1, 2, 5, 15, 16, 17, 20, 31, 32, 33, 40, 64, 95):
         for last in (96, active + 1):
@@ -264,7 +264,7 @@ def test_fewer_active_than_provided_for(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_nan_of_frozen_channels_reaches_nothing(layout, side):
     g = geometry(padding=(1, 1), groups=24)
-    dy, x, _ = operands(2, 24, 24, (5, 9), (side, side), g, torch.float16, layout)
+    dy, x, _ = conv_operands(2, 24, 24, (5, 9), (side, side), g, torch.float16, layout)
     chosen = channels(24, "random")
     dy[:, chosen.frozen] = x[:, chosen.frozen] = torch.nan
     check_tensors(chosen, dy, x, (side, side), g, How())
@@ -275,7 +275,7 @@ def test_nan_of_frozen_channels_reaches_nothing(layout, side):
 def test_bits_do_not_depend_on_the_order_of_threads(layout, side):
     g = geometry(padding=(1, 1), groups=16)
     for dtype in (torch.float32, torch.float16):
-        dy, x, _ = operands(3, 16, 16, (9, 13), (side, side), g, dtype, layout)
+        dy, x, _ = conv_operands(3, 16, 16, (9, 13), (side, side), g, dtype, layout)
         found = [
             wgrad(channels(16, "random"), dy, x, (side, side), g, How(parts=2, rows=4, mode=mode))
             for mode in MODES
@@ -297,7 +297,7 @@ def sectors(t: Tensor, neurons: Tensor) -> int:
 def test_operands_are_read_once(dtype, layout, mask):
     """Within 1.25 of the sectors of X and dY that hold needed elements, and the gradients."""
     g = geometry(padding=(1, 1), groups=64)
-    dy, x, _ = operands(4, 64, 64, (28, 28), (3, 3), g, dtype, layout)
+    dy, x, _ = conv_operands(4, 64, 64, (28, 28), (3, 3), g, dtype, layout)
     chosen = channels(64, "random")
     if mask != "random":
         chosen.set(list(range(64)) if mask == "all" else list(range(16, 48)))
@@ -334,7 +334,7 @@ def check_faults(kernels: Library) -> None:
         ):
             check(problem, g, mask, torch.float16, layout, rows=4, parts=2, kernels=kernels)
     g = geometry(padding=(1, 1), groups=3)
-    dy, x, _ = operands(2, 3, 3, (5, 7), (3, 3), g, torch.float16, "nchw")
+    dy, x, _ = conv_operands(2, 3, 3, (5, 7), (3, 3), g, torch.float16, "nchw")
     how = How(parts=2, kernels=kernels)
     check_tensors(channels(3, "all"), shifted(dy, 3), shifted(x, 5), (3, 3), g, how)
 
@@ -358,50 +358,75 @@ IN_SECTOR = "mine / kSector == of_first / kSector"
 IN_NEXT = "next >= count || mine / kSector != of_next / kSector"
 BOTTOM = "smaller(d.height, top + Taps::reach(rows))"
 FAULTS = {
-    "missing part": (SUMMED, SUMMED.replace("f.number_of_parts", "1")),
-    "missing warp": (
-        "int other = 1; other < kDepthwiseWarps",
-        "int other = 2; other < kDepthwiseWarps",
-    ),
-    "missing worker": (ADDED, ADDED.replace("= 0", "= 1")),
-    "wrong tap": ("sums[r * Taps::kSide + s] +=", "sums[s * Taps::kSide + r] +="),
-    "missing tap row": ("i < Taps::kDepth; ++i) {\n    const int r", "i < 1; ++i) { const int r"),
-    "rows: no wait": (WAITED, ""),
-    "rows: wait for too few": (WAITED, WAITED.replace("- 2", "- 1")),
-    "rows: missing barrier": (WAITED + BARRIER, WAITED),
-    "rows: sums overwrite the tile": ("  __syncthreads();\n  write_part", "  write_part"),
-    "rows: of the next band": ("c.column < outputs ? rows : 0", "c.column < outputs ? d.rows : 0"),
-    "rows: below the image": (BOTTOM, "top + Taps::reach(rows)"),
-    "rows: above the image": ("if (h < 0) begin[i]", "if (h < -1) begin[i]"),
-    "rows: halo of columns": ("c.column < Taps::reach(outputs)", "c.column <= outputs"),
-    "rows: left of the image": ("w >= 0 && w < d.width;", "w < d.width;"),
-    "rows: of no image": ("c.unit < tile.together && unit < units", "c.unit < tile.together"),
-    "rows: sector of the last block": (IN_SECTOR, "false"),
-    "rows: sector of the next block": (IN_NEXT, "true"),
-    "rows: wrong channel": ("(neuron / d.per_input, neurons", "(neuron, neurons"),
-    "planes: wrong channel": (
-        "d.x_strides.image + neuron / d.per_input",
-        "d.x_strides.image + neuron",
-    ),
-    "planes: no wait": ("ptx::cp_async_wait<kPlaneStages - 1>();", ""),
-    "planes: wait for too few": ("cp_async_wait<kPlaneStages - 1>", "cp_async_wait<kPlaneStages>"),
-    "planes: missing barrier": (BARRIER + COMPUTE, COMPUTE),
-    "planes: tile overwritten": (BARRIER + NEXT_TILE, NEXT_TILE),
-    "planes: rows of the next piece": ("step < rows && o < outputs", "step <= rows && o < outputs"),
-    "planes: column of no output": ("step < rows && o < outputs", "step < rows"),
-    "planes: wrong shift": ("band.x.shift() + w", "w"),
-    "stretch: behind its end": ("smaller(count - begin, kVector<T>)", "kVector<T>"),
-    "stretch: before the tensor": ("from - tensor + begin >= 0", "true"),
-    "any: missing tap": ("tap >= taps ||", "tap >= taps - 1 ||"),
-    "any: wrong image": ("all_x + image * d.x_strides.image;", "all_x;"),
-    "frozen not zeroed": ("if (exists && i < *f.count) {", "if (exists) {"),
+    "finish.cuh": {
+        "missing part": (SUMMED, SUMMED.replace("f.number_of_parts", "1")),
+        "missing warp": (
+            "int other = 1; other < kDepthwiseWarps",
+            "int other = 2; other < kDepthwiseWarps",
+        ),
+        "frozen not zeroed": ("if (exists && i < *f.count) {", "if (exists) {"),
+    },
+    "common.cuh": {
+        "missing worker": (ADDED, ADDED.replace("= 0", "= 1")),
+        "wrong tap": ("sums[r * Taps::kSide + s] +=", "sums[s * Taps::kSide + r] +="),
+        "missing tap row": (
+            "i < Taps::kDepth; ++i) {\n    const int r",
+            "i < 1; ++i) { const int r",
+        ),
+    },
+    "rows.cuh": {
+        "rows: no wait": (WAITED, ""),
+        "rows: wait for too few": (WAITED, WAITED.replace("- 2", "- 1")),
+        "rows: missing barrier": (WAITED + BARRIER, WAITED),
+        "rows: sums overwrite the tile": ("  __syncthreads();\n  write_part", "  write_part"),
+        "rows: of the next band": (
+            "c.column < outputs ? rows : 0",
+            "c.column < outputs ? d.rows : 0",
+        ),
+        "rows: below the image": (BOTTOM, "top + Taps::reach(rows)"),
+        "rows: above the image": ("if (h < 0) begin[i]", "if (h < -1) begin[i]"),
+        "rows: halo of columns": ("c.column < Taps::reach(outputs)", "c.column <= outputs"),
+        "rows: left of the image": ("w >= 0 && w < d.width;", "w < d.width;"),
+        "rows: of no image": ("c.unit < tile.together && unit < units", "c.unit < tile.together"),
+        "rows: sector of the last block": (IN_SECTOR, "false"),
+        "rows: sector of the next block": (IN_NEXT, "true"),
+        "rows: wrong channel": ("(neuron / d.per_input, neurons", "(neuron, neurons"),
+    },
+    "planes.cuh": {
+        "planes: wrong channel": (
+            "d.x_strides.image + neuron / d.per_input",
+            "d.x_strides.image + neuron",
+        ),
+        "planes: no wait": ("ptx::cp_async_wait<kPlaneStages - 1>();", ""),
+        "planes: wait for too few": (
+            "cp_async_wait<kPlaneStages - 1>",
+            "cp_async_wait<kPlaneStages>",
+        ),
+        "planes: missing barrier": (BARRIER + COMPUTE, COMPUTE),
+        "planes: tile overwritten": (BARRIER + NEXT_TILE, NEXT_TILE),
+        "planes: rows of the next piece": (
+            "step < rows && o < outputs",
+            "step <= rows && o < outputs",
+        ),
+        "planes: column of no output": ("step < rows && o < outputs", "step < rows"),
+        "planes: wrong shift": ("band.x.shift() + w", "w"),
+    },
+    "stretch.cuh": {
+        "stretch: behind its end": ("smaller(count - begin, kVector<T>)", "kVector<T>"),
+        "stretch: before the tensor": ("from - tensor + begin >= 0", "true"),
+    },
+    "any_kernel.cuh": {
+        "any: missing tap": ("tap >= taps ||", "tap >= taps - 1 ||"),
+        "any: wrong image": ("all_x + image * d.x_strides.image;", "all_x;"),
+    },
 }
+FILES = {fault: file for file, faults in FAULTS.items() for fault in faults}
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", FILES)
 def test_a_fault_is_caught(fault):
-    file = "stretch.cuh" if fault.startswith("stretch") else "depthwise_wgrad.cuh"
-    kernels = library(*FEW_KERNELS, (file, *FAULTS[fault]))
+    file = FILES[fault]
+    kernels = library(*FEW_KERNELS, (file, *FAULTS[file][fault]))
     with pytest.raises((AssertionError, EmulationError)):
         check_faults(kernels)
 

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from neq_kernels.backends import gpu_base
 from neq_kernels.channels import NeuronLayout
-from tests.backends.triton.test_row_steps import (
+from tests.cuda_on_cpu.emulator import MODES, EmulationError, Launch, Library, Mode, Run, build
+from tests.support.arrange import assert_as_precise_as_torch, bits
+from tests.support.cuda_cases import DTYPES, FOLDER
+from tests.support.gpu_cases import MASKS, channels
+from tests.support.row_step_cases import (
     ADAM,
     ADAM_FLAGS,
     AMSGRAD,
@@ -20,17 +24,13 @@ from tests.backends.triton.test_row_steps import (
     SGD_FLAGS,
     Case,
 )
-from tests.cuda_on_cpu.emulator import MODES, EmulationError, Launch, Library, Mode, Run, build
-from tests.support.arrange import assert_as_precise_as_torch, bits
-from tests.support.cuda_cases import DTYPES, FOLDER
-from tests.support.gpu_cases import MASKS, channels
 
 SGD_NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
 ADAM_NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
 
 
 def library(*replace: tuple[str, str, str]) -> Library:
-    return build([FOLDER / "row_steps.cu"], replace=replace)
+    return build([FOLDER / "optim" / "row_steps.cu"], replace=replace)
 
 
 def step_together(

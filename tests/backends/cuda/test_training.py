@@ -1,5 +1,5 @@
-"""A small ResNet trained while its masks change: weight gradients, optimizer steps and similarities
-by the kernels, through the backend's own host code."""
+"""A small ResNet trained while its masks change: weight gradients and optimizer steps by the
+kernels, through the backend's own host code."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import nn
 
 import neq_kernels as neq
 from neq_kernels.backends.problem import Strategy
-from neq_kernels.dispatch import selection
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.layers.traversal import named_neuron_layers
-from tests.backends.triton.test_training import Block, masks
 from tests.support import oracle
 from tests.support.cuda_cases import DEVICE
+from tests.support.resnet import Block, masks
 
 STEPS = 3
 
@@ -72,7 +72,7 @@ def test_training_equals_the_references(strategy, optimizer, ops):
         with oracle.forced_backend("reference"):
             F.cross_entropy(plain(images.double()), labels).backward()
             both[0][1].step()
-        with selection.forced_strategy(strategy):
+        with selector.forced_strategy(strategy):
             F.cross_entropy(model(images.to(**last)), labels.to(DEVICE)).backward()
         for _, layer in named_neuron_layers(model):
             for parameter in layer.parameters():
@@ -95,6 +95,6 @@ def test_training_equals_the_references(strategy, optimizer, ops):
         Strategy.CUSTOM: ("linear_wgrad", "conv_wgrad", "depthwise_wgrad"),
         Strategy.PACK: ("pack", "scatter_rows"),
     }[strategy]
-    for name in (*kernels, "channel_similarity"):
+    for name in kernels:
         assert ops.calls[name] > 0, name
     assert ops.calls["sgd_rows_" if optimizer == "sgd" else "adam_rows_"] == STEPS

@@ -5,36 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.backends.triton.conv_wgrad import conv_wgrad
 from neq_kernels.backends.triton.depthwise_wgrad import depthwise_wgrad
 from neq_kernels.backends.triton.tiles import Tiles
 from tests.support import oracle
 from tests.support.gpu_cases import DTYPES, EXECUTOR, MASKS, assert_gradient, channels
+from tests.support.wgrad_operands import LAYOUTS, conv_operands, geometry
 
 SMALL = Tiles(16, 16, 16, 4, 2)
-LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
-
-
-def geometry(stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
-    return ConvGeometry(stride, padding, dilation, False, (0, 0), groups)
-
-
-def operands(images, c, k, size, kernel, g, dtype, layout):
-    generator = torch.Generator().manual_seed(images + c + k)
-    x = torch.randn(images, c, *size, generator=generator).to(dtype)
-    weight = torch.zeros(k, c // g.groups, *kernel, dtype=dtype)
-    out = [
-        (i + 2 * p - d * (r - 1) - 1) // s + 1
-        for i, p, d, r, s in zip(size, g.padding, g.dilation, kernel, g.stride, strict=True)
-    ]
-    dy = torch.randn(images, k, *out, generator=generator).to(dtype)
-    return [tensor.contiguous(memory_format=LAYOUTS[layout]) for tensor in (dy, x, weight)]
 
 
 def check(kernel, problem, g, mask, dtype, layout, device, **options):
     images, c, k, size, taps = problem
-    dy, x, weight = operands(images, c, k, size, taps, g, dtype, layout)
+    dy, x, weight = conv_operands(images, c, k, size, taps, g, dtype, layout)
     chosen = channels(k, mask)
     exact = g.backward(dy.double(), x.double(), weight.double(), (False, True, True))
     grad, bias = kernel(
@@ -101,7 +84,7 @@ def test_float32_is_rounded_only_where_pytorch_allows_it(precision, device):
     """A tensor core rounds float32 operands to ten bits of fraction; the interpreter does not."""
     torch.backends.cudnn.conv.fp32_precision = precision
     g = geometry()
-    dy, x, weight = operands(2, 5, 18, (5, 6), (1, 1), g, torch.float32, "nchw")
+    dy, x, weight = conv_operands(2, 5, 18, (5, 6), (1, 1), g, torch.float32, "nchw")
     chosen = channels(18, "all")
     exact = g.backward(dy.double(), x.double(), weight.double(), (False, True, False))[1]
     tensors = (t.to(device) for t in (dy, x, weight))

@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neq_kernels.backends import aten
-from neq_kernels.backends.triton import backend as triton
 from neq_kernels.channels import NeuronLayout
+from tests.support.backends import aten, triton
 from tests.support.gpu_cases import DTYPES, MASKS, assert_gradient, channels, poison
-
-LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+from tests.support.wgrad_operands import LAYOUTS
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -9,16 +9,9 @@ from neq_kernels.backends.triton import linear_wgrad as module
 from neq_kernels.backends.triton import tiles as tiles_module
 from neq_kernels.backends.triton.tiles import Tiles
 from tests.support.gpu_cases import DTYPES, MASKS, assert_gradient, channels
+from tests.support.wgrad_operands import linear_operands
 
 SMALL = Tiles(16, 32, 16, 4, 2)
-
-
-def operands(t, k, c, dtype, device):
-    generator = torch.Generator().manual_seed(t + k + c)
-    dy = torch.randn(t, k, generator=generator).to(dtype)
-    x = torch.randn(t, c, generator=generator).to(dtype)
-    weight = torch.zeros(k, c, dtype=dtype)
-    return dy, x, weight, (dy.to(device), x.to(device), weight.to(device))
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -26,7 +19,7 @@ def operands(t, k, c, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_and_mask(dtype, mask, splits, device):
     t, k, c = 70, 37, 45
-    dy, x, _, on_device = operands(t, k, c, dtype, device)
+    dy, x, _, on_device = linear_operands(t, k, c, dtype, device)
     chosen = channels(k, mask)
     order, count = chosen.order(device), chosen.count(device)
     grad, bias = module.linear_wgrad(
@@ -38,7 +31,7 @@ def test_every_dtype_and_mask(dtype, mask, splits, device):
 
 @pytest.mark.parametrize(("t", "k", "c"), [(1, 1, 1), (16, 16, 32), (33, 17, 100), (257, 5, 16)])
 def test_ragged_shapes(t, k, c, device):
-    dy, x, _, on_device = operands(t, k, c, torch.float32, device)
+    dy, x, _, on_device = linear_operands(t, k, c, torch.float32, device)
     chosen = channels(k, "random")
     grad, bias = module.linear_wgrad(
         *on_device, chosen.order(device), chosen.count(device), chosen.n_active, True
@@ -49,7 +42,7 @@ def test_ragged_shapes(t, k, c, device):
 
 def test_a_count_that_changes_is_read_on_the_device(device):
     t, k, c = 40, 20, 30
-    dy, x, _, on_device = operands(t, k, c, torch.float32, device)
+    dy, x, _, on_device = linear_operands(t, k, c, torch.float32, device)
     chosen = channels(k, "all")
     order, count = chosen.order(device), chosen.count(device)
     for mask in ("random", "one", "none", "all"):
@@ -61,7 +54,7 @@ def test_a_count_that_changes_is_read_on_the_device(device):
 
 def test_nan_of_a_frozen_feature_reaches_nothing(device):
     t, k, c = 40, 20, 30
-    dy, x, _, (dy_d, x_d, weight_d) = operands(t, k, c, torch.float32, device)
+    dy, x, _, (dy_d, x_d, weight_d) = linear_operands(t, k, c, torch.float32, device)
     chosen = channels(k, "random")
     dy_d[:, chosen.frozen.to(dy_d.device)] = float("nan")
     grad, bias = module.linear_wgrad(
@@ -73,7 +66,7 @@ def test_nan_of_a_frozen_feature_reaches_nothing(device):
 
 def test_bits_do_not_change_from_run_to_run(device):
     t, k, c = 200, 30, 40
-    *_, on_device = operands(t, k, c, torch.float32, device)
+    *_, on_device = linear_operands(t, k, c, torch.float32, device)
     chosen = channels(k, "random")
     arguments = (*on_device, chosen.order(device), chosen.count(device), chosen.n_active, True)
     runs = [module.linear_wgrad(*arguments, splits=4, tiles=SMALL) for _ in range(3)]
@@ -86,7 +79,7 @@ def test_bits_do_not_change_from_run_to_run(device):
 def test_views_that_are_not_aligned(dtype, device):
     """Triton compiles for multiples of 16 where it finds them: here it must find none."""
     t, k, c = 32, 16, 32
-    dy, x, weight, _ = operands(t + 1, k + 1, c + 1, dtype, device)
+    dy, x, weight, _ = linear_operands(t + 1, k + 1, c + 1, dtype, device)
     dy, x = dy[1:, 1:], x[1:, 1:]
     on_device = dy.to(device), x.to(device), weight[1:, 1:].to(device)
     shifted = [torch.empty(n.numel() + 1, dtype=dtype, device=device)[1:] for n in on_device[:2]]
@@ -106,7 +99,7 @@ def test_offsets_of_64_bits(splits, device, monkeypatch):
     """What tensors of more than 2**31 elements take, on small ones."""
     monkeypatch.setattr(module, "is_wide", lambda *_: True)
     t, k, c = 70, 37, 45
-    dy, x, _, on_device = operands(t, k, c, torch.float32, device)
+    dy, x, _, on_device = linear_operands(t, k, c, torch.float32, device)
     chosen = channels(k, "random")
     order, count, n = chosen.order(device), chosen.count(device), chosen.n_active
     grad, _ = module.linear_wgrad(*on_device, order, count, n, True, splits=splits, tiles=SMALL)

@@ -8,8 +8,8 @@ import torch
 from neq_kernels.backends.triton import packed_wgrad
 from neq_kernels.backends.triton.linear_wgrad import linear_wgrad
 from neq_kernels.backends.triton.tiles import Tiles, choices
-from tests.backends.triton.test_linear_wgrad import operands
 from tests.support.gpu_cases import DTYPES, MASKS, assert_gradient, channels, poison
+from tests.support.wgrad_operands import linear_operands
 
 SMALL = Tiles(16, 32, 16, 4, 2, packed=True)
 HALVES = [dtype for dtype in DTYPES if dtype != torch.float32]
@@ -28,7 +28,7 @@ def products(monkeypatch) -> list[Tiles]:
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_every_dtype_and_mask(dtype, mask, splits, device, products):
     t, k, c = 70, 37, 40
-    dy, x, _, on_device = operands(t, k, c, dtype, device)
+    dy, x, _, on_device = linear_operands(t, k, c, dtype, device)
     chosen = channels(k, mask)
     order, count = chosen.order(device), chosen.count(device)
     poison(device)
@@ -42,7 +42,7 @@ def test_every_dtype_and_mask(dtype, mask, splits, device, products):
 
 @pytest.mark.parametrize(("t", "k", "c"), [(1, 1, 8), (16, 16, 32), (33, 17, 104), (257, 5, 16)])
 def test_ragged_shapes(t, k, c, device, products):
-    dy, x, _, on_device = operands(t, k, c, torch.float16, device)
+    dy, x, _, on_device = linear_operands(t, k, c, torch.float16, device)
     chosen = channels(k, "random")
     order, count, n = chosen.order(device), chosen.count(device), chosen.n_active
     grad, bias = linear_wgrad(*on_device, order, count, n, True, tiles=SMALL)
@@ -57,7 +57,7 @@ def test_ragged_shapes(t, k, c, device, products):
 @pytest.mark.parametrize("splits", [1, 2])
 def test_a_count_that_changes_is_read_on_the_device(splits, device, products):
     t, k, c = 40, 20, 24
-    dy, x, _, on_device = operands(t, k, c, torch.float16, device)
+    dy, x, _, on_device = linear_operands(t, k, c, torch.float16, device)
     chosen = channels(k, "all")
     order, count = chosen.order(device), chosen.count(device)
     for mask in ("random", "one", "none", "all"):
@@ -71,7 +71,7 @@ def test_a_count_that_changes_is_read_on_the_device(splits, device, products):
 
 def test_nan_of_a_frozen_feature_reaches_nothing(device, products):
     t, k, c = 40, 20, 24
-    dy, x, _, (dy_d, x_d, weight_d) = operands(t, k, c, torch.float16, device)
+    dy, x, _, (dy_d, x_d, weight_d) = linear_operands(t, k, c, torch.float16, device)
     chosen, dy = channels(k, "random"), dy.clone()
     dy_d[:, chosen.frozen.to(dy_d.device)] = float("nan")
     order, count, n = chosen.order(device), chosen.count(device), chosen.n_active
@@ -83,7 +83,7 @@ def test_nan_of_a_frozen_feature_reaches_nothing(device, products):
 
 def test_bits_do_not_change_from_run_to_run(device):
     t, k, c = 200, 30, 40
-    *_, on_device = operands(t, k, c, torch.float16, device)
+    *_, on_device = linear_operands(t, k, c, torch.float16, device)
     chosen = channels(k, "random")
     arguments = (*on_device, chosen.order(device), chosen.count(device), chosen.n_active, True)
     runs = [linear_wgrad(*arguments, splits=4, tiles=SMALL) for _ in range(3)]

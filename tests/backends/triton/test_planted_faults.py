@@ -14,17 +14,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from neq_kernels.backends.triton import backend as triton
 from neq_kernels.backends.triton import linear_wgrad, packed_wgrad
 from neq_kernels.channels import NeuronLayout
 from neq_kernels.optim import reference
+
+# Their checks are run over the faults.
 from tests.backends.triton import test_conv_wgrad, test_linear_wgrad, test_packed_wgrad
+from tests.support.backends import triton
 from tests.support.gpu_cases import assert_gradient, channels, poison
+from tests.support.wgrad_operands import geometry, linear_operands
 
 
 def linear(module: ModuleType, device: str, splits: int) -> None:
     t, k, c = 70, 20, 33
-    dy, x, _, on_device = test_linear_wgrad.operands(t, k, c, torch.float32, device)
+    dy, x, _, on_device = linear_operands(t, k, c, torch.float32, device)
     chosen = channels(k, "random")
     grad, bias = module.linear_wgrad(
         *on_device,
@@ -42,7 +45,7 @@ def linear(module: ModuleType, device: str, splits: int) -> None:
 def packed(module: ModuleType, device: str, splits: int) -> None:
     """The host takes more features for active than are, as in the replay of a graph."""
     t, k, c = 70, 20, 40
-    dy, x, _, on_device = test_linear_wgrad.operands(t, k, c, torch.float16, device)
+    dy, x, _, on_device = linear_operands(t, k, c, torch.float16, device)
     chosen = channels(k, "random")
     order, count = chosen.order(device), chosen.count(device)
     with mock.patch.object(packed_wgrad, "product", module.product):
@@ -55,12 +58,12 @@ def packed(module: ModuleType, device: str, splits: int) -> None:
 
 
 def convolution(module: ModuleType, device: str, splits: int, layout: str = "nhwc") -> None:
-    geometry = test_conv_wgrad.geometry(padding=(1, 0))
+    g = geometry(padding=(1, 0))
     problem = (2, 5, 18, (5, 6), (3, 2))
     test_conv_wgrad.check(
         module.conv_wgrad,
         problem,
-        geometry,
+        g,
         "random",
         torch.float32,
         layout,
@@ -71,10 +74,10 @@ def convolution(module: ModuleType, device: str, splits: int, layout: str = "nhw
 
 
 def depthwise(module: ModuleType, device: str) -> None:
-    geometry = test_conv_wgrad.geometry(padding=(1, 1), groups=20)
+    g = geometry(padding=(1, 1), groups=20)
     problem = (3, 20, 20, (20, 18), (3, 3))
     test_conv_wgrad.check(
-        module.depthwise_wgrad, problem, geometry, "random", torch.float32, "nhwc", device, splits=2
+        module.depthwise_wgrad, problem, g, "random", torch.float32, "nhwc", device, splits=2
     )
 
 
@@ -92,14 +95,6 @@ def scatter(module: ModuleType, device: str) -> None:
     module.scatter(given.to(device), out, chosen.order(device), chosen.count(device))
     assert torch.equal(out.cpu()[chosen.active], given)
     assert not out.cpu()[chosen.frozen].any()
-
-
-def similarity(module: ModuleType, device: str) -> None:
-    a, b = torch.randn(2, 600, 7)
-    sums = module.channel_similarity(a.to(device), b.to(device), 1, splits=2).cpu()
-    a, b = a.double(), b.double()
-    exact = torch.stack([(a * b).sum(0), (a * a).sum(0), (b * b).sum(0)])
-    torch.testing.assert_close(sums, exact, rtol=1e-5, atol=1e-4)
 
 
 def optimizer(module: ModuleType, device: str, function: str) -> None:
@@ -218,13 +213,6 @@ FAULTS: dict[str, tuple[str, Check, str, str]] = {
     "gather: wrong sums": ("gather", gather, "tl.sum(tile", "tl.max(tile"),
     "scatter: missing mask": ("gather", scatter, "(rn < n)[:, None] &", "(rn < k)[:, None] &"),
     "scatter: wrong row": ("gather", scatter, "out + neurons[:, None]", "out + rn[:, None]"),
-    "similarity: wrong product": ("similarity", similarity, "tl.sum(u * v,", "tl.sum(u * u,"),
-    "similarity: missing part": (
-        "similarity",
-        similarity,
-        "out.double().sum(0)",
-        "out[0].double()",
-    ),
     "sgd: missing weight decay": ("row_steps", SGD, "grad_sign * g + weight_decay * p", "g"),
     "sgd: wrong row": ("row_steps", SGD, "tl.int64, False) + start", "tl.int64, False) + 1"),
     "sgd: first step taken for another": ("row_steps", SGD, "is_first, update,", "False, update,"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,79 +10,27 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from neq_kernels.backends.triton import backend as triton
 from neq_kernels.backends.triton import row_steps
-from neq_kernels.channels import WHOLE_PARAMETER, ActiveChannels, NeuronLayout
+from neq_kernels.channels import ActiveChannels
 from neq_kernels.optim import attach, reference
 from neq_kernels.optim import row_steps as row_steps_module
-from tests.support.arrange import arranged, assert_as_precise_as_torch, bits
-from tests.support.arrange import random as randoms
-from tests.support.gpu_cases import DTYPES, channels
+from tests.support.arrange import assert_as_precise_as_torch, bits
+from tests.support.backends import triton
+from tests.support.gpu_cases import DTYPES
 from tests.support.optimizer_nets import make_net, random_masks, set_gradients
+from tests.support.row_step_cases import (
+    ADAM,
+    ADAM_FLAGS,
+    AMSGRAD,
+    COUNTED,
+    MOMENTUM,
+    PARAMETERS,
+    ROWS,
+    SGD_FLAGS,
+    Case,
+)
 
-SGD_FLAGS = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.0}
-SGD_FLAGS |= {"nesterov": False, "maximize": False}
-ADAM_FLAGS = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
-ADAM_FLAGS |= {"decoupled": False, "maximize": False}
-
-ROWS, TRANSPOSED, GROUPED = NeuronLayout(), NeuronLayout(1, 1), NeuronLayout(3, 1)
-PARAMETERS = [
-    ((700,), ROWS, "contiguous"),  # more neurons than one program takes
-    ((4, 3, 3, 3), ROWS, "contiguous"),
-    ((5, 3, 2, 3), ROWS, "channels_last"),
-    ((3, 528), ROWS, "contiguous"),  # in pieces of 16 bytes
-    ((2, 1040), ROWS, "contiguous"),  # more of them than one tile takes
-    ((2, 528), ROWS, "shifted"),
-    ((2, 525), ROWS, "contiguous"),
-    ((5, 12, 2, 2), TRANSPOSED, "contiguous"),
-    ((5, 12, 2, 2), TRANSPOSED, "channels_last"),
-    ((5, 3, 4, 4), TRANSPOSED, "contiguous"),  # in pieces, but not in one place
-    ((6, 3, 3), GROUPED, "contiguous"),
-    ((6, 3, 3, 2), GROUPED, "channels_last"),
-    ((20, 30), WHOLE_PARAMETER, "contiguous"),
-    ((), WHOLE_PARAMETER, "contiguous"),
-    ((0, 4), TRANSPOSED, "contiguous"),
-]
 MASKS = ("none", "one", "all", "random")
-
-
-def placed(tensor: Tensor, kind: str, device: str) -> Tensor:
-    if kind != "shifted":
-        return arranged(tensor, kind).to(device)
-    room = torch.zeros(tensor.numel() + 1, dtype=tensor.dtype, device=device)
-    return room[1:].view(tensor.shape).copy_(tensor)
-
-
-class Case:
-    """A parameter with gradient, state and counts, and its active neurons."""
-
-    def __init__(self, i: int, dtype: torch.dtype, device: str, mask: str = "random") -> None:
-        shape, self.layout, kind = PARAMETERS[i]
-        tensors = [placed(randoms(shape, 10 * i + j, dtype), kind, device) for j in range(5)]
-        self.param, self.grad, self.first, self.second, self.largest = tensors
-        self.second.abs_()
-        self.largest.abs_()
-        k = self.layout.n_neurons(self.param)
-        self.steps = (torch.arange(k) % 4 * (1 + 400 * i)).to(device)
-        self.channels = channels(k, mask)
-        self.order, self.n = self.channels.order(device), self.channels.n_active
-        self.blocks = self.layout.blocks(self.param)
-
-    def copy(self, dtype: torch.dtype | None = None) -> Case:
-        twin = copy.copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                floating = value.is_floating_point()
-                setattr(twin, name, value.to(dtype if floating else None, copy=True))
-        return twin
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.param, self.grad, self.first, self.second, self.largest
-
-    def plain_step(self, function: str, state: tuple[str | None, ...], flags: dict) -> None:
-        given = (name and getattr(self, name) for name in state)
-        where = self.order, self.n, self.layout
-        getattr(reference, function)(self.param, self.grad, *given, *where, **flags)
 
 
 def step_together(
@@ -142,9 +88,6 @@ def all_cases(dtype: torch.dtype, device: str, mask: str = "random") -> list[Cas
     return [Case(i, dtype, device, mask) for i in range(len(PARAMETERS))]
 
 
-MOMENTUM, COUNTED = ("first", None), ("first", "steps")
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask", MASKS)
 def test_sgd(mask, dtype, device):
@@ -167,9 +110,6 @@ def test_sgd(mask, dtype, device):
 )
 def test_flags_of_sgd(state, flags, device):
     assert_steps(all_cases(torch.float32, device), "sgd_rows_", state, {**SGD_FLAGS, **flags})
-
-
-ADAM, AMSGRAD = ("first", "second", None, "steps"), ("first", "second", "largest", "steps")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -319,7 +259,7 @@ def test_attached_optimizers(name, channels_last, frozen_state, launches, device
         patch.setattr(reference, "adam_rows_", None)
         ours, counts = run(make, torch.float32, *settings, device)
     assert len(launches) == 5
-    monkeypatch.setattr(row_steps_module, "_kernels", lambda tensors, layout: reference)
+    monkeypatch.setattr(row_steps_module, "_backend", lambda tensors, layout: None)
     torchs, _ = run(make, torch.float32, *settings, "cpu")
     exact, expected_counts = run(make, torch.float64, *settings, "cpu")
     assert counts == expected_counts
@@ -329,13 +269,13 @@ def test_attached_optimizers(name, channels_last, frozen_state, launches, device
 
 def test_what_cannot_be_served_is_left_to_plain_torch(device):
     p = torch.zeros(4, 3, 2, 2).to(device)
-    assert row_steps_module._kernels([p, p.clone()], ROWS) is triton
-    assert row_steps_module._kernels([p.bfloat16()] * 2, ROWS) is triton
-    assert row_steps_module._kernels([p.double()] * 2, ROWS) is reference
-    assert row_steps_module._kernels([p.mT] * 2, ROWS) is reference
-    assert row_steps_module._kernels([p, p.bfloat16()], ROWS) is reference
+    assert row_steps_module._backend([p, p.clone()], ROWS) is triton
+    assert row_steps_module._backend([p.bfloat16()] * 2, ROWS) is triton
+    assert row_steps_module._backend([p.double()] * 2, ROWS) is None
+    assert row_steps_module._backend([p.mT] * 2, ROWS) is None
+    assert row_steps_module._backend([p, p.bfloat16()], ROWS) is None
     vast = torch.zeros(1).to(device).expand(2, 2**27)
-    assert row_steps_module._kernels([vast] * 2, ROWS) is reference
+    assert row_steps_module._backend([vast] * 2, ROWS) is None
 
 
 def test_nothing_active_takes_no_launch(launches, device):

@@ -11,28 +11,15 @@ from torch import nn
 
 import neq_kernels as neq
 from neq_kernels.backends.problem import Strategy
-from neq_kernels.backends.triton import backend as triton
 from neq_kernels.backends.triton import conv_wgrad, depthwise_wgrad, linear_wgrad
-from neq_kernels.dispatch import selection
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.layers.traversal import named_neuron_layers
 from tests.support import oracle
+from tests.support.backends import triton
 from tests.support.gpu_cases import DTYPES, EXECUTOR
+from tests.support.resnet import Block, masks
 
 STEPS = 3
-SERVED = ("sgd_rows_", "channel_similarity")
-
-
-class Block(nn.Module):
-    def __init__(self, c: int, k: int, stride: int, groups: int, bias: bool = True) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(c, k, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(k, k, 3, 1, 1, groups=groups, bias=bias)
-        self.norm1, self.norm2 = nn.BatchNorm2d(k), nn.BatchNorm2d(k)
-        self.shortcut = nn.Conv2d(c, k, 1, stride, bias=False)
-
-    def forward(self, x):
-        out = self.norm1(self.conv1(x)).relu()
-        return (self.norm2(self.conv2(out)) + self.shortcut(x)).relu()
 
 
 def network() -> nn.Module:
@@ -54,16 +41,6 @@ def batch(step: int):
     return images, torch.randint(5, (2,), generator=generator)
 
 
-def masks(model: nn.Module, step: int) -> dict[str, list[int]]:
-    generator = torch.Generator().manual_seed(100 + step)
-    chosen = {}
-    for i, (name, layer) in enumerate(named_neuron_layers(model)):
-        k = len(layer.channels)
-        n = (1, k // 2, k - 1, 0)[(i + step) % 4] if name != "5" else k - 1
-        chosen[name] = torch.randperm(k, generator=generator)[:n].tolist()
-    return chosen
-
-
 def counted(monkeypatch, module, name: str) -> list[str]:
     """Grows by one with each call of a function."""
     calls, function = [], getattr(module, name)
@@ -82,7 +59,7 @@ def test_training_equals_the_dense_one_with_its_frozen_rows_put_back(
     layout, strategy, device, monkeypatch
 ):
     """Gradients, optimizer steps and the similarities of the controller."""
-    assert EXECUTOR == "cuda" or selection.backend_for("cuda") == "triton"
+    assert EXECUTOR == "cuda" or selector.backends_for("cuda")[0] == "triton"
     plain = network().double()
     model = neq.convert(copy.deepcopy(plain).float().to(device, memory_format=layout))
     steps = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (plain, model)]
@@ -91,14 +68,14 @@ def test_training_equals_the_dense_one_with_its_frozen_rows_put_back(
     images, _ = batch(STEPS)
     exact = neq.NEqController(mirror, [images.double()])
     controller = neq.NEqController(model, [images.to(device, memory_format=layout)])
-    served = {name: counted(monkeypatch, triton, name) for name in SERVED}
+    steps_by_kernels = counted(monkeypatch, triton, "sgd_rows_")
     for step in range(STEPS):
         active = masks(model, step)
         for name, layer in named_neuron_layers(model):
             layer.channels.set(torch.tensor(active[name], dtype=torch.int64))
         images, labels = batch(step)
         F.cross_entropy(plain(images.double()), labels).backward()
-        with selection.forced_strategy(strategy):
+        with selector.forced_strategy(strategy):
             on_device = images.to(device, memory_format=layout)
             F.cross_entropy(model(on_device), labels.to(device)).backward()
         for name, layer in named_neuron_layers(model):
@@ -121,8 +98,7 @@ def test_training_equals_the_dense_one_with_its_frozen_rows_put_back(
             each.step()
         for name, phi in exact.state_dict()["phi"].items():
             assert oracle.largest(controller.state_dict()["phi"][name] - phi) < 1e-5
-    assert len(served["sgd_rows_"]) == STEPS
-    assert served["channel_similarity"]
+    assert len(steps_by_kernels) == STEPS
     for parameter, reference in zip(model.parameters(), plain.parameters(), strict=True):
         assert oracle.largest(parameter.double().cpu() - reference) < 1e-4
 

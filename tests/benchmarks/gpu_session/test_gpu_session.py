@@ -26,9 +26,9 @@ from benchmarks.kernels import gpu as kernels_gpu
 from benchmarks.steps import comparison, gpu_energy
 from benchmarks.steps import gpu as steps_gpu
 from neq_kernels.measure import EnergyMeter, bandwidth
-from tests.benchmarks.kernels.test_gpu import CONV, LINEAR, SHAPE
 from tests.support import fake_gpu
 from tests.support.fake_gpu import FakeNvml
+from tests.support.small_problems import CONV, LINEAR, SHAPE
 from tests.support.step_workloads import TINY
 
 WORKLOAD = replace(TINY["tiny"], layouts=("nhwc",), autocast=torch.bfloat16)

@@ -26,7 +26,7 @@ int64_t neq_cuda_pack_rows();
 """
 # Named for what is wrong with them.
 PLANTED = """
-#include "kernels.h"
+#include "launchers.h"
 #include <cuda_runtime.h>
 
 template <class T>
@@ -91,7 +91,7 @@ __global__ void copies(void* to, const void* from) {
 def planted(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("planted")
     for name, text in (
-        ("kernels.h", HEADER),
+        ("launchers.h", HEADER),
         ("planted.cu", PLANTED),
         ("later.cu", NEEDS_SM_80),
         ("broken.cu", "__global__ void broken() { undefined(); }"),

@@ -50,7 +50,6 @@ def test_every_case_launches_kernels():
         "gather_kernel",
         "scatter_kernel",
         "product_kernel",
-        "similarity_kernel",
         "sgd_kernel",
         "adam_kernel",
     }

@@ -16,7 +16,7 @@ from benchmarks.common.workloads import GPU_WORKLOADS, random_masks, set_masks
 from benchmarks.gpu_session import report
 from benchmarks.steps import comparison, gpu, gpu_energy, peers
 from benchmarks.steps.correctness import BFLOAT16, FLOAT32, differences
-from neq_kernels.dispatch import selection
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.measure import EnergyMeter, bandwidth
 from neq_kernels.measure.energy import NO_COUNTER, DeviceEnergy, EnergyReading
 from tests.support import fake_gpu
@@ -30,7 +30,7 @@ def test_each_of_our_backends_serves_its_own_steps(tmp_path, monkeypatch):
     served = []
 
     def measure(workload, backend, *rest):
-        served.append((backend, selection.backend_for("cpu")))
+        served.append((backend, selector.backends_for("cpu")[0]))
         return iter(())
 
     monkeypatch.setattr(gpu, "measure", measure)

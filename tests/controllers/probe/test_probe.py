@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import neq_kernels as neq
 from neq_kernels.controllers import NEqController, StochasticController
-from tests.support.nets import conv_net, images, masks, picture, train, wiggle
+from tests.support.nets import assert_same, conv_net, images, masks, picture, train, wiggle
 
 MEMORIES = ["snapshot", "activations"]
 
@@ -299,19 +299,3 @@ def test_the_constructor_cleans_up_too():
         NEqController(model, images())
     model.countdown = None
     assert {**picture(model), "attributes": 0} == {**before, "attributes": 0}
-
-
-def assert_same(found, expected):
-    """Nested state, tensors bit by bit."""
-    if isinstance(expected, torch.Tensor):
-        assert torch.equal(found, expected)
-    elif isinstance(expected, dict):
-        assert found.keys() == expected.keys()
-        for key in expected:
-            assert_same(found[key], expected[key])
-    elif isinstance(expected, list):
-        assert len(found) == len(expected)
-        for pair in zip(found, expected, strict=True):
-            assert_same(*pair)
-    else:
-        assert found == expected

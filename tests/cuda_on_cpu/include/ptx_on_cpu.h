@@ -1,4 +1,4 @@
-// The bodies of csrc/cuda/ptx.cuh when g++ compiles the kernels.
+// The bodies of csrc/cuda/common/ptx.cuh when g++ compiles the kernels.
 #pragma once
 
 #include <cuda_bf16.h>

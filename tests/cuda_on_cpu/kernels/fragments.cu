@@ -1,5 +1,5 @@
 // Matrix fragments as they are in memory, for the comparison with CuTe's.
-#include "ptx.cuh"
+#include "common/ptx.cuh"
 
 namespace {
 

@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "ptx.cuh"
+#include "common/ptx.cuh"
 
 namespace {
 

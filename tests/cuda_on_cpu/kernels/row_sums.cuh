@@ -5,7 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include "ptx.cuh"
+#include "common/ptx.cuh"
 
 namespace example {
 

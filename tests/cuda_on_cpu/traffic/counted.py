@@ -1,7 +1,7 @@
 """What the CUDA C++ kernels move, counted thread by thread on the CPU.
 
-The operators of ``csrc/cuda/ops.cpp``, on CPU tensors, cut the work as on an H100; their launches
-are run by the tests' emulator, which is imported from the repository's root alone.
+The operators of ``csrc/cuda/ops.h``, on CPU tensors, cut the work as on an H100; their launches are
+run by the tests' emulator, which is imported from the repository's root alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ALLOCATIONS = Path(__file__).parent / "counted_allocations.h"
 NAMESPACE = "neq_kernels_counted"
 SECTOR = 32
 H100 = {"multiprocessors": 132, "compute_capability": 90, "shared_limit": 227 * 1024}
-DTYPES = {torch.float32: 0, torch.bfloat16: 2}  # of kernels.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 2}  # of launchers.h
 INDICES = ("order", "count", "addresses", "shapes")
 Result = TypeVar("Result")
 
@@ -72,7 +72,7 @@ def operators() -> Any:
 
 
 def function(name: str) -> Any:
-    """One of ``kernels.h``, for what is asked of the host alone."""
+    """One of ``launchers.h``, for what is asked of the host alone."""
     return getattr(_library().functions, name)
 
 
@@ -99,7 +99,7 @@ def counted(
 def counted_launcher(
     reads: Mapping[str, Tensor], writes: Mapping[str, Tensor], name: str, *arguments: Any
 ) -> list[Moved]:
-    """One launcher of ``kernels.h``; arguments as for ``tests.cuda_on_cpu.emulator.Run.call``."""
+    """One launcher of ``launchers.h``; arguments as for ``tests.cuda_on_cpu.emulator.Run.call``."""
     return _moved(_run(reads, writes).call(name, *arguments))
 
 
@@ -145,12 +145,12 @@ def _library() -> Any:
         f"{impl}CompositeExplicitAutograd,",
     )
     library = build(
-        [*sorted(KERNELS.glob("*.cu")), KERNELS / "ops.cpp"],
+        sorted([*KERNELS.rglob("*.cu"), *KERNELS.rglob("*.cpp")]),
         defines={"NEQ_CUDA_ON_CPU": 1, "TORCH_TARGET_VERSION": "0x020a000000000000"},
         replace=[
-            ("ops.cpp", '#include "kernels.h"', ALLOCATIONS.read_text()),
+            ("wgrad.cpp", '#include "launchers.h"', ALLOCATIONS.read_text()),
             ("dtypes.cuh", "return call(__half{})", "return cudaErrorInvalidValue"),
-            *(("ops.cpp", r, r.replace("neq_kernels_cuda", NAMESPACE)) for r in registered),
+            *(("bindings.cpp", r, r.replace("neq_kernels_cuda", NAMESPACE)) for r in registered),
         ],
         flags=[f"-isystem{path}" for path in include_paths()],
         links=[*(f"-L{path}" for path in library_paths()), "-ltorch_cpu"],

@@ -1,7 +1,7 @@
-// Stands in the place of `#include "kernels.h"` in ops.cpp where the emulator counts what kernels
-// move: it tells the emulator of the memory that the operators allocate. What has a dtype of its
-// own are sums in parts.
-#include "kernels.h"
+// Stands in the place of `#include "launchers.h"` in wgrad.cpp where the emulator counts what
+// kernels move: it tells the emulator of the memory that the operators allocate. What has a dtype
+// of its own are sums in parts.
+#include "launchers.h"
 
 extern "C" {
 void neq_emu_add_region(const char* name, const void* base, uint64_t bytes, uint64_t item_bytes,

@@ -10,7 +10,6 @@ active channels: they are moved, and not in the least.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,12 +20,10 @@ from neq_kernels.backends import gpu_base
 from neq_kernels.backends.problem import ConvGeometry
 from tests.cuda_on_cpu.traffic.counted import (
     DTYPES,
-    H100,
     SECTOR,
     Moved,
     counted,
     counted_launcher,
-    function,
     operators,
 )
 
@@ -34,7 +31,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 OPERATIONS = (
     *("pack", "pack transposed", "linear few rows", "linear wide", "linear packed"),
     *("conv few rows", "conv by taps", "depthwise nhwc", "depthwise nchw"),
-    *("finish", "scatter", "sgd", "adam", "similarity"),
+    *("finish", "scatter", "sgd", "adam"),
 )
 # Of a float64 result; what a kernel gets wrong at all is off by more.
 TOLERANCE = 0.01
@@ -146,8 +143,6 @@ def cases() -> Iterator[Case]:
         for operation in ("sgd", "adam"):
             for n in (256, 51):
                 yield _optimizer(operation, dtype, 512, 576, n)
-        for shape in ((4096, 256, 1), (8, 128, 196), (16, 256, 49)):
-            yield _similarity(dtype, *shape)
 
 
 def _pack(dtype: torch.dtype, t: int, k: int, n: int, transposed: bool) -> Case:
@@ -328,26 +323,3 @@ def _optimizer(operation: str, dtype: torch.dtype, k: int, c: int, n: int) -> Ca
         return Outcome(launches, SECTOR * least, right)
 
     return Case(operation, f"C={c}", dtype, n, k, run)
-
-
-def _similarity(dtype: torch.dtype, outer: int, k: int, inner: int) -> Case:
-    def run(case: Case) -> Outcome:
-        a, b = case.random(outer, k, inner), case.random(outer, k, inner + 1)[..., :inner]
-        b, which, sizes = b.contiguous(), DTYPES[dtype], (outer, k, inner)
-        blocks = 2 * H100["multiprocessors"]
-        longs = map(ctypes.c_int64, sizes)
-        number = function("neq_cuda_similarity_parts")(which, *longs, ctypes.c_int32(blocks))
-        parts = torch.full((number, 3, k), torch.nan, dtype=torch.float64)
-        launches = counted_launcher(
-            {"a": a, "b": b},
-            {"parts": parts},
-            *("neq_cuda_similarity", which, a, b, parts, *sizes, k * inner, number, None),
-        )
-        wide = (a.double(), b.double())
-        exact = torch.stack([(p * q).sum((0, 2)) for p, q in (wide, wide[:1] * 2, wide[1:] * 2)])
-        off = (parts.sum(0) - exact).abs().max()
-        least = SECTOR * (sectors(a) + sectors(b)) + 3 * k * 8
-        return Outcome(launches, least, bool(off <= TOLERANCE * exact.abs().max()))
-
-    shape = f"{outer}x{k}" + f"x{inner}" * (inner > 1)
-    return Case("similarity", shape, dtype, k, k, run)

@@ -14,7 +14,6 @@ from tests.cuda_on_cpu.traffic.operations import (
     Outcome,
     _linear,
     _pack,
-    _similarity,
     cases,
     sectors,
 )
@@ -66,13 +65,6 @@ def test_products_are_cut_as_on_an_h100_and_right():
         2 * 2048 * 1024 + 32 * 2048 * 4 + 2 * 64 * 1025, rel=0.01
     )
     assert "wrong" not in row["fails"]
-
-
-def test_similarities_are_counted():
-    row = traffic.row(_similarity(BF16, 512, 64, 1))
-    assert row["least_bytes"] == 2 * 2 * 512 * 64 + 3 * 64 * 8
-    assert row["ratio"] < 1.3
-    assert row["fails"] == ""
 
 
 def test_a_fault_of_the_emulator_names_the_operation():

@@ -1,0 +1,399 @@
+// What the direct wgrad multiplies: units of pixels, of which the active channels of dy are packed
+// block by block, and the channels of x tile by tile.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "../simd/kernels.h"
+#include "../tensor/prefetch.h"
+#include "../tensor/scratch.h"
+#include "column_gather.h"
+#include "convolution.h"
+#include "direct_tiles.h"
+
+namespace neq {
+
+// As many pixels are summed in registers before they join the others. Of few pixels PyTorch's
+// kernels sum even fewer at a time, and what is summed in one go is less exact.
+constexpr int64_t kPixelsPerUnit = 256, kPixelsPerSmallUnit = 128, kFewPixels = 1024;
+constexpr int64_t kPixelsPerPart = 512;        // what a sum of its own is worth
+constexpr int64_t kProductsPerItem = 1 << 17;  // of dy and x: what one parallel item is worth
+constexpr int64_t kMostParts = 16;
+constexpr int64_t kSumsOfAllParts = 1 << 20;
+constexpr int64_t kPixelsTogether = 16;         // that are gathered block after block
+constexpr int64_t kElementsTogether = 1 << 15;  // of panels that are used in turn
+constexpr int64_t kUsesWorthAPanel = 3;
+constexpr int64_t kSlack = 8;  // elements that are read past the end of packed pixels
+
+// Output rows [top, bottom) of some images.
+struct Unit {
+  int64_t image, images, top, bottom;
+};
+
+// Some channels of x at the pixels of a unit; the first row in memory is row `begin`.
+template <class T>
+struct Pixels {
+  const T* data;
+  int64_t image, row, pixel, begin;
+};
+
+// Copies of a unit's operands: dy block by block, x with some channels side by side, and rows of x.
+template <class T>
+struct Copies {
+  Scratch<T> grad, input, rows;
+  std::vector<Pixels<T>> tiles;
+};
+
+// The pixels are taken in units: some rows of an image, or several small images. Channels of x are
+// copied side by side, into a panel, unless they are used so little that they are read where they
+// lie. With fewer channels than lanes all taps take part as channels: they are copied side by side
+// for every pixel.
+template <class T>
+class Operands {
+ public:
+  static constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(T));
+
+  Operands(const ConvProblem& p, const T* grad, const T* input, bool channels_last)
+      : p_(p),
+        grad_(grad),
+        x_(input),
+        channels_last_(channels_last),
+        blocks_(channel_blocks(p, sizeof(T))),
+        taps_as_channels_(p.input_channels < kLanes),
+        panels_(!channels_last ||
+                p.taps() * static_cast<int64_t>(blocks_.size()) >= kUsesWorthAPanel),
+        step_h_(takes_steps(p.h) ? p.h.stride : 1),
+        step_w_(takes_steps(p.w) ? p.w.stride : 1),
+        channels_(p.input_channels * (taps_as_channels_ ? p.taps() : 1)),
+        padded_(std::max(channels_, kLanes)),
+        tiles_(channel_tiles(padded_, kLanes, p.n, reads_in_place())),
+        parts_(number_of_parts()),
+        band_rows_(rows_of_band()),
+        bands_(divided_up(p.h.output, band_rows_)),
+        images_(bands_ > 1 ? 1
+                           : std::clamp<int64_t>(pixels_per_unit() / (p.h.output * p.w.output), 1,
+                                                 p.images)) {}
+
+  const std::vector<Block>& blocks() const { return blocks_; }
+  const std::vector<Tile>& tiles() const { return tiles_; }
+  bool taps_as_channels() const { return taps_as_channels_; }
+
+  // The channels of a tap, or of all of them, and how many sums each output channel has of them.
+  int64_t channels() const { return channels_; }
+  int64_t padded() const { return padded_; }
+  int64_t size_of_sums() const { return taps_as_channels_ ? padded_ : p_.taps() * padded_; }
+
+  double products() const {
+    return static_cast<double>(p_.n * size_of_sums()) * static_cast<double>(pixels());
+  }
+
+  // Into how many sums the units are added up. It follows from the shape alone.
+  int64_t parts() const { return parts_; }
+  int64_t units() const { return divided_up(p_.images, images_) * bands_; }
+
+  Unit unit_at(int64_t index) const {
+    const int64_t image = index / bands_ * images_, top = index % bands_ * band_rows_;
+    return {image, std::min(images_, p_.images - image), top,
+            std::min(p_.h.output, top + band_rows_)};
+  }
+
+  int64_t pixels_of(const Unit& unit) const {
+    return unit.images * (unit.bottom - unit.top) * p_.w.output;
+  }
+
+  // Of x, in pixels of a panel, from one output row or column to the next.
+  int64_t stride_h() const { return step_h_ == 1 ? p_.h.stride : 1; }
+  int64_t stride_w() const { return step_w_ == 1 ? p_.w.stride : 1; }
+
+  // Whether channels of x are read where they lie.
+  bool reads_in_place() const { return !panels_ && !taps_as_channels_; }
+
+  // How many tiles, up to `last`, have channels of x that fit into the cache together; or one.
+  int64_t tiles_together(const Unit& unit, int64_t first, int64_t last) const {
+    int64_t begin, end;
+    rows_read(unit, begin, end);
+    const int64_t pixels = unit.images * (end - begin) * panel_columns();
+    return pixels * channels_of(first, last) <= kElementsTogether ? last - first : 1;
+  }
+
+  // The channels of x that some tiles need, copied where they are not read in place: copies.tiles.
+  void read_input(const Unit& unit, int64_t first, int64_t last, Copies<T>& copies) const {
+    copies.tiles.clear();
+    int64_t begin, end;
+    rows_read(unit, begin, end);
+    const int64_t pixels = unit.images * (end - begin) * panel_columns();
+    const bool copied = panels_ && !taps_as_channels_;
+    T* panel = copied ? copies.input.at_least(pixels * kLanes * 4 * (last - first)) : nullptr;
+    const int64_t row = p_.w.input * p_.input_channels, image = p_.h.input * row;
+    for (int64_t t = first; t < last; ++t) {
+      const Tile& tile = tiles_[t];
+      if (taps_as_channels_) {
+        copies.tiles.push_back({copies.input.data() + tile.first, 0, 0, taps_stride(), 0});
+      } else if (copied) {
+        copies.tiles.push_back(fill_panel(unit, tile, panel));
+        panel += pixels * tile.vectors * kLanes;
+      } else {
+        const T* first_image = x_ + unit.image * image;
+        copies.tiles.push_back({first_image + tile.first, image, row, p_.input_channels, 0});
+      }
+    }
+  }
+
+  // Where a unit's operands lie, for some blocks and for some tiles.
+  Region<T> region_of_grad(const Unit& unit, int64_t first, int64_t last) const {
+    const int64_t plane = p_.h.output * p_.w.output, from = unit.top * p_.w.output;
+    const int64_t begin = blocks_[first].first;
+    const int64_t end = blocks_[last - 1].first + blocks_[last - 1].size;
+    const T* images = grad_ + unit.image * plane * p_.output_channels;
+    if (channels_last_) {
+      const int64_t channel = p_.active[begin];
+      return {images + from * p_.output_channels + channel,
+              pixels_of(unit),
+              p_.active[end - 1] + 1 - channel,
+              pixels_of(unit),
+              p_.output_channels,
+              0,
+              nullptr};
+    }
+    const int64_t channels = end - begin;
+    return {images + from,
+            unit.images * channels,
+            (unit.bottom - unit.top) * p_.w.output,
+            channels,
+            plane,
+            p_.output_channels * plane,
+            p_.active + begin};
+  }
+
+  Region<T> region_of_input(const Unit& unit, int64_t first, int64_t last) const {
+    int64_t begin, end;
+    rows_read(unit, begin, end);
+    const int64_t from = begin * step_h_ * p_.w.input;
+    const int64_t count = std::min(p_.h.input, end * step_h_) * p_.w.input - from;
+    const int64_t plane = p_.h.input * p_.w.input;
+    const int64_t channel = taps_as_channels_ ? 0 : tiles_[first].first;
+    const int64_t channels = taps_as_channels_ ? p_.input_channels : channels_of(first, last);
+    const T* images = x_ + unit.image * plane * p_.input_channels;
+    if (channels_last_) {
+      return {images + from * p_.input_channels + channel,
+              unit.images * count,
+              channels,
+              count,
+              p_.input_channels,
+              plane * p_.input_channels,
+              nullptr};
+    }
+    return {images + channel * plane + from,
+            unit.images * channels,
+            count,
+            channels,
+            plane,
+            p_.input_channels * plane,
+            nullptr};
+  }
+
+  // The active channels of each block, side by side at every pixel; block after block.
+  void pack_grad(const Unit& unit, int64_t first, int64_t last, Scratch<T>& packed) const {
+    const int64_t plane = p_.h.output * p_.w.output, from = unit.top * p_.w.output;
+    const int64_t count = (unit.bottom - unit.top) * p_.w.output;
+    const int64_t channels =
+        blocks_[last - 1].first + blocks_[last - 1].size - blocks_[first].first;
+    T* to = packed.at_least(unit.images * count * channels + kSlack);
+    if (channels_last_) {
+      gather_grad(grad_ + (unit.image * plane + from) * p_.output_channels, unit.images * count,
+                  first, last, to);
+      return;
+    }
+    for (int64_t b = first; b < last; ++b) {
+      const Block& block = blocks_[b];
+      for (int64_t image = unit.image; image < unit.image + unit.images; ++image) {
+        const T* planes[kRowsTogether];
+        for (int64_t k = 0; k < block.size; ++k) {
+          planes[k] = grad_ + (image * p_.output_channels + p_.active[block.first + k]) * plane;
+        }
+        kernels<T>().interleave(planes, block.size, from, count, to, block.size);
+        to += count * block.size;
+      }
+    }
+  }
+
+  void add_bias(const Unit& unit, int64_t first, int64_t last, const Scratch<T>& packed,
+                double* bias) const {
+    const T* dy = packed.data();
+    for (int64_t b = first; b < last; ++b) {
+      const Block& block = blocks_[b];
+      kernels<T>().sum_pixels(dy, block.size, pixels_of(unit), bias + block.first);
+      dy += pixels_of(unit) * block.size;
+    }
+  }
+
+  // For every output pixel of a unit the channels that its taps read, tap after tap, zeros where
+  // they read beside the input.
+  void fill_taps(const Unit& unit, Copies<T>& copies) const {
+    int64_t begin, end;
+    rows_read(unit, begin, end);
+    const int64_t channels = p_.input_channels, reach = (p_.w.kernel - 1) * p_.w.dilation + 1;
+    const int64_t row = ((p_.w.output - 1) * p_.w.stride + reach) * channels;
+    const int64_t left = std::min(p_.w.padding * channels, row);
+    const int64_t columns = std::min(p_.w.input, (row - left) / channels);
+    const int64_t stride = taps_stride();
+    // One row of zeros follows the others.
+    T* all_rows = copies.rows.at_least((end - begin + 1) * row + taps_stride());
+    T* to = copies.input.at_least(pixels_of(unit) * stride + kLanes);
+    std::fill_n(all_rows + (end - begin) * row, row + taps_stride(), T(0));
+    for (int64_t i = unit.image; i < unit.image + unit.images; ++i) {
+      T* rows = all_rows;
+      for (int64_t y = begin; y < end; ++y, rows += row) {
+        std::fill_n(rows, left, T(0));
+        side_by_side(i, 0, y * p_.w.input, columns, 1, rows + left, channels);
+        std::fill_n(rows + left + columns * channels, row - left - columns * channels, T(0));
+      }
+      for (int64_t p = unit.top; p < unit.bottom; ++p, to += p_.w.output * stride) {
+        for (int64_t r = 0; r < p_.h.kernel; ++r) {
+          const int64_t y = p * p_.h.stride - p_.h.padding + r * p_.h.dilation;
+          const bool inside = begin <= y && y < end;
+          copy_taps(all_rows + (inside ? y - begin : end - begin) * row,
+                    to + r * p_.w.kernel * channels);
+        }
+      }
+    }
+  }
+
+ private:
+  int64_t pixels() const { return p_.images * p_.h.output * p_.w.output; }
+
+  int64_t pixels_per_unit() const {
+    return p_.images > 1 && pixels() <= kFewPixels ? kPixelsPerSmallUnit : kPixelsPerUnit;
+  }
+
+  // A power of two, so that threads get equal shares.
+  int64_t number_of_parts() const {
+    const int64_t most =
+        std::min({kMostParts, kSumsOfAllParts / (p_.n * size_of_sums()),
+                  static_cast<int64_t>(products() / kProductsPerItem), pixels() / kPixelsPerPart});
+    int64_t parts = 1;
+    while (2 * parts <= most) parts *= 2;
+    return parts;
+  }
+
+  // Output rows of a unit. Those of a single image are shared out among the parts.
+  int64_t rows_of_band() const {
+    const int64_t most = std::clamp<int64_t>(pixels_per_unit() / p_.w.output, 1, p_.h.output);
+    const int64_t bands = divided_up(p_.h.output, most);
+    const int64_t even = p_.images > 1 ? bands : divided_up(bands, parts_) * parts_;
+    return divided_up(p_.h.output, even);
+  }
+
+  // Whether a panel holds only the pixels that are read.
+  bool takes_steps(const Axis& axis) const {
+    return panels_ && !taps_as_channels_ && axis.kernel == 1 && axis.padding == 0;
+  }
+
+  int64_t channels_of(int64_t first, int64_t last) const {
+    return tiles_[last - 1].first + tiles_[last - 1].vectors * kLanes - tiles_[first].first;
+  }
+
+  int64_t panel_columns() const { return step_w_ == 1 ? p_.w.input : p_.w.output; }
+
+  // A vector more than needed: what is copied ends with a whole one.
+  int64_t taps_stride() const { return channels_ + kLanes; }
+
+  // Rows of the input that a unit reads, counted in steps.
+  void rows_read(const Unit& unit, int64_t& begin, int64_t& end) const {
+    const int64_t stride = p_.h.stride / step_h_, from = -p_.h.padding;
+    begin = std::max<int64_t>(0, unit.top * stride + from);
+    const int64_t last = (unit.bottom - 1) * stride + from + (p_.h.kernel - 1) * p_.h.dilation;
+    end = std::clamp(last + 1, begin, std::max(begin, (p_.h.input - 1) / step_h_ + 1));
+  }
+
+  // A few pixels of all blocks at a time: they lie in the first cache.
+  void gather_grad(const T* pixels, int64_t count, int64_t first, int64_t last, T* to) const {
+    using Word = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+    const auto gather = gather_columns_kernel<Word>();
+    for (int64_t i = 0; i < count; i += kPixelsTogether) {
+      const int64_t some = std::min(kPixelsTogether, count - i);
+      T* packed = to;
+      for (int64_t b = first; b < last; ++b) {
+        const Block& block = blocks_[b];
+        gather(block.plan.get((count - i - some) * block.size),
+               reinterpret_cast<const Word*>(pixels + i * p_.output_channels), p_.output_channels,
+               reinterpret_cast<Word*>(packed + i * block.size), block.size, some);
+        packed += count * block.size;
+      }
+    }
+  }
+
+  // The input rows of a unit with the tile's channels side by side.
+  Pixels<T> fill_panel(const Unit& unit, const Tile& tile, T* panel) const {
+    int64_t begin, end;
+    rows_read(unit, begin, end);
+    const int64_t width = tile.vectors * kLanes, columns = panel_columns();
+    const int64_t row = columns * width, image = (end - begin) * row;
+    for (int64_t i = 0; i < unit.images; ++i) {
+      T* to = panel + i * image;
+      if (step_h_ == 1 && step_w_ == 1) {
+        side_by_side(unit.image + i, tile.first, begin * columns, (end - begin) * columns, 1, to,
+                     width);
+        continue;
+      }
+      for (int64_t y = begin; y < end; ++y) {
+        side_by_side(unit.image + i, tile.first, y * step_h_ * p_.w.input, columns, step_w_,
+                     to + (y - begin) * row, width);
+      }
+    }
+    return {panel, image, row, width, begin};
+  }
+
+  // One row of taps for one row of pixels. Vectors are copied whole: what is written past the end,
+  // the next row of taps overwrites.
+  void copy_taps(const T* row, T* to) const {
+    const bool neighbours = p_.w.dilation == 1;
+    const int64_t length = p_.input_channels * (neighbours ? p_.w.kernel : 1);
+    for (int64_t s = 0; s < (neighbours ? 1 : p_.w.kernel); ++s) {
+      kernels<T>().copy_pixels(row + s * p_.w.dilation * p_.input_channels,
+                               p_.w.stride * p_.input_channels, divided_up(length, kLanes),
+                               p_.w.output, to + s * length, taps_stride());
+    }
+  }
+
+  // to[i * width + c] is channel first + c, c < width, of `count` pixels, every step-th from `from`
+  // on.
+  void side_by_side(int64_t image, int64_t first, int64_t from, int64_t count, int64_t step, T* to,
+                    int64_t width) const {
+    const int64_t plane = p_.h.input * p_.w.input;
+    const T* images = x_ + image * plane * p_.input_channels;
+    if (channels_last_) {
+      const T* source = images + from * p_.input_channels + first;
+      const int64_t stride = step * p_.input_channels;
+      if (width == stride) {
+        std::copy_n(source, count * width, to);
+      } else {
+        kernels<T>().copy_pixels(source, stride, width / kLanes, count, to, width);
+      }
+      return;
+    }
+    const T* planes[4 * kLanes];
+    for (int64_t c = 0; c < width; ++c) planes[c] = images + (first + c) * plane;
+    if (step == 1) {
+      kernels<T>().interleave(planes, width, from, count, to, width);
+      return;
+    }
+    for (int64_t c = 0; c < width; ++c) {
+      for (int64_t i = 0; i < count; ++i) to[i * width + c] = planes[c][from + i * step];
+    }
+  }
+
+  const ConvProblem& p_;
+  const T* grad_;
+  const T* x_;
+  bool channels_last_;
+  std::vector<Block> blocks_;
+  bool taps_as_channels_, panels_;
+  int64_t step_h_, step_w_;
+  int64_t channels_, padded_;
+  std::vector<Tile> tiles_;
+  int64_t parts_, band_rows_, bands_, images_;
+};
+
+}  // namespace neq

@@ -1,0 +1,60 @@
+// How the direct wgrad cuts channels: those of x into tiles, the active ones of dy into blocks.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "../simd/kernels.h"
+#include "column_gather.h"
+#include "convolution.h"
+
+namespace neq {
+
+inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Some vectors of channels. Where the last tile would pass the end it begins earlier, and leaves
+// `skip` lanes out.
+struct Tile {
+  int64_t first, vectors, skip;
+};
+
+// `wide`: the sums are in the first cache, for tiles that x is read by where it lies; else they are
+// in registers.
+inline std::vector<Tile> channel_tiles(int64_t channels, int64_t lanes, int64_t n, bool wide) {
+  const int64_t widest = wide ? kMostVectors : n <= 3 ? 4 : n == 4 ? 3 : 2;
+  std::vector<Tile> tiles;
+  for (int64_t c = 0; c < channels;) {
+    const int64_t left = channels - c;
+    if (left < lanes) {
+      tiles.push_back({channels - lanes, 1, lanes - left});
+      break;
+    }
+    // Two and one are slower than three.
+    const int64_t vectors = left / lanes == 3 ? 3 : std::min(widest, left / lanes);
+    tiles.push_back({c, vectors, 0});
+    c += vectors * lanes;
+  }
+  return tiles;
+}
+
+// Active channels whose sums are in registers at the same time.
+struct Block {
+  int64_t first, size;
+  ColumnGatherPlan plan;
+};
+
+inline std::vector<Block> channel_blocks(const ConvProblem& p, int64_t word_bytes) {
+  std::vector<Block> blocks;
+  int64_t first = 0;
+  for (int64_t left = divided_up(p.n, kRowsTogether); left > 0; --left) {
+    const int64_t size = divided_up(p.n - first, left);
+    const int64_t soon = std::min(size, p.n - first - size);
+    blocks.push_back(
+        {first, size,
+         ColumnGatherPlan(p.active + first, size, p.output_channels, word_bytes, soon)});
+    first += size;
+  }
+  return blocks;
+}
+
+}  // namespace neq

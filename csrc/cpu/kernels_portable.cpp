@@ -1,3 +1,0 @@
-#define NEQ_ISA portable
-#define NEQ_TARGET
-#include "kernels/table.h"

@@ -1,0 +1,3 @@
+#define NEQ_ISA portable
+#define NEQ_TARGET
+#include "table.h"

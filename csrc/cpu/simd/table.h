@@ -1,0 +1,53 @@
+// The table of one instruction set: the including file defines NEQ_ISA and NEQ_TARGET.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "correlate.h"
+#include "correlate_pixels.h"
+#include "gather.h"
+#include "kernels.h"
+#include "outer_product.h"
+#include "row_steps.h"
+#include "similarity.h"
+
+namespace neq::NEQ_ISA {
+
+template <class T>
+const Kernels<T>& kernels() {
+  using C = Compute<T>;
+  static constexpr Kernels<T> table{
+      sgd<T>,
+      sgd_momentum<T, false>,
+      sgd_momentum<T, true>,
+      adam<T>,
+      adam_update<T, true>,
+      products_of_run<T>,
+      products_of_columns<T>,
+      correlate<C>,
+      correlate_pixels<C>,
+      sum<C>,
+      copy_rows<T>,
+      outer_product<C>,
+      sum_pixels<C>,
+      copy_pixels<C>,
+      interleave<T>,
+  };
+  return table;
+}
+
+template <class Word>
+GatherColumns<Word> gather_columns_kernel() {
+  return gather_columns<Word>;
+}
+
+template const Kernels<float>& kernels<float>();
+template const Kernels<double>& kernels<double>();
+template const Kernels<BFloat16>& kernels<BFloat16>();
+template const Kernels<Half>& kernels<Half>();
+template GatherColumns<uint16_t> gather_columns_kernel<uint16_t>();
+template GatherColumns<uint32_t> gather_columns_kernel<uint32_t>();
+template GatherColumns<uint64_t> gather_columns_kernel<uint64_t>();
+
+}  // namespace neq::NEQ_ISA
