@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import torch
@@ -42,6 +43,24 @@ def verdict(passes: bool | None, target: str = "") -> str:
 def red(text: str) -> str:
     """Red on a terminal, plain in a file."""
     return f"{RED}{text}{PLAIN}" if sys.stdout.isatty() else text
+
+
+def parser(
+    module: ModuleSpec, description: str | None, epilog: str = ""
+) -> argparse.ArgumentParser:
+    """The parser of a module that is run by ``python -m``: of its ``__spec__`` and ``__doc__``."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module.name.removesuffix('.__main__')}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=epilog,
+    )
+
+
+def user_error(error: object) -> int:
+    """The exit code of a command that cannot do what was asked, after saying why."""
+    print(f"error: {error}", file=sys.stderr)
+    return USER_ERROR
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ import importlib
 import sys
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ class Lab:
     """Where and by which clock is measured.
 
     Attributes:
-        backend: the own one that is measured.
+        backend: of neq_kernels, the one that is measured.
         number: how ``nvidia-smi`` numbers the GPU, None where that cannot be told.
-        others: own backends that are measured beside it; the last one serves a GPU where
-            none was proved right.
+        others: its backends that are measured beside it; the last one is the default where none
+            was verified on the GPU.
     """
 
     device: torch.device
@@ -147,13 +148,11 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def phase_parser(module: str, description: str | None, seconds: float) -> argparse.ArgumentParser:
+def phase_parser(
+    module: ModuleSpec, description: str | None, seconds: float
+) -> argparse.ArgumentParser:
     """The command line of a part that measures."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {module}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser(module, description)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder (%(default)s)")
     parser.add_argument("--seconds", type=cli.seconds, default=seconds, help="in all (%(default)g)")
     parser.add_argument("--failed", nargs="*", default=[], help="backends that are not measured")

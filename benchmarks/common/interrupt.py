@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType, TracebackType
+
+from benchmarks.common import cli
 
 
 class Interrupted(Exception):
@@ -44,3 +47,19 @@ class Interruptible:
         self._received = number
         for each, handler in self._before.items():
             signal.signal(each, handler)
+
+
+def exit_code(work: Callable[[Interruptible], None], advice: str = "") -> int:
+    """Of a command that does ``work``: 0, 2 after naming an error, 128 + signal after an interrupt,
+    of which ``advice`` says how to go on."""
+    try:
+        with Interruptible() as interruptible:
+            work(interruptible)
+    except Interrupted as interrupted:
+        print(f"stopped ({interrupted}){advice}")
+        return interrupted.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (ValueError, OSError, ImportError) as error:
+        return cli.user_error(error)
+    return 0

@@ -75,6 +75,16 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
+def facts(machine: Mapping[str, Any]) -> str:
+    """One line about the machine and the versions."""
+    m = machine
+    return (
+        f"{m['date']} · {m['cpu']}, {m['cores']} cores, {m['threads']} PyTorch threads, "
+        f"{m['instructions']}, {m['accelerator'] or 'no accelerator'} · {m['system']} · "
+        f"Python {m['python']} · PyTorch {m['torch']}"
+    )
+
+
 def load(path: str | Path) -> tuple[Row, list[Row]]:
     """Header and rows of a ``.jsonl`` record.
 

@@ -3,17 +3,16 @@
 >>> python -m benchmarks.gpu_session --out runs/gpu
 
 1. correctness: the tests of the GPU kernels and ``neq doctor``'s self-check, on the card;
-2. kernels: weight gradients alone, against the library and against a careful user's own code;
+2. kernels: weight gradients alone, against PyTorch's kernels and a careful user's own code;
 3. steps: whole training steps, beside the most that the masks can save;
 4. energy: joules per step by the GPU's counter;
-and a report of all that, ``report.html``. Each part is a process of its own with a share of the
-time; what it leaves goes to the parts after it, and what finds no time is named. No speed-up is
-given for a backend whose tests failed.
+and a report of all that, ``report.md``. Each part is a process of its own with a share of the time;
+what it leaves goes to the parts after it, and what finds no time is named. No speed-up is given for
+a backend whose tests failed.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -115,10 +114,9 @@ def _show(check: gpu_session_checks.Check) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_session",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = cli.parser(
+        __spec__,
+        __doc__,
         epilog=f"exit codes: 0, {cli.WRONG_RESULT} if something was wrong, "
         f"{cli.USER_ERROR} for a mistake in the arguments, {cli.NO_GPU} without a GPU",
     )
@@ -131,11 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     phases = tuple(name for name in PHASES if name in given.phases)
     missing = gpu_session_checks.missing_packages() if CORRECTNESS in phases else []
     if missing:
-        print(
-            f"error: the tests need {', '.join(missing)}: pip install -e '.[test,bench,energy]'",
-            file=sys.stderr,
-        )
-        return cli.USER_ERROR
+        needed = ", ".join(missing)
+        return cli.user_error(f"the tests need {needed}: pip install -e '.[test,bench,energy]'")
     options = SessionOptions(given.out, phases, given.minutes)
     settings: dict[str, Any] = {"phases": phases, "minutes": given.minutes}
     try:
@@ -143,8 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = _interruptible(options, record)
         print(f"\n{report.write(given.out)}")
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return cli.USER_ERROR
+        return cli.user_error(error)
     return code
 
 

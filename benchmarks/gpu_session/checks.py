@@ -67,7 +67,7 @@ def run(
     """All of them at once: nothing is timed.
 
     Args:
-        backends: of ``triton``, ``cuda`` and ``aten`` those that serve here.
+        backends: of ``triton``, ``cuda`` and ``aten`` those that run here.
     """
     told = {name: f"tests, {ENVIRONMENT_VARIABLE}={name}" for name in ("triton", "cuda")}
     told["aten"] = "tests, default backend"

@@ -1,24 +1,25 @@
-"""``report.html`` of a run of :mod:`benchmarks.gpu_session`, from its records alone.
+"""Tables, pictures and ``report.md`` of a run of :mod:`benchmarks.gpu_session`, from its JSON lines
+alone.
 
 >>> python -m benchmarks.gpu_session.report runs/gpu
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.common import cli, html
+from benchmarks.common import cli
 from benchmarks.common.files import replace_file
-from benchmarks.common.records import Row, load
+from benchmarks.common.markdown import escape, table
+from benchmarks.common.records import Row, facts, load, write_csv
 from benchmarks.gpu_session import plots
 from benchmarks.kernels.comparison import DENSE, OURS, PEER
 
 TITLE = "neq_kernels on a GPU"
-PAGE = "report.html"
+PAGE = "report.md"
 FAILED = "failed"
 NOT_RUN = "The tests of the kernels were not run: each gradient was compared before it was timed."
 FIGURES = (PEER, OURS, f"{OURS} custom", f"{OURS} pack", f"{OURS} dense", f"{OURS} aten")
@@ -30,28 +31,45 @@ def record_of(phase: str, folder: Path) -> Path:
 
 
 def write(folder: Path) -> Path:
-    """Draw the plots and write the page.
+    """Write the tables (CSV), draw the pictures, write the page.
 
     Raises:
         FileNotFoundError: no record of a run in ``folder``.
     """
-    header, rows = load(folder / "gpu.jsonl")
+    header, rows = _tabulated(folder / "gpu.jsonl")
     body = [
-        f"<p>{html.escape(_device(header))}</p>",
-        f"<p><code>{html.escape(header['command'])}</code></p>",
+        f"# {TITLE}",
+        escape(_device(header)),
+        f"`{header['command']}`",
         *_correctness(rows),
         *_phases(rows),
     ]
     for phase, (title, section) in SECTIONS.items():
         path = record_of(phase, folder)
         if path.exists():
-            about, measured = load(path)
+            about, measured = _tabulated(path)
+            csv = path.with_suffix(".csv").name
             date = about["machine"]["date"]
-            body += [f"<h2>{title}</h2>", f"<p>Measured {html.escape(date)}.</p>"]
+            body += [f"## {title}", f"Measured {date}. Every row: [{csv}]({csv})."]
             body += [*section(measured, folder), *_left_out(measured), *_errors(measured)]
-    body.append(html.facts(header["machine"]))
-    replace_file(folder / PAGE, html.html(TITLE, body).encode())
+    body.append(escape(facts(header["machine"])))
+    replace_file(folder / PAGE, ("\n\n".join(body) + "\n").encode())
     return folder / PAGE
+
+
+def _tabulated(path: Path) -> tuple[Row, list[Row]]:
+    """Header and rows of a record; beside it the table, which a phase that was killed lacks."""
+    header, rows = load(path)
+    write_csv(path.with_suffix(".csv"), header, rows)
+    return header, rows
+
+
+def _picture(path: Path, caption: str) -> str:
+    return f"![{caption}]({path.name})\n\n{caption}"
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(table(titles, (list(map(escape, row)) for row in rows)))
 
 
 def _device(header: Row) -> str:
@@ -68,31 +86,29 @@ def _device(header: Row) -> str:
 def _correctness(rows: Sequence[Row]) -> list[str]:
     checks = [row for row in rows if "check" in row]
     if not checks:
-        return [f"<p class='verdict bad'>{NOT_RUN}</p>"]
+        return [f"**{NOT_RUN}**"]
     count = Counter(row["status"] for row in checks)
     bad = [row for row in checks if row["status"] == FAILED]
     if bad:
         backends = sorted({name for row in bad for name in row["backends"].split()})
-        text = (
-            f"{len(bad)} of {len(checks)} checks failed; of {', '.join(backends)} nothing is timed."
-        )
-        verdict = f"<p class='verdict bad'>{text}</p>"
+        failed = f"{len(bad)} of {len(checks)} checks failed"
+        verdict = f"**{failed}; of {', '.join(backends)} nothing is timed.**"
     else:
         text = ", ".join(f"{n} {status}" for status, n in count.items())
-        verdict = f"<p class='verdict'>Checks on this card: {text}.</p>"
-    table = html.grid(
-        ["check", "status", "detail"],
-        [[row["check"], row["status"], row["detail"]] for row in checks],
-        [row["status"] == FAILED for row in checks],
-    )
-    return ["<h2>Correctness</h2>", verdict, table]
+        verdict = f"Checks on this card: {text}."
+    titles = ["check", "status", "detail"]
+    return ["## Correctness", verdict, _table(titles, map(_check, checks))]
+
+
+def _check(row: Row) -> list[str]:
+    status = row["status"]
+    return [row["check"], status.upper() if status == FAILED else status, row["detail"]]
 
 
 def _phases(rows: Sequence[Row]) -> list[str]:
     """What did not run as it should."""
     odd = [row for row in rows if "check" not in row and row["status"] != "measured"]
-    texts = [html.escape(f"{row['phase']}: {row['status']}") for row in odd]
-    return [f"<p class='verdict bad'>{text}</p>" for text in texts]
+    return [f"**{escape(row['phase'])}: {escape(row['status'])}**" for row in odd]
 
 
 def _kernels(rows: Sequence[Row], folder: Path) -> list[str]:
@@ -105,7 +121,7 @@ def _kernels(rows: Sequence[Row], folder: Path) -> list[str]:
     lines = []
     above = ""
     for (name, layout, dtype, x, weight, share), by in cells.items():
-        layer = f"{name}\n{layout}, {dtype}, {x} by {weight}"
+        layer = f"{name}, {layout}, {dtype}, {x} by {weight}"
         dense = f"{by[DENSE]['seconds_median'] * 1e6:.1f}" if DENSE in by else "–"
         over_peer = by.get(OURS, {}).get(f"over_{PEER}_median")
         lines.append(
@@ -120,38 +136,37 @@ def _kernels(rows: Sequence[Row], folder: Path) -> list[str]:
         )
         above = layer
     parts = [
-        "<p>The weight gradient alone, with random channels active; times faster than the dense "
-        "one of the library: medians of calls in turns, each after a write that leaves nothing of "
-        "its operands in the L2 cache, by events on the GPU. <i>index_select</i> is what a careful "
-        "user writes (gather, the library, scatter), <i>neq</i> what a layer runs by itself, "
-        "<i>custom</i>, <i>pack</i> and <i>dense</i> one strategy each, <i>aten</i> the backend "
-        "that serves if nobody asks for another.</p>"
+        "The weight gradient alone, with random channels active; times faster than PyTorch's dense "
+        "one: medians of calls in turns, each after a write that leaves nothing of its operands in "
+        "the L2 cache, by events on the GPU. *index_select* is what a careful user writes (gather, "
+        "PyTorch's kernel, scatter), *neq* what a layer runs by itself, *custom*, *pack* and "
+        "*dense* one strategy each, *aten* the default backend."
     ]
     if timed:
         plots.kernels(timed, folder / "gpu_kernels.png")
         caption = "Geometric means over the layers, against the share of active channels."
-        parts.append(html.figure(folder / "gpu_kernels.png", caption))
+        parts.append(_picture(folder / "gpu_kernels.png", caption))
         titles = [name.removeprefix(f"{OURS} ") for name in FIGURES]
         columns = ["layer", "r", "dense, µs", *titles, "neq over index_select", "neq ran"]
-        parts.append(html.grid(columns, lines))
+        parts.append(_table(columns, lines))
     return parts
 
 
 def _steps(rows: Sequence[Row], folder: Path) -> list[str]:
     timed = [row for row in rows if "speedup_median" in row]
     parts = [
-        "<p>Forward, backward and optimizer (SGD with momentum) under bfloat16 autocast, the share "
-        "<i>r</i> of the channels of every layer active; times faster than the dense step, medians "
+        "Forward, backward and optimizer (SGD with momentum) under bfloat16 autocast, the share "
+        "*r* of the channels of every layer active; times faster than the dense step, medians "
         "of steps in turns. The bound is 1/(1 − what freezing can save), from the measured dense "
-        "step; with floor, each layer still reads its operands and writes its gradient. <i>No "
-        "wgrad</i> is the dense model without any weight gradient of a product.</p>"
+        "step; with floor, each layer still reads its operands and writes its gradient. *No "
+        "wgrad* is the dense model without any weight gradient of a product."
     ]
     if not timed:
         return parts
     if any(row["provider"] == OURS for row in timed):
         plots.steps(timed, folder / "gpu_steps.png")
         caption = "Whole steps against the share of active channels; dashed: the bound."
-        parts.append(html.figure(folder / "gpu_steps.png", caption))
+        parts.append(_picture(folder / "gpu_steps.png", caption))
     dense = {_cell(row): row for row in rows if row.get("provider") == DENSE and "r" in row}
     lines = [
         [
@@ -170,7 +185,7 @@ def _steps(rows: Sequence[Row], folder: Path) -> list[str]:
         for row in timed
     ]
     columns = ["model", "layout", "r", "provider", "dense, ms", "step, ms", "speed-up", "p20–p80"]
-    return [*parts, html.grid([*columns, "bound", "with floor", "backend"], lines)]
+    return [*parts, _table([*columns, "bound", "with floor", "backend"], lines)]
 
 
 def _cell(row: Row) -> tuple[object, ...]:
@@ -180,8 +195,7 @@ def _cell(row: Row) -> tuple[object, ...]:
 def _energy(rows: Sequence[Row], folder: Path) -> list[str]:
     for row in rows:
         if "no_counter" in row:
-            text = f"{row['no_counter']} ({row['reasons']})"
-            return [f"<p class='verdict'>{html.escape(text)}</p>"]
+            return [escape(f"{row['no_counter']} ({row['reasons']})")]
     lines = [
         [
             f"{row['model']}, r = {row['r']:g}",
@@ -197,9 +211,9 @@ def _energy(rows: Sequence[Row], folder: Path) -> list[str]:
     ]
     columns = ["model", "provider", "J per step", "W", "ms per step", "times less", "counter"]
     return [
-        "<p>The whole GPU, idle power included; steps follow each other without a wait for the "
-        "device, so they are shorter than those above.</p>",
-        html.grid(columns, lines) if lines else "",
+        "The whole GPU, idle power included; steps follow each other without a wait for the "
+        "device, so they are shorter than those above.",
+        *([_table(columns, lines)] if lines else []),
     ]
 
 
@@ -214,7 +228,7 @@ def _left_out(rows: Iterable[Row]) -> list[str]:
         return []
     counted = Counter(_name(row) for row in left)
     text = "; ".join(f"{name} ({n})" for name, n in counted.items())
-    return [f"<p>Left out for lack of time, with the number of cells: {html.escape(text)}.</p>"]
+    return [f"Left out for lack of time, with the number of cells: {escape(text)}."]
 
 
 def _errors(rows: Iterable[Row]) -> list[str]:
@@ -225,8 +239,9 @@ def _errors(rows: Iterable[Row]) -> list[str]:
     ]
     if not texts:
         return []
-    text = "\n".join(f"{text} ({n})" if n > 1 else text for text, n in Counter(texts).items())
-    return [f"<p class='verdict bad'>Not measured:\n{html.escape(text)}</p>"]
+    counted = Counter(texts).items()
+    lines = [f"- {escape(f'{text} ({n})' if n > 1 else text)}" for text, n in counted]
+    return ["**Not measured:**", "\n".join(lines)]
 
 
 def _name(row: Row) -> str:
@@ -243,15 +258,12 @@ SECTIONS: dict[str, tuple[str, Section]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_session.report", description=__doc__
-    )
+    parser = cli.parser(__spec__, __doc__)
     parser.add_argument("folder", type=Path, help="of the records")
     try:
         print(write(parser.parse_args(arguments).folder))
     except (OSError, ValueError) as error:
-        print(f"benchmarks.gpu_session.report: {error}", file=sys.stderr)
-        return cli.USER_ERROR
+        return cli.user_error(error)
     return 0
 
 

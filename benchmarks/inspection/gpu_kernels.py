@@ -13,7 +13,6 @@ can be resident.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import shutil
 import sys
@@ -278,11 +277,7 @@ def _dense(tiles: Tiles, dtype: torch.dtype, how: str, target: str) -> Compiled:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.inspection.gpu_kernels",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser(__spec__, __doc__)
     parser.add_argument("--targets", nargs="+", choices=ALL_TARGETS, default=ALL_TARGETS)
     parser.add_argument("--languages", nargs="+", choices=LANGUAGES, help="default: all there are")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder (%(default)s)")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -149,7 +148,7 @@ def _ours(
 
 
 def _peak_flops() -> float:
-    """Of a large product of matrices by the library, per second."""
+    """Per second, in a large matrix product of PyTorch's."""
     size = 1536
     a, b = torch.randn(size, size), torch.randn(size, size)
     seconds = stopwatch.in_turns({"mm": lambda: a @ b}, 1.0)["mm"]
@@ -157,7 +156,7 @@ def _peak_flops() -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.cpu", description=__doc__)
+    parser = cli.parser(__spec__, __doc__)
     cli.add_common_arguments(parser)
     parser.add_argument(
         "--networks", nargs="+", choices=(*NAMES, TINY), metavar="NAME", help=f"of {NAMES}"

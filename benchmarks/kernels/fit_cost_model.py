@@ -8,7 +8,6 @@ Without a record it fits again to the measurements of the last one, kept in ``re
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import math
@@ -119,9 +118,7 @@ def _strategy(row: Row) -> Strategy | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels.fit_cost_model", description=__doc__
-    )
+    parser = cli.parser(__spec__, __doc__)
     parser.add_argument("record", nargs="?", type=Path, help="kernels.jsonl, with --strategies")
     args = parser.parse_args(arguments)
     try:
@@ -132,8 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measured_on = json.loads(cost_model.COSTS.read_text())["measured_on"]
         cells = read_data(DATA)
     except (OSError, ValueError, KeyError) as error:
-        print(f"benchmarks.kernels.fit_cost_model: {error}", file=sys.stderr)
-        return cli.USER_ERROR
+        return cli.user_error(error)
     text = json.dumps({"measured_on": measured_on, "costs": fit(cells)}, indent=1)
     cost_model.COSTS.write_text(text + "\n")
     cost_model._costs.cache_clear()

@@ -1,4 +1,4 @@
-"""Weight gradients alone on a GPU: the library's, a careful user's, and ours by each strategy.
+"""Weight gradients alone on a GPU: PyTorch's, a careful user's, and ours by each strategy.
 
 >>> python -m benchmarks.kernels.gpu --seconds 200 --out runs/gpu
 """
@@ -260,7 +260,7 @@ def _show(table: cli.Table, cell: Sequence[Row]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = gpu_device.phase_parser("benchmarks.kernels.gpu", __doc__, 200.0).parse_args(arguments)
+    given = gpu_device.phase_parser(__spec__, __doc__, 200.0).parse_args(arguments)
     deadline = Deadline.after(given.seconds)
     if not gpu_device.found():
         return gpu_device.nothing_measured()

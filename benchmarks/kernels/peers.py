@@ -1,7 +1,7 @@
 """What a user would write instead: weight gradients of the active channels with PyTorch's own ops.
 
 Every :class:`Provider` computes the weight and bias gradient of one layer from what autograd hands
-to its backward. Whole models are served by :mod:`benchmarks.steps.peers`.
+to its backward. For whole models: :mod:`benchmarks.steps.peers`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Provider:
     Attributes:
         wgrad: ``wgrad(geometry, grad_output, input, weight, active, bias)``. ``geometry`` is None
             for a linear layer; ``active`` holds int64 indices, ascending, on the weight's device.
-        why_not: ``why_not(geometry, weight)``, the reason why it does not serve a layer, or None.
+        why_not: ``why_not(geometry, weight)``, the reason why it does not support a layer, or None.
         rows: what it returns: ``"masked"``, all rows with exact zeros in the frozen ones;
             ``"all"``, the dense gradient of every row; ``"active"``, the active rows alone.
         contiguous: it is for active channels that form one run; time it on ``arange(K')``.
@@ -92,7 +92,7 @@ def index_select(
     active: Tensor,
     bias: bool,
 ) -> Grads:
-    """Peer 1: gather the active channels, call the library on them, put the rows back."""
+    """Peer 1: gather the active channels, call PyTorch's kernel on them, put the rows back."""
     n = len(active)
     if n == 0:
         return _scattered(None, None, weight, active, bias)
@@ -206,7 +206,7 @@ def grouped_mm(
 
 
 def why_not_compacted(geometry: ConvGeometry | None, weight: Tensor) -> str | None:
-    """Why gathering channels does not serve this layer, or None."""
+    """Why this layer cannot be computed from gathered channels, or None."""
     if geometry is None:
         return None
     if geometry.transposed:
@@ -217,7 +217,7 @@ def why_not_compacted(geometry: ConvGeometry | None, weight: Tensor) -> str | No
 
 
 def why_not_grouped_mm(geometry: ConvGeometry | None, weight: Tensor) -> str | None:
-    """Why ``F.grouped_mm`` does not serve this layer, or None."""
+    """Why ``F.grouped_mm`` cannot compute this layer, or None."""
     if geometry is not None:
         return "F.grouped_mm is for matrices: linear layers only"
     if weight.shape[1] * weight.element_size() % _ALIGNMENT:

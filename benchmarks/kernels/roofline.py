@@ -9,21 +9,21 @@ at the memory's bandwidth and the arithmetic at the peak of the tensor cores (of
 convolutions: of float32 outside them), both from data sheets. No kernel reaches either; launches,
 tiles and latencies are not counted.
 
-dense: reads dY and X, writes the gradient. own: reads the 32-byte sectors of dY that hold an active
-channel (the expected number, channels being active at random) and X, writes the gradient, zeros
-included. packed: reads those sectors, writes the active channels side by side; a product of the
-library reads them and X, writes active rows; and these are read, the gradient written. Of X the
-pixels that the kernel passes over; of a depthwise convolution in active channels alone, and they
-are packed too. Each operand crosses the memory's bus once.
+- dense: reads dY and X, writes the gradient.
+- custom: one kernel that reads the 32-byte sectors of dY that hold an active channel (the expected
+  number, channels being active at random) and X, and writes the gradient, zeros included.
+- packed: reads those sectors, writes the active channels side by side; PyTorch's product reads them
+  and X and writes active rows; these are read, the gradient written.
+- with ratio: custom, whose bytes are more by the ratio that ``tests.cuda_on_cpu.traffic`` counted
+  for the case most like this one: the CUDA C++ kernels' of few rows and of depthwise convolutions.
+  Others read their operands again for every tile; how much of that a cache absorbs is not known.
 
-with ratio: own, whose bytes are more by the ratio that ``tests.cuda_on_cpu.traffic`` counted for
-the case most like this one: the CUDA C++ kernels' of few rows and of depthwise convolutions. Others
-read their operands again for every tile, and how much of that a cache serves is not known.
+Of X count the pixels that the kernel passes over; of a depthwise convolution those of the active
+channels alone, which are packed too. Each operand crosses the memory's bus once.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
 import shutil
@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import cli
+from benchmarks.common import cli, markdown
 from benchmarks.common.files import RESULTS
 from benchmarks.common.readme_block import Block
 from benchmarks.common.records import Record, Row, load_csv
@@ -57,11 +57,11 @@ COLUMNS = (
     ("r", 4),
     ("predicted dense µs", 18),
     ("bound", -7),
-    ("predicted own µs", 16),
+    ("predicted custom µs", 19),
     ("bound", -7),
     ("predicted with ratio µs", 23),
     ("predicted packed µs", 19),
-    ("predicted speed-up own", 22),
+    ("predicted speed-up custom", 25),
     ("packed", 6),
 )
 
@@ -139,7 +139,7 @@ def _output(problem: Problem) -> list[int]:
 
 
 def works(problem: Problem, n: int) -> dict[str, Work]:
-    """Dense, own and packed, with ``n`` active channels."""
+    """Dense, custom and packed, with ``n`` active channels."""
     k, inputs = problem.neurons, problem.weight_size[1]
     taps = math.prod(problem.weight_size[2:])
     inside = problem.geometry is None or problem.channels_last
@@ -163,13 +163,13 @@ def works(problem: Problem, n: int) -> dict[str, Work]:
             (rows + grad, 0.0),
         )
     )
-    own = Work(((dy_needed + x_needed + grad, flops * n),))
-    return {"dense": dense, "own": own, "packed": dense if n == k else packed}
+    custom = Work(((dy_needed + x_needed + grad, flops * n),))
+    return {"dense": dense, "custom": custom, "packed": dense if n == k else packed}
 
 
 def counted_ratio(problem: Problem, n: int, traffic: Sequence[Row]) -> float | None:
     """Of the bytes moved to the least, in the case of the traffic's table most like this one; None
-    where no such kernel serves."""
+    where there is no such kernel."""
     inputs, kernel = problem.weight_size[1], problem.weight_size[2:]
     if problem.is_depthwise:
         operation = f"depthwise {'nhwc' if problem.channels_last else 'nchw'}"
@@ -219,10 +219,10 @@ def rows(shapes: Sequence[Shape], traffic: Sequence[Row]) -> Iterator[Row]:
                     row[f"predicted_{way}_seconds"] = seconds[way]
                     row[f"predicted_{way}_bound"] = each.bound(gpu, peak)
                 row["counted_ratio"] = "" if ratio is None else ratio
-                row["predicted_own_seconds_with_ratio"] = (
-                    "" if ratio is None else work["own"].seconds(gpu, peak, ratio)
+                row["predicted_custom_seconds_with_ratio"] = (
+                    "" if ratio is None else work["custom"].seconds(gpu, peak, ratio)
                 )
-                row["predicted_speedup_own"] = seconds["dense"] / seconds["own"]
+                row["predicted_speedup_custom"] = seconds["dense"] / seconds["custom"]
                 row["predicted_speedup_packed"] = seconds["dense"] / seconds["packed"]
                 yield row
 
@@ -234,25 +234,25 @@ def bfloat16_shapes() -> list[Shape]:
 
 def page_table(rows: Sequence[Row], gpu: str = "H100") -> str:
     """Markdown: a line for each layer with its channels innermost, a column for each share. A cell
-    holds the predicted speed-up of the own kernel, with the counted ratio in brackets, and of
-    packing; and what bounds the own kernel."""
+    holds the predicted speed-up of the custom kernel, with the counted ratio in brackets, and of
+    packing; and what bounds the custom kernel."""
     chosen = [row for row in rows if row["gpu"] == gpu and row["layout"] != "nchw"]
     shares = [r for r in dict.fromkeys(row["r"] for row in chosen) if r < 1]
     cells = {(row["network"], row["layer"], row["r"]): row for row in chosen}
     titles = ["layer", "predicted dense, µs", *(f"predicted at r = {r:g}" for r in shares)]
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    lines = []
     for network, layer in dict.fromkeys((row["network"], row["layer"]) for row in chosen):
         of = [cells[network, layer, r] for r in shares]
         dense = f"{1e6 * of[0]['predicted_dense_seconds']:.1f} {of[0]['predicted_dense_bound']}"
-        lines.append("| " + " | ".join([f"{network} {layer}", dense, *map(_cell, of)]) + " |")
-    return "\n".join([*lines, ""])
+        lines.append([f"{network} {layer}", dense, *map(_cell, of)])
+    return "\n".join([*markdown.table(titles, lines), ""])
 
 
 def _cell(row: Row) -> str:
-    known = row.get("predicted_own_seconds_with_ratio")
+    known = row.get("predicted_custom_seconds_with_ratio")
     bracket = f" ({row['predicted_dense_seconds'] / known:.2f})" if known else ""
-    own, packed = row["predicted_speedup_own"], row["predicted_speedup_packed"]
-    return f"{own:.2f}{bracket} / {packed:.2f} {row['predicted_own_bound']}"
+    custom, packed = row["predicted_speedup_custom"], row["predicted_speedup_packed"]
+    return f"{custom:.2f}{bracket} / {packed:.2f} {row['predicted_custom_bound']}"
 
 
 def published() -> str:
@@ -274,11 +274,7 @@ def publish(csv: Path) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels.roofline",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser(__spec__, __doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder (%(default)s)")
     parser.add_argument(
         "--traffic",
@@ -299,13 +295,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.publish:
             print("\n".join(map(str, publish(record.path.with_suffix(".csv")))))
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return cli.USER_ERROR
+        return cli.user_error(error)
     return 0
 
 
 def _print(table: cli.Table, row: Row) -> None:
-    known = row["predicted_own_seconds_with_ratio"]
+    known = row["predicted_custom_seconds_with_ratio"]
     table.line(
         [
             f"{row['network']} {row['layer']}"[-36:],
@@ -314,11 +309,11 @@ def _print(table: cli.Table, row: Row) -> None:
             f"{row['r']:g}",
             f"{1e6 * row['predicted_dense_seconds']:.1f}",
             row["predicted_dense_bound"],
-            f"{1e6 * row['predicted_own_seconds']:.1f}",
-            row["predicted_own_bound"],
+            f"{1e6 * row['predicted_custom_seconds']:.1f}",
+            row["predicted_custom_bound"],
             f"{1e6 * known:.1f}" if known else "",
             f"{1e6 * row['predicted_packed_seconds']:.1f}",
-            f"{row['predicted_speedup_own']:.2f}",
+            f"{row['predicted_speedup_custom']:.2f}",
             f"{row['predicted_speedup_packed']:.2f}",
         ]
     )

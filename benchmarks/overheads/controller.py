@@ -8,7 +8,6 @@ layer for the probe, which is what one φ needs.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import sys
@@ -149,11 +148,7 @@ def _drift(model: nn.Module) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.overheads.controller",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser(__spec__, __doc__)
     cli.add_common_arguments(parser)
     parser.add_argument("--rounds", type=cli.positive, help=f"{ROUNDS} (quick: {QUICK_ROUNDS})")
     given = parser.parse_args(arguments)
@@ -171,8 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         record = Record(given.out, "controller", settings)
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return cli.USER_ERROR
+        return cli.user_error(error)
     with record:
         table = cli.Table(COLUMNS)
         for layout in workload.layouts[:1] if given.quick else workload.layouts:

@@ -8,7 +8,6 @@ of each, in turns.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import resource
 import sys
@@ -109,11 +108,7 @@ def show(table: cli.Table, row: Row) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.overheads.freed_memory",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser(__spec__, __doc__)
     cli.add_common_arguments(parser)
     given = parser.parse_args(arguments)
     cli.prepare(given)
@@ -122,8 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         record = Record(given.out, "freed_memory", settings)
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return cli.USER_ERROR
+        return cli.user_error(error)
     with record:
         table = cli.Table(COLUMNS)
         for name, layout in QUICK if given.quick else MODELS:

@@ -7,7 +7,6 @@ model whose frozen prefix runs under torch.no_grad, in turns.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
 from collections.abc import Callable, Sequence
@@ -145,11 +144,7 @@ def show(table: cli.Table, row: Row) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.overheads.memory",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser(__spec__, __doc__)
     cli.add_common_arguments(parser)
     parser.add_argument("--models", nargs="+", choices=MODELS, help="default: both")
     parser.add_argument("--seconds", type=cli.seconds, help="for each time (4, quick: 2)")
@@ -169,8 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         record = Record(given.out, "memory", settings)
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return cli.USER_ERROR
+        return cli.user_error(error)
     with record:
         table = cli.Table(COLUMNS)
         for name in names:

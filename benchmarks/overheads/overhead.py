@@ -3,13 +3,12 @@
 >>> python -m benchmarks.overheads.overhead --out runs/bench
 
 ``empty`` is an autograd.Function with the same saved tensors that hands out results computed
-beforehand. Overhead is what our layer takes beyond it and beyond the library's own forward and
+beforehand. Overhead is what our layer takes beyond it and beyond PyTorch's own forward and
 input gradient: the weight gradient, and all that surrounds it.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,8 +28,8 @@ from neq_kernels.dispatch.selection import selector
 from neq_kernels.measure.timing import Quantiles
 
 TARGET = 30e-6
-LIBRARY_FORWARD = "part: the library's forward"
-LIBRARY_DGRAD = "part: the library's input gradient"
+TORCH_FORWARD = "part: PyTorch's forward"
+TORCH_DGRAD = "part: PyTorch's input gradient"
 Step = Callable[[], object]
 
 
@@ -92,7 +91,7 @@ def measure(name: str, layer: nn.Module, x: Tensor, seconds: float) -> list[Row]
     }
     samples = stopwatch.in_turns(calls, seconds, most_rounds=20_000)
     rows = [{"case": name, "what": what, **_quantiles(taken)} for what, taken in samples.items()]
-    known = [samples[what] for what in ("empty", LIBRARY_FORWARD, LIBRARY_DGRAD)]
+    known = [samples[what] for what in ("empty", TORCH_FORWARD, TORCH_DGRAD)]
     beyond = [whole - sum(parts) for whole, *parts in zip(samples["neq"], *known, strict=True)]
     return [*rows, {"case": name, "what": "overhead", **_quantiles(beyond)}]
 
@@ -116,8 +115,8 @@ def _parts(
         forward = lambda: F.conv2d(x, weight, bias, *arguments, layer.groups)  # noqa: E731
         dgrad = lambda: geometry.backward(grad_output, x, weight, (True, False, False))  # noqa: E731
     return {
-        LIBRARY_FORWARD: forward,
-        LIBRARY_DGRAD: dgrad,
+        TORCH_FORWARD: forward,
+        TORCH_DGRAD: dgrad,
         "part: all three gradients": lambda: call(grad_output, x, weight, wanted),
     }
 
@@ -140,17 +139,12 @@ def _quantiles(seconds: Sequence[float]) -> Row:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.overheads.overhead", description=__doc__
-    )
+    parser = cli.parser(__spec__, __doc__)
     cli.add_common_arguments(parser)
     parser.add_argument("--seconds", type=cli.seconds, help="for each case (5; quick: 0.5)")
     args = parser.parse_args(arguments)
     if selector.backends_for("cpu")[0] != "cpu":
-        print(
-            "benchmarks.overheads.overhead: it measures the C++ extension, which is not in use here"
-        )
-        return cli.USER_ERROR
+        return cli.user_error("the C++ extension, which is measured, is not in use here")
     cli.prepare(args, threads=1)
     seconds = args.seconds or (0.5 if args.quick else 5.0)
     settings = {name: value for name, value in vars(args).items() if name != "out"}

@@ -14,7 +14,6 @@ faster, so a ratio above 1 is no error there.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
 from collections.abc import Sequence
@@ -68,11 +67,7 @@ def chosen_workloads(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.steps.cpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser(__spec__, __doc__)
     cli.add_common_arguments(parser)
     parser.add_argument(
         "--models", nargs="+", choices=WORKLOADS, metavar="MODEL", help=", ".join(WORKLOADS)
@@ -97,8 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         record = Record(given.out, "step", settings)
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return cli.USER_ERROR
+        return cli.user_error(error)
     with record:
         right = run(workloads, options, record)
     print(record.path)

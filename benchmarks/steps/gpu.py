@@ -39,7 +39,7 @@ class GpuStepOptions:
 
 
 def backends(lab: Lab) -> tuple[str, ...]:
-    """Ours, the last one is what serves a GPU if nobody asks for another."""
+    """Those that are measured; the last one is the default on a GPU."""
     return tuple(dict.fromkeys((lab.backend, *lab.others)))
 
 
@@ -112,7 +112,7 @@ def _show(table: cli.Table, row: Row) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = gpu_device.phase_parser("benchmarks.steps.gpu", __doc__, 160.0).parse_args(arguments)
+    given = gpu_device.phase_parser(__spec__, __doc__, 160.0).parse_args(arguments)
     deadline = Deadline.after(given.seconds)
     if not gpu_device.found():
         return gpu_device.nothing_measured()

@@ -186,9 +186,7 @@ def _line(row: Row) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = gpu_device.phase_parser("benchmarks.steps.gpu_energy", __doc__, 60.0).parse_args(
-        arguments
-    )
+    given = gpu_device.phase_parser(__spec__, __doc__, 60.0).parse_args(arguments)
     deadline = Deadline.after(given.seconds)
     if not gpu_device.found():
         return gpu_device.nothing_measured()

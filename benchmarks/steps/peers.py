@@ -27,7 +27,7 @@ def convert(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = PeerLinear
-        elif type(module) in _CONVS and _servable(module):
+        elif type(module) in _CONVS and _supported(module):
             module.__class__ = _CONVS[type(module)]
     return model
 
@@ -36,7 +36,7 @@ def set_active(model: nn.Module, masks: Mapping[str, Tensor], others: bool = Tru
     """Choose the active channels.
 
     A layer without an active channel gets ``requires_grad_(False)``; a norm layer that is partly
-    frozen gets a gradient hook; any other layer that peer 1 does not serve raises.
+    frozen gets a gradient hook; any other layer that peer 1 does not support raises.
 
     Args:
         model: a model of :func:`convert`.
@@ -164,7 +164,7 @@ def _geometry(layer: Any) -> ConvGeometry:
     )
 
 
-def _servable(layer: Any) -> bool:
+def _supported(layer: Any) -> bool:
     plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return plain and why_not_compacted(_geometry(layer), layer.weight) is None
 

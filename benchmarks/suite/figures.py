@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -209,17 +208,15 @@ def draw(folder: Path) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.suite.figures", description=__doc__)
+    parser = cli.parser(__spec__, __doc__)
     parser.add_argument("folder", type=Path, help="of the records")
     folder = parser.parse_args(arguments).folder
     try:
         drawn = draw(folder)
     except (OSError, ValueError) as error:
-        print(f"benchmarks.suite.figures: {error}", file=sys.stderr)
-        return cli.USER_ERROR
+        return cli.user_error(error)
     if not drawn:
-        print(f"benchmarks.suite.figures: no records in {folder}", file=sys.stderr)
-        return cli.USER_ERROR
+        return cli.user_error(f"no records in {folder}")
     print("\n".join(map(str, drawn)))
     return 0
 

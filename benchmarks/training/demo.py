@@ -11,20 +11,19 @@ that cannot tell the runs apart.)
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.common import cli, html
-from benchmarks.common.interrupt import Interrupted, Interruptible
-from benchmarks.training.report import report
+from benchmarks.common import cli, interrupt
+from benchmarks.common.interrupt import Interruptible
+from benchmarks.training.report import html, report
 from benchmarks.training.report.results import Result
 from benchmarks.training.run import Run
 from benchmarks.training.run_folder import RunError, RunFolder
@@ -80,13 +79,9 @@ LEAD = (
 )
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code: 0, 2 for an error, 128 + signal when interrupted."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.training.demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser(__spec__, __doc__)
     parser.add_argument("--quick", action="store_true", help="few images and epochs, one minute")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to (over)write")
     parser.add_argument(
@@ -96,19 +91,10 @@ def main(arguments: list[str] | None = None) -> int:
     plan = QUICK if given.quick else FULL
     plan = replace(plan, base=replace(plan.base, threads=given.threads))
     start = time.perf_counter()
-    try:
-        with Interruptible() as interruptible:
-            run_demo(plan, given.out, interruptible)
-    except Interrupted as interrupted:
-        print(f"stopped ({interrupted})")
-        return interrupted.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{time.perf_counter() - start:.0f} s; report: {given.out / 'report.html'}")
-    return 0
+    code = interrupt.exit_code(lambda interruptible: run_demo(plan, given.out, interruptible))
+    if code == 0:
+        print(f"{time.perf_counter() - start:.0f} s; report: {given.out / 'report.html'}")
+    return code
 
 
 def run_demo(plan: DemoPlan, out: Path, interruptible: Interruptible) -> None:

@@ -45,7 +45,7 @@ class Run:
         data: the images.
 
     Raises:
-        ValueError: settings that cannot be served (unknown model, weights that do not fit, ...).
+        ValueError: unsupported settings (unknown model, weights that do not fit, ...).
     """
 
     def __init__(self, settings: Settings, data: Dataset) -> None:

@@ -10,16 +10,15 @@ with ``--resume`` to the very bits of an uninterrupted run.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.common import models
+from benchmarks.common import cli, interrupt, models
 from benchmarks.common.interrupt import Interrupted, Interruptible
 from benchmarks.training.data import datasets
 from benchmarks.training.report import report
@@ -30,30 +29,18 @@ from neq_kernels.machine import machine
 from neq_kernels.measure import StepShares
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code: 0, 2 for an error, 128 + signal when interrupted."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.training.train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser(__spec__, __doc__)
     parser.add_argument("--out", required=True, type=Path, help="the run's folder, runs/NAME")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     add_arguments(parser)
     given = vars(parser.parse_args(arguments))
     folder, resume = RunFolder(given.pop("out")), given.pop("resume")
-    try:
-        with Interruptible() as interruptible:
-            _run(folder, resume, given, interruptible)
-    except Interrupted as interrupted:
-        print(f"stopped ({interrupted}); continue with --out {folder.path} --resume")
-        return interrupted.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return interrupt.exit_code(
+        lambda interruptible: _run(folder, resume, given, interruptible),
+        f"; continue with --out {folder.path} --resume",
+    )
 
 
 def load_data(settings: Settings) -> datasets.Dataset:

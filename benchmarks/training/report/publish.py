@@ -9,21 +9,31 @@ the block from that copy, so that every figure there has a committed source.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import cli
+from benchmarks.common import cli, markdown
 from benchmarks.common.files import RESULTS
 from benchmarks.common.readme_block import Block
 from benchmarks.training.run_folder import RunError
 
 DEMO = RESULTS / "demo"
 FILES = ("summary.csv", "summary.json", "step_time.png", "frozen.png", "accuracy.png", "phases.png")
+COLUMNS = (
+    "scene",
+    "policy",
+    "test accuracy",
+    "step, ms",
+    "frozen, mean",
+    "frozen, last epoch",
+    "step speed-up (bound)",
+    "in the last epoch (bound)",
+    "saved net, s",
+)
 BLOCK = Block("demo", "python -m benchmarks.training.report.publish")
 
 
@@ -44,10 +54,7 @@ def block_text(summary: Mapping[str, Any]) -> str:
         f"PyTorch {machine['torch']}. Source of every figure: "
         f"[summary.csv]({BLOCK.link(DEMO / 'summary.csv')}).",
         "",
-        "| scene | policy | test accuracy | step, ms | frozen, mean | frozen, last epoch "
-        "| step speed-up (bound) | in the last epoch (bound) | saved net, s |",
-        "|---|---|---|---|---|---|---|---|---|",
-        *(_line(row) for row in summary["runs"]),
+        *markdown.table(COLUMNS, map(_cells, summary["runs"])),
         "",
         "*Step*: forward, backward and optimizer. *Frozen*: weighted by MACs. *Saved net*: seconds "
         "saved in steps over the whole run, the controller's own time counted in; negative: lost.",
@@ -56,7 +63,7 @@ def block_text(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _line(row: Mapping[str, Any]) -> str:
+def _cells(row: Mapping[str, Any]) -> list[str]:
     cells = [
         row["scene"],
         row["run"],
@@ -71,9 +78,7 @@ def _line(row: Mapping[str, Any]) -> str:
             f"{row['speedup_last_epoch']:.3f} ({row['bound_last_epoch']:.3f})",
             f"{row['saved_seconds']:+.1f} of {row['dense_step_seconds']:.1f}",
         ]
-    else:
-        cells += ["", "", ""]
-    return "| " + " | ".join(cells) + " |"
+    return cells + [""] * (len(COLUMNS) - len(cells))
 
 
 def publish(demo: Path) -> None:
@@ -94,17 +99,14 @@ def publish(demo: Path) -> None:
     BLOCK.write(published())
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.training.report.publish", description=__doc__
-    )
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = cli.parser(__spec__, __doc__)
     parser.add_argument("demo", type=Path, help="a finished demo's folder")
     demo = parser.parse_args(arguments).demo
     try:
         publish(demo)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return cli.USER_ERROR
+        return cli.user_error(error)
     print(f"{DEMO}\n{BLOCK.page}")
     return 0
 

@@ -1,22 +1,16 @@
-"""``report.html`` and ``summary.csv`` from the files of one run or of several.
-
-python -m benchmarks.training.report runs/dense runs/neq --out runs/comparison
-"""
+"""``report.html`` and ``summary.csv`` from the files of one run or of several."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import html
 from benchmarks.common.files import replace_file, write_csv
-from benchmarks.training.report import plots
+from benchmarks.training.report import html, plots
 from benchmarks.training.report.results import Comparison, Result
-from benchmarks.training.run_folder import RunError, RunFolder
+from benchmarks.training.run_folder import RunFolder
 from neq_kernels.measure.timing import PHASES
 
 
@@ -45,7 +39,7 @@ def write_run_report(folder: RunFolder) -> None:
     """
     result = Result.read(folder)
     folder.write_csv("summary.csv", [_epoch_row(record) for record in result.epochs])
-    scene = Scene(folder.path.name, _describe_settings(result.settings), [result])
+    scene = Scene(folder.path.name, describe_settings(result.settings), [result])
     _write_page(folder.path, f"Training run: {folder.path.name}", "", [scene])
 
 
@@ -269,31 +263,6 @@ QUANTITIES = (
 )
 
 
-def _describe_settings(settings: dict[str, Any]) -> str:
+def describe_settings(settings: dict[str, Any]) -> str:
     names = ("model", "data", "policy", "optimizer", "lr", "schedule", "epochs", "batch", "seed")
     return html.escape(", ".join(f"{name} {settings[name]}" for name in names))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.training.report", description=__doc__
-    )
-    parser.add_argument(
-        "runs", nargs="+", type=Path, help="folders that benchmarks.training.train wrote"
-    )
-    parser.add_argument("--out", required=True, type=Path, help="folder of the comparison")
-    given = parser.parse_args(arguments)
-    try:
-        results = [Result.read(RunFolder(path), path.name) for path in given.runs]
-        given.out.mkdir(parents=True, exist_ok=True)
-        scene = Scene("Runs", _describe_settings(results[0].settings), results)
-        write_comparison(given.out, "Comparison of runs", "", [scene])
-    except (RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(given.out / "report.html")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,7 +11,7 @@ from benchmarks.common.records import Record, load
 from benchmarks.kernels import comparison, cpu, fit_cost_model, goals, layer_shapes, peers
 from benchmarks.kernels.layer_shapes import Shape
 from benchmarks.suite import __main__ as suite
-from benchmarks.suite import figures
+from benchmarks.suite import figures, page
 from neq_kernels.backends.problem import ConvGeometry, Problem, Strategy
 from neq_kernels.dispatch import backward, cost_model, trial
 
@@ -175,12 +175,12 @@ def test_fit_without_a_record_of_strategies(tmp_path, capsys):
 @pytest.mark.usefixtures("tiny_shapes")
 def test_pictures_and_page_come_from_the_records(tmp_path, monkeypatch):
     assert cpu.main([*FAST, "--tuned", "--out", str(tmp_path)]) == 0
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{suite.BLOCK.begin}old\n{suite.BLOCK.end}after\n")
-    monkeypatch.setattr(suite, "BLOCK", replace(suite.BLOCK, page=page))
-    monkeypatch.setattr(suite, "TABLES_AND_PICTURES", tmp_path / "results")
+    block = replace(page.BLOCK, page=tmp_path / "page.md")
+    block.page.write_text(f"before\n{block.begin}old\n{block.end}after\n")
+    monkeypatch.setattr(page, "BLOCK", block)
+    monkeypatch.setattr(page, "TABLES_AND_PICTURES", tmp_path / "results")
     assert suite.main(["--publish", "--out", str(tmp_path)]) == 0
-    text = page.read_text()
+    text = block.page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
@@ -196,9 +196,9 @@ def test_a_page_needs_records_and_a_place(tmp_path, monkeypatch, capsys):
         record.add(
             {"case": "c", "what": "w", **{f"seconds_{q}": 1.0 for q in ("p20", "median", "p80")}}
         )
-    page = tmp_path / "page.md"
-    page.write_text("no markers")
-    monkeypatch.setattr(suite, "BLOCK", replace(suite.BLOCK, page=page))
+    block = replace(page.BLOCK, page=tmp_path / "page.md")
+    block.page.write_text("no markers")
+    monkeypatch.setattr(page, "BLOCK", block)
     assert suite.main(["--publish", "--out", str(tmp_path)]) == 2
-    assert page.read_text() == "no markers"
+    assert block.page.read_text() == "no markers"
     assert figures.main([str(tmp_path)]) == 2

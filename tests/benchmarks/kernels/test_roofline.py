@@ -33,7 +33,7 @@ def test_expected_sectors_of_rows():
     assert expected_sectors(32, 1, 1) == pytest.approx(1)
     assert expected_sectors(32, 1, 2) == pytest.approx(2 - 240 / 496)
     assert expected_sectors(32, 1, 32) == 2
-    # The last 4 of 20 channels have a sector of their own: needed 4 of 20 times.
+    # The last 4 of 20 channels have a sector of their custom: needed 4 of 20 times.
     assert expected_sectors(20, 1, 1) == pytest.approx(16 / 20 + 4 / 20)
 
 
@@ -72,7 +72,7 @@ def test_works_of_a_linear_layer():
     # T = 10, C = 8, K = 32, one active: dY 640 bytes, of it a sector a row; X 160, dW 512.
     found = roofline.works(Problem((10, 8), (32, 8), None, False, BF16), 1)
     assert found["dense"].parts == ((640 + 160 + 512, 2 * 10 * 8 * 32),)
-    assert found["own"].parts == ((pytest.approx(320 + 160 + 512), 2 * 10 * 8),)
+    assert found["custom"].parts == ((pytest.approx(320 + 160 + 512), 2 * 10 * 8),)
     pack, product, scatter = found["packed"].parts
     assert pack == (pytest.approx(320 + 20), 0)
     assert product == (20 + 160 + 16, 160)
@@ -86,7 +86,7 @@ def test_works_of_a_depthwise_convolution():
     # 2 images of 16 planes of 16 pixels, 4 active, which are whole sectors of both operands.
     found = roofline.works(conv((2, 16, 4, 4), 16, 3, groups=16, last=False), 4)
     assert found["dense"].parts == ((2 * 1024 + 288, 2 * 32 * 9 * 16),)
-    assert found["own"].parts == ((pytest.approx(2 * 256 + 288), 2 * 32 * 9 * 4),)
+    assert found["custom"].parts == ((pytest.approx(2 * 256 + 288), 2 * 32 * 9 * 4),)
     assert found["packed"].parts[0] == (pytest.approx(4 * 256), 0)
     assert found["packed"].parts[1] == (pytest.approx(2 * 256 + 72), 2 * 32 * 9 * 4)
 
@@ -141,8 +141,8 @@ def test_a_transformers_layer_on_an_h100():
     assert [row["active"] for row in found] == [16384, 8192, 4096, 1638, 328]
     dense = 2 * 8192 * 4096 * 16384 / 989.4e12
     assert found[0]["predicted_dense_seconds"] == pytest.approx(dense)
-    assert found[1]["predicted_own_seconds"] == pytest.approx(dense / 2)
-    assert [row["predicted_own_bound"] for row in found] == ["compute"] * 3 + ["memory"] * 2
+    assert found[1]["predicted_custom_seconds"] == pytest.approx(dense / 2)
+    assert [row["predicted_custom_bound"] for row in found] == ["compute"] * 3 + ["memory"] * 2
     assert all(row["counted_ratio"] == "" for row in found)
 
 

@@ -18,7 +18,7 @@ def test_every_case_has_its_parts(tmp_path):
     finally:
         torch.set_num_threads(before)
     rows = load(tmp_path / "overhead.jsonl")[1]
-    whats = {"empty", "torch", "neq", overhead.LIBRARY_FORWARD, overhead.LIBRARY_DGRAD, "overhead"}
+    whats = {"empty", "torch", "neq", overhead.TORCH_FORWARD, overhead.TORCH_DGRAD, "overhead"}
     for case in overhead.cases():
         found = {row["what"]: row for row in rows if row["case"] == case}
         assert whats < set(found)
@@ -30,4 +30,4 @@ def test_every_case_has_its_parts(tmp_path):
 def test_without_the_extension_nothing_is_measured(monkeypatch, capsys):
     monkeypatch.setattr(overhead.selector, "backends_for", lambda device: ("aten",))
     assert overhead.main(["--quick"]) == 2
-    assert "not in use here" in capsys.readouterr().out
+    assert "not in use here" in capsys.readouterr().err

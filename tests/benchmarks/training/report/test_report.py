@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.training.report import report
+from benchmarks.training.report import __main__, report
 from benchmarks.training.report.report import Scene, summary_row
 from benchmarks.training.report.results import Comparison, Result
 
@@ -166,9 +166,9 @@ def test_comparison_command(
             folder.append_metrics(record)
     out = tmp_path / "both"
     paths = [str(tmp_path / "dense"), str(tmp_path / "neq")]
-    assert report.main([*paths, "--out", str(out)]) == 0
+    assert __main__.main([*paths, "--out", str(out)]) == 0
     assert "saved 1.7 s" in (out / "report.html").read_text()
-    assert report.main([str(tmp_path / "none"), "--out", str(out)]) == 2
+    assert __main__.main([str(tmp_path / "none"), "--out", str(out)]) == 2
     assert "there is no run to read here" in capsys.readouterr().err
 
 

@@ -8,7 +8,9 @@ from html import escape
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["escape", "facts", "figure", "grid", "html", "table"]
+from benchmarks.common import records
+
+__all__ = ["escape", "facts", "figure", "html", "table"]
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --accent: #0f766e; }
@@ -33,13 +35,6 @@ tbody th small { display: block; font-weight: 400; font-size: 12.5px; color: var
 td { text-align: right; padding: 8px 18px; vertical-align: top; }
 tr.part { border-top: 0; }
 tr.part th { font-weight: 400; padding: 1px 18px 6px 34px; color: #374151; }
-table.grid th, table.grid td { padding-left: 10px; padding-right: 10px; }
-table.grid thead th:first-child { width: auto; }
-table.grid thead th:first-child, table.grid thead th:last-child { text-align: left; }
-table.grid tbody th { vertical-align: top; }
-table.grid td.text { text-align: left; white-space: pre-line; }
-.bad { color: #b91c1c; font-weight: 600; }
-.verdict.bad { border-left-color: #b91c1c; white-space: pre-line; }
 tr.part td { padding-top: 1px; padding-bottom: 6px; color: #374151; }
 figure { margin: 20px 0 28px; background: #fff; border: 1px solid var(--line); border-radius: 8px;
   padding: 18px; }
@@ -86,27 +81,6 @@ def table(columns: Sequence[str], lines: Sequence[tuple[Line, Sequence[str]]]) -
     )
 
 
-def grid(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], bad: Sequence[bool] | None = None
-) -> str:
-    """A table whose first column names the rows, a note below the name; those that are ``bad`` are
-    red. The last column is text."""
-    titles = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = []
-    for row, is_bad in zip(rows, bad or [False] * len(rows), strict=True):
-        first, *middle, last = map(escape, row)
-        name, _, note = first.partition("\n")
-        first = f"{name}<small>{note}</small>" if note else name
-        cells = "".join(f"<td>{cell}</td>" for cell in middle)
-        kind = ' class="bad"' if is_bad else ""
-        body.append(f'<tr{kind}><th>{first}</th>{cells}<td class="text">{last}</td></tr>')
-    return (
-        f'<div class="scroll"><table class="grid"><thead><tr>{titles}</tr></thead>\n<tbody>'
-        + "\n".join(body)
-        + "</tbody></table></div>"
-    )
-
-
 def figure(path: Path, caption: str) -> str:
     """A PNG, embedded."""
     data = base64.b64encode(path.read_bytes()).decode()
@@ -117,11 +91,5 @@ def figure(path: Path, caption: str) -> str:
 
 
 def facts(machine: Mapping[str, Any]) -> str:
-    """One line about the machine and the versions."""
-    m = machine
-    words = (
-        f"{m['date']} · {m['cpu']}, {m['cores']} cores, {m['threads']} PyTorch threads, "
-        f"{m['instructions']}, {m['accelerator'] or 'no accelerator'} · {m['system']} · "
-        f"Python {m['python']} · PyTorch {m['torch']}"
-    )
-    return f"<footer>{escape(words)}</footer>"
+    """:func:`benchmarks.common.records.facts` at the foot of a page."""
+    return f"<footer>{escape(records.facts(machine))}</footer>"
