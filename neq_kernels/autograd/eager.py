@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, get_num_threads, is_grad_enabled
 from torch._C import _is_any_autocast_enabled, _len_torch_dispatch_stack
+from torch.autograd.function import once_differentiable
 
 from neq_kernels import ops
 from neq_kernels.autograd.amp import no_autocast
@@ -27,7 +28,6 @@ from neq_kernels.autograd.call_state import (
     watched,
 )
 from neq_kernels.autograd.forward import convolution, linear_forward
-from neq_kernels.autograd.functions import once
 from neq_kernels.backends.base import BackwardCall, Grads
 from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.channels import ActiveChannels
@@ -225,4 +225,4 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         return *call(grad_output, input, weight, _output_mask(ctx)), None
 
 
-_gradients_once = once(_gradients)
+_gradients_once = once_differentiable(_gradients)

@@ -3,8 +3,7 @@ while a CUDA graph is captured, with tensor subclasses, and for the approximate 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,19 +17,6 @@ from neq_kernels.autograd.forward import convolve, linear_forward
 from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.dispatch import backward as dispatch
-
-
-def once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """``once_differentiable``, whose context manager is entered only where it matters."""
-    refusing = once_differentiable(backward)
-
-    @functools.wraps(backward)
-    def chosen(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        function = refusing if torch.is_grad_enabled() else backward
-        gradients: tuple[Any, ...] = function(ctx, *grads)
-        return gradients
-
-    return chosen
 
 
 class LinearFunction(torch.autograd.Function):
@@ -52,8 +38,11 @@ class LinearFunction(torch.autograd.Function):
         return linear_forward(x, w, b)
 
     @staticmethod
-    @once
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        if (
+            torch.is_grad_enabled()
+        ):  # create_graph=True: what comes out refuses to be differentiated
+            return once_differentiable(LinearFunction.backward)(ctx, grad_output)
         x, weight, tensors, output_mask = _restore(ctx)
         with no_autocast(grad_output):
             if tensors is None and unobserved(weight, grad_output):
@@ -104,8 +93,11 @@ class ConvFunction(torch.autograd.Function):
         return convolve(x, w, b, stride, padding, dilation, groups, transposed, output_padding)
 
     @staticmethod
-    @once
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        if (
+            torch.is_grad_enabled()
+        ):  # create_graph=True: what comes out refuses to be differentiated
+            return once_differentiable(ConvFunction.backward)(ctx, grad_output)
         x, weight, tensors, output_mask = _restore(ctx)
         with no_autocast(grad_output):
             if tensors is None and unobserved(weight, grad_output):
