@@ -6,7 +6,7 @@
 >>> controller = neq.NEqController(model, probe)
 """
 
-from neq_kernels import functional, measure
+from neq_kernels import functional, measure, nn
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.controllers import Controller, FixedController, NEqController, StochasticController
 from neq_kernels.conversion.convert import convert, revert, specialize
@@ -34,6 +34,7 @@ __all__ = [
     "functional",
     "load_tuning_state_dict",
     "measure",
+    "nn",
     "revert",
     "specialize",
     "tune",

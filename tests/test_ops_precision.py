@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from neq_kernels.backends.problem import Strategy
+from neq_kernels.dispatch.selection import selector
 from tests.support import oracle
 from tests.support.op_cases import (
     CONVS,
@@ -150,7 +151,7 @@ def test_two_runs_give_the_same_bits(backend):
 
 @pytest.mark.usefixtures("stock_algorithms")
 def test_everything_active_densely_is_torchs_own_calls_and_bits():
-    with dispatch_selector.forced_strategy(Strategy.DENSE):
+    with selector.forced_strategy(Strategy.DENSE):
         assert_torchs_own_calls_and_bits()
 
 

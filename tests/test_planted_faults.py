@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from torch import Tensor
 
+from neq_kernels.backends import aten as module
 from neq_kernels.backends.problem import KernelChoice, Strategy
-from neq_kernels.dispatch import selection
+from neq_kernels.dispatch.selection import selector
 
 # These tests are run over the faults.
 from tests import test_ops, test_ops_precision
@@ -98,10 +100,9 @@ def test_a_planted_fault_in_pack_is_caught(monkeypatch):
 def next_channel(backward):
     """The gradients are those of the channels one further."""
 
-    def wrong(*args):
-        at = next(i for i, a in enumerate(args) if isinstance(a, Tensor) and a.dtype == torch.int64)
-        order = (args[at] + 1) % len(args[at])
-        return backward(*args[:at], order, *args[at + 1 :])
+    def wrong(*tensors, active, **decided):
+        order = (active.order + 1) % len(active.order)
+        return backward(*tensors, active=replace(active, order=order), **decided)
 
     return wrong
 
@@ -109,9 +110,8 @@ def next_channel(backward):
 def one_channel_short(backward):
     """The last active channel is taken for frozen."""
 
-    def wrong(*args):
-        at = next(i for i, a in enumerate(args) if isinstance(a, Tensor) and a.dtype == torch.int64)
-        return backward(*args[: at + 1], args[at + 1] - 1, *args[at + 2 :])
+    def wrong(*tensors, active, **decided):
+        return backward(*tensors, active=replace(active, n=active.n - 1), **decided)
 
     return wrong
 
@@ -120,7 +120,7 @@ def one_channel_short(backward):
 @pytest.mark.parametrize("fault", [next_channel, one_channel_short])
 @pytest.mark.parametrize("strategy", [Strategy.DENSE, Strategy.PACK, Strategy.CUSTOM])
 def test_planted_faults_in_the_leaf_ops_are_caught(monkeypatch, fault, strategy):
-    monkeypatch.setattr(selection, "choice_for", lambda *_: KernelChoice(strategy))
+    monkeypatch.setattr(selector, "choice", lambda *_: KernelChoice(strategy))
     conv_test(CONVS["plain"])
     linear_test()
     planted(monkeypatch, cpu, "conv_backward", fault)
@@ -145,12 +145,12 @@ def summed_in_one_chain(linear_wgrad):
 
 
 def test_a_careless_sum_is_caught(monkeypatch):
-    planted(monkeypatch, aten, "_linear_wgrad", summed_in_one_chain)
+    planted(monkeypatch, module, "_linear_wgrad", summed_in_one_chain)
     with oracle.forced_backend("aten"), pytest.raises(AssertionError, match="allowed"):
         test_ops_precision.test_linear_error_over_a_long_reduction(None, None)
 
 
 def test_rows_multiplied_instead_of_overwritten_are_caught(monkeypatch):
-    planted(monkeypatch, aten, "_overwrite_frozen", multiplied)
+    planted(monkeypatch, module, "_overwrite_frozen", multiplied)
     with oracle.forced_backend("aten"), pytest.raises(AssertionError):
         test_ops.test_nan_and_inf_in_frozen_channels_reach_nothing(None, "all but one", torch.nan)

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.common import cli
 from benchmarks.common.interrupt import Interrupted
-from neq_kernels.dispatch import selection
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.dispatch.stopwatch import Clock, CudaClock
 
 OUT_OF_MEMORY = "out of GPU memory"
@@ -76,8 +76,8 @@ def found() -> bool:
 
 
 def own_backends() -> list[str]:
-    """Those of ours that serve this GPU, the best one first."""
-    kernels = [name for name, module in selection.FOR_GPUS.items() if module.unavailable() is None]
+    """Those of ours that can be used on this GPU, the default first."""
+    kernels = [n for n in selector.for_gpus() if selector.backends[n].unavailable() is None]
     return [*kernels, "aten"]
 
 

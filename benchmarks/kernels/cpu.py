@@ -32,7 +32,7 @@ from benchmarks.kernels.comparison import (
 from benchmarks.kernels.layer_shapes import NAMES, QUICK, TINY, Shape, shape_set
 from neq_kernels.backends.problem import KernelChoice, Problem, Strategy
 from neq_kernels.channels import ActiveChannels
-from neq_kernels.dispatch import autotune, backward, selection, stopwatch, trial
+from neq_kernels.dispatch import autotune, stopwatch, trial
 from neq_kernels.dispatch.selection import selector
 from neq_kernels.measure.bandwidth import read_bandwidth
 
@@ -109,13 +109,12 @@ def _providers(
             continue  # a peer for neighbouring channels is no peer for these
         calls[name] = peer_call(provider, problem, grad_output, input, weight, active)
     calls[OURS] = _ours(problem, channels, grad_output, input, weight)
-    backend = selector.backends_for("cpu")[0]
-    usable = selector.backends[backend].strategies(problem)
-    module = selection.module_of(backend)
+    backend = selector.backends[selector.backends_for("cpu")[0]]
+    usable = backend.strategies(problem)
 
     def by(strategy: Strategy) -> Callable[[], Tensor]:
         return trial.wgrad(
-            problem, module, KernelChoice(strategy), grad_output, input, weight, channels
+            problem, backend, KernelChoice(strategy), grad_output, input, weight, channels
         )
 
     if options.strategies:
@@ -133,17 +132,12 @@ def _ours(
     """What a layer runs while its active channels do not change."""
     geometry, wanted = problem.geometry, (False, True, False)
     if geometry is None:
-        replaced, call = False, backward.linear_call(input, weight, channels)
+        replaced, call = False, dispatch.linear_call(input, weight, channels)
     else:
-        replaced = backward.replaces_dense(input, weight, geometry)
-        call = backward.conv_call(input, weight, geometry, channels)
+        replaced = dispatch.replaces_dense(input, weight, geometry)
+        call = dispatch.conv_call(input, weight, geometry, channels)
     if channels.n_active == len(channels) and not replaced:
         return peer_call(peers.DENSE, problem, grad_output, input, weight, channels.active)
-    if call is None:
-        place = selector.context("cpu")
-        choice = selector.choice(problem, channels.n_active, place)
-        module = place.module(choice)
-        return trial.wgrad(problem, module, choice, grad_output, input, weight, channels)
 
     def ours() -> Tensor:
         gradient = call(grad_output, input, weight, wanted)[1]

@@ -144,8 +144,8 @@ class _Cells:
         n = channels.n_active
         if n == len(channels):
             return Strategy.DENSE
-        place = selection.ExecutionContext((self._lab.backend,), "cuda", 0)
-        return selector.choice(self._problem, n, place).strategy
+        context = selection.ExecutionContext((self._lab.backend,), "cuda", 0)
+        return selector.choice(self._problem, n, context).strategy
 
     def _calls(self, channels: ActiveChannels) -> dict[str, Call]:
         """Providers by name, dense first."""
@@ -157,21 +157,21 @@ class _Cells:
             if provider.why_not(problem.geometry, operands[2]) is None:
                 calls[name] = comparison.peer_call(provider, problem, *operands, active)
         own = self._lab.backend
-        place = selection.ExecutionContext((own,), "cuda", 0)
+        context = selection.ExecutionContext((own,), "cuda", 0)
         calls[OURS] = _layer(problem, *operands, channels, own)
-        # With every channel active a layer, and all strategies but one, make the library's call.
+        # With every channel active a layer, and all strategies but one, make PyTorch's call.
         partly = n < problem.neurons
         if partly:
             for other in self._lab.others:
                 if other != own:
                     calls[f"{OURS} {other}"] = _layer(problem, *operands, channels, other)
-        for choice, module in selector.candidates(problem, n, place).items():
+        for choice, backend in selector.candidates(problem, n, context).items():
             if not (partly or choice.strategy == Strategy.CUSTOM):
                 continue
             name = f"{OURS} {choice.strategy.name.lower()}"
-            if name in calls:  # by rule it runs another way
+            if name in calls:  # the default runs another way
                 name = f"{name} {'x'.join(map(str, choice.settings))}"
-            calls[name] = trial.wgrad(problem, module, choice, *operands, channels)
+            calls[name] = trial.wgrad(problem, backend, choice, *operands, channels)
         return calls
 
 

@@ -1,13 +1,13 @@
-"""Turning the layers of a model into neuron layers, in place, and back."""
+"""Convert the layers of a model into neuron layers, in place, and back."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from neq_kernels.autograd.arguments import GradInput
-from neq_kernels.channels import ActiveChannels
+from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.conversion.eligibility import (
     NEURON_CLASSES,
     Filter,
@@ -22,8 +22,6 @@ from neq_kernels.layers.anchor import ParameterAnchor
 from neq_kernels.layers.base import NeuronLayer
 from neq_kernels.layers.following import FollowingParameters
 from neq_kernels.layers.traversal import named_neuron_layers, neuron_layers, unwrap
-
-_STATE = ("channels", "grad_input", "specialized", "anchor")
 
 
 def convert(
@@ -40,6 +38,11 @@ def convert(
     parameters, hooks, ``state_dict`` and every reference to them stay. All channels start active,
     and the model computes what it did. Convert before wrapping in DistributedDataParallel, FSDP or
     ``torch.compile``. Converting again does nothing to what is converted.
+
+    Layers constructed from :mod:`neq_kernels.nn` have neurons already. They are adopted whatever
+    ``filter`` and ``norms`` say: they get the other options, and keep their channels and masks.
+    Layers that share a weight, and see the same neurons in it, share one ``ActiveChannels``: a
+    channel is active if it was active in any of them.
 
     Args:
         model: any module.
@@ -67,10 +70,8 @@ def convert(
     if others not in ("train", "follow"):
         raise ValueError(f"others: expected 'train' or 'follow', got {others!r}")
     inner = unwrap(model)
-    known = [layer for _, layer in named_neuron_layers(inner)]
-    anchor = known[0].anchor if known else ParameterAnchor()
-    shared = {layer.weight: layer.channels for layer in known}
     reasons = reasons_against(inner, filter, norms)
+    anchor, shared = _adopt_known(inner, grad_input)
     for block, block_class in replaced_blocks(inner):
         _become(block, block_class)
     for name, layer in inner.named_modules():
@@ -79,9 +80,8 @@ def convert(
         _become(layer, NEURON_CLASSES[type(layer)])
         assert isinstance(layer, NeuronLayer)
         n = layer.layout.n_neurons(layer.weight)
-        layer.channels = shared.setdefault(layer.weight, ActiveChannels(n))
-        layer.channels.prepare(layer.weight.device)
-        layer.grad_input, layer.specialized, layer.anchor = grad_input, False, anchor
+        channels = shared.setdefault((layer.weight, layer.layout), ActiveChannels(n))
+        layer.adopt(channels, grad_input, anchor)
     if next(named_neuron_layers(inner), None) is None:
         raise ValueError(
             "model: expected at least one layer that can be converted, got none:\n"
@@ -107,8 +107,7 @@ def revert(model: nn.Module) -> nn.Module:
             )
     for module in inner.modules():
         if isinstance(module, NeuronLayer):
-            for name in _STATE:
-                module.__dict__.pop(name, None)
+            module.release()
             _become(module, stock_class(module))
         following = module.__dict__.pop("neq_following", None)
         if following is not None:
@@ -137,6 +136,25 @@ def specialize(model: nn.Module, enabled: bool = True) -> nn.Module:
     for layer in neuron_layers(model):
         layer.specialized = enabled
     return model
+
+
+def _adopt_known(
+    model: nn.Module, grad_input: GradInput
+) -> tuple[ParameterAnchor, dict[tuple[Tensor, NeuronLayout], ActiveChannels]]:
+    """Let the neuron layers that ``model`` has share one anchor, and their channels where they
+    share their neurons. Returns both."""
+    known = [layer for _, layer in named_neuron_layers(model)]
+    anchors = [layer.anchor for layer in known if layer.anchor.shared]
+    anchor = anchors[0] if anchors else ParameterAnchor(shared=True)
+    shared: dict[tuple[Tensor, NeuronLayout], ActiveChannels] = {}
+    for layer in known:
+        channels = shared.setdefault((layer.weight, layer.layout), layer.channels)
+        if channels is not layer.channels:
+            channels.set(channels.mask | layer.channels.mask)
+        layer.adopt(channels, layer.grad_input if layer.anchor.shared else grad_input, anchor)
+    for following in traversal.following_parameters(model):
+        following.anchor = anchor
+    return anchor, shared
 
 
 def _become(module: nn.Module, kind: type[nn.Module]) -> None:

@@ -1,21 +1,19 @@
-"""Which modules can be converted, to what, and the reason if not."""
+"""Decide which modules can be converted, to what, and why not."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
-from torch.nn import Parameter
 from torch.nn.utils import parametrize
 
 from neq_kernels.channels import NeuronLayout
 from neq_kernels.layers import conv, linear, norm
-from neq_kernels.layers.base import NeuronLayer
+from neq_kernels.layers.base import NeuronLayer, reason_against
 
 Filter = Callable[[str, nn.Module], bool]
-
 
 NEURON_CLASSES: dict[type[nn.Module], type[NeuronLayer]] = {
     nn.Linear: linear.Linear,
@@ -34,11 +32,12 @@ NEURON_CLASSES: dict[type[nn.Module], type[NeuronLayer]] = {
 
 
 def stock_class(module: nn.Module) -> type[nn.Module]:
+    """The torch.nn class of a neuron layer."""
     return next(stock for stock, ours in NEURON_CLASSES.items() if isinstance(module, ours))
 
 
 def _torchvision() -> Any:
-    """Our torchvision support, if the user's program has imported torchvision's models."""
+    """The module for torchvision's Swin; returns None if its models were not imported."""
     if "torchvision.models.swin_transformer" not in sys.modules:
         return None
     from neq_kernels.conversion import torchvision_swin
@@ -59,7 +58,7 @@ def replaced_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Modul
 
 
 def reasons_against(model: nn.Module, filter: Filter | None, norms: bool) -> dict[str, str | None]:
-    """For each module why it is not converted; None: it can be."""
+    """For each module, why it is not converted; None if it can be."""
     support = _torchvision()
     bypassing: tuple[type, ...] = (nn.MultiheadAttention, *(support.BYPASSING if support else ()))
     bypassed = {
@@ -115,17 +114,9 @@ def _own_reason(name: str, module: nn.Module, filter: Filter | None, norms: bool
     if kind not in NEURON_CLASSES:
         base = next((c.__name__ for c in NEURON_CLASSES if isinstance(module, c)), None)
         return f"a subclass of {base}" if base else "not a supported layer type"
-    if not isinstance(module._parameters.get("weight"), Parameter):
-        if "weight" in module._parameters:
-            return "it has no weight (affine=False)"
-        return "its weight is computed (weight norm, spectral norm, pruning)"
-    weight = cast(Parameter, module.weight)
-    if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}"
-    if weight.numel() == 0:
-        return f"its weight is empty: {tuple(weight.shape)}"
-    if kind is nn.LayerNorm and weight.dim() != 1:
-        return "it normalises over more than one dimension"
+    unsupported = reason_against(module)
+    if unsupported is not None:
+        return unsupported
     if issubclass(NEURON_CLASSES[kind], norm._Norm) and not norms:
         return "norms=False"
     if filter is not None and not filter(name, module):

@@ -15,22 +15,37 @@ class ParameterAnchor:
 
     DistributedDataParallel waits for every parameter in every backward. The next output that does
     need a gradient takes the waiting parameters along as extra inputs of a Function that returns
-    None for them; the reducer then sees them and fills their gradient with zeros. One object is
-    shared by all layers of a converted model.
+    None for them; the reducer then sees them and fills their gradient with zeros.
+
+    Args:
+        shared: by all layers of a converted model. False: it belongs to one constructed layer that
+            :func:`neq_kernels.convert` has not adopted, and sees no other layer's output.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shared: bool) -> None:
+        self.shared = shared
         self.waiting: dict[int, Parameter] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParameterAnchor:
-        return ParameterAnchor()
+        return ParameterAnchor(shared=self.shared)
 
-    def __reduce__(self) -> tuple[type[ParameterAnchor], tuple[()]]:
-        return ParameterAnchor, ()
+    def __reduce__(self) -> tuple[type[ParameterAnchor], tuple[bool]]:
+        return ParameterAnchor, (self.shared,)
 
     def add(self, parameters: Iterable[Parameter]) -> None:
-        """Let these parameters wait for the next live output."""
-        self.waiting.update((id(p), p) for p in parameters if p.requires_grad)
+        """Let these parameters wait for the next live output.
+
+        Raises:
+            RuntimeError: there can be none, since the anchor is not shared.
+        """
+        waiting = {id(p): p for p in parameters if p.requires_grad}
+        if waiting and not self.shared:
+            raise RuntimeError(
+                "a layer constructed from neq.nn is wholly frozen under a process group: expected "
+                "a layer that convert has adopted, got one on its own, whose parameters a "
+                "data-parallel reducer would wait for; call neq.convert(model) before wrapping it"
+            )
+        self.waiting.update(waiting)
 
     def tie(self, output: Tensor) -> Tensor:
         """``output``, tied to the waiting parameters if it needs a gradient."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from neq_kernels import functional
 from neq_kernels.channels import NeuronLayout
-from neq_kernels.layers.base import NeuronLayer
+from neq_kernels.layers.base import NeuronLayer, constructible
 
 
 class _AnyConv(NeuronLayer):
@@ -53,14 +53,17 @@ class _Conv(_AnyConv):
         return self._convolve(padded, weight, bias, 0)
 
 
+@constructible
 class Conv1d(_Conv, nn.Conv1d):
     """``torch.nn.Conv1d`` with neurons that can be frozen: one per output channel."""
 
 
+@constructible
 class Conv2d(_Conv, nn.Conv2d):
     """``torch.nn.Conv2d`` with neurons that can be frozen: one per output channel."""
 
 
+@constructible
 class Conv3d(_Conv, nn.Conv3d):
     """``torch.nn.Conv3d`` with neurons that can be frozen: one per output channel."""
 
@@ -91,13 +94,16 @@ class _ConvTranspose(_AnyConv):
         )
 
 
+@constructible
 class ConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
     """``torch.nn.ConvTranspose1d`` with neurons that can be frozen: one per output channel."""
 
 
+@constructible
 class ConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
     """``torch.nn.ConvTranspose2d`` with neurons that can be frozen: one per output channel."""
 
 
+@constructible
 class ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
     """``torch.nn.ConvTranspose3d`` with neurons that can be frozen: one per output channel."""

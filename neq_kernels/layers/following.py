@@ -1,4 +1,4 @@
-"""Parameters that no neuron owns and that stop learning with their block."""
+"""Stop parameters that no neuron owns from learning while their block is frozen."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class FollowingParameters:
         places: list[tuple[nn.Module, str]],
         anchor: ParameterAnchor,
     ) -> None:
-        self._layers, self._places, self._anchor = layers, places, anchor
+        self._layers, self._places, self.anchor = layers, places, anchor
         self._channels = ActiveChannels(1)
         self._aside: list[Parameter] = []
         self._hooks = [
@@ -79,7 +79,7 @@ class FollowingParameters:
         elif not self._stops():
             return
         elif in_process_group():
-            self._anchor.add(self.parameters)
+            self.anchor.add(self.parameters)
         self._aside = self.parameters
         for module, name in self._places:
             parameter = cast(Parameter, module._parameters[name])
@@ -94,8 +94,8 @@ class FollowingParameters:
     def _before_attention(
         self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Attention that no gradient reaches runs in no_grad, on aliases that ask for a gradient:
-        where nothing does, PyTorch projects a batch-first input by many small products."""
+        """Run attention that no gradient reaches in no_grad, on aliases that require a gradient:
+        if nothing requires one, PyTorch projects a batch-first input by many small products."""
         if not self._aside or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from neq_kernels import functional
-from neq_kernels.layers.base import NeuronLayer
+from neq_kernels.layers.base import NeuronLayer, constructible
 
 
+@constructible
 class Linear(NeuronLayer, nn.Linear):
     """``torch.nn.Linear`` with neurons that can be frozen: one per output feature."""
 

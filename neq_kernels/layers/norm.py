@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from neq_kernels import functional
 from neq_kernels.autograd.call_state import all_active, learns, watched
-from neq_kernels.layers.base import NeuronLayer
+from neq_kernels.layers.base import NeuronLayer, constructible
 
 
 class _Norm(NeuronLayer):
@@ -17,7 +17,7 @@ class _Norm(NeuronLayer):
         return 1
 
     def forward(self, input: Tensor) -> Tensor:
-        """The stock layer, run on a scale and shift whose gradients are masked."""
+        """Run PyTorch's norm on a scale and shift whose gradients are masked."""
         channels = self.channels
         weight, bias = self._learned()
         if not learns(weight, bias):
@@ -30,6 +30,7 @@ class _Norm(NeuronLayer):
         raise NotImplementedError
 
 
+@constructible
 class LayerNorm(_Norm, nn.LayerNorm):
     """``torch.nn.LayerNorm`` over one dimension: one neuron per normalised feature."""
 
@@ -40,6 +41,7 @@ class LayerNorm(_Norm, nn.LayerNorm):
         return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
+@constructible
 class GroupNorm(_Norm, nn.GroupNorm):
     """``torch.nn.GroupNorm`` with neurons that can be frozen: one per channel's scale and shift."""
 
@@ -48,7 +50,7 @@ class GroupNorm(_Norm, nn.GroupNorm):
 
 
 class _BatchNorm(_Norm, nn.modules.batchnorm._BatchNorm):
-    """Running statistics are updated as ever: they are no parameters."""
+    """Running statistics are updated as in torch.nn, whatever is frozen."""
 
     def _normalize(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
@@ -71,13 +73,16 @@ class _BatchNorm(_Norm, nn.modules.batchnorm._BatchNorm):
         )
 
 
+@constructible
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
     """``torch.nn.BatchNorm1d`` with neurons that can be frozen: one per channel."""
 
 
+@constructible
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
     """``torch.nn.BatchNorm2d`` with neurons that can be frozen: one per channel."""
 
 
+@constructible
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     """``torch.nn.BatchNorm3d`` with neurons that can be frozen: one per channel."""

@@ -1,4 +1,4 @@
-"""Find the converted layers of a model, and the owners of its parameters."""
+"""Find the neuron layers of a model, and the owners of its parameters."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from neq_kernels.layers.following import FollowingParameters
 
 
 def neuron_layers(model: nn.Module) -> list[NeuronLayer]:
+    """The neuron layers of ``model``; raises ValueError if there are none."""
     found = [layer for _, layer in named_neuron_layers(model)]
     if not found:
         raise ValueError("model: expected a converted model, got no neuron layers; call convert")
@@ -34,7 +35,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def named_neuron_layers(model: nn.Module) -> Iterator[tuple[str, NeuronLayer]]:
-    """The converted layers of ``model`` (wrappers seen through), in ``named_modules`` order."""
+    """The neuron layers of ``model`` (wrappers seen through), in ``named_modules`` order."""
     for name, module in unwrap(model).named_modules():
         if isinstance(module, NeuronLayer):
             yield name, module

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from neq_kernels.backends import cpu as module
 from neq_kernels.channels import WHOLE_PARAMETER, NeuronLayout
 from tests.support.arrange import (
     ANY,
@@ -41,16 +42,16 @@ def test_library_that_is_missing_or_broken_gives_the_reason(tmp_path, monkeypatc
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"not a library")
     for path in (missing, broken):
-        monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, str(path))
-        reason = cpu.unavailable.__wrapped__()
+        monkeypatch.setenv(module.ENVIRONMENT_VARIABLE, str(path))
+        reason = module._load.__wrapped__()
         assert reason.startswith("the C++ extension cannot be loaded")
         assert path.name in reason
 
 
 def test_extension_that_was_not_built_is_reported(monkeypatch, tmp_path):
-    monkeypatch.delenv(cpu.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.setattr(cpu, "_LIBRARY", tmp_path / "_C.so")
-    assert cpu.unavailable.__wrapped__() == (
+    monkeypatch.delenv(module.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(module, "_LIBRARY", tmp_path / "_C.so")
+    assert module._load.__wrapped__() == (
         "the C++ extension was not built when neq_kernels was installed"
     )
 

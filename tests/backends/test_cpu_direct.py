@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neq_kernels.backends.problem import ConvGeometry, Strategy
+from neq_kernels.backends.problem import ConvGeometry, KernelChoice, Strategy
 from neq_kernels.channels import ActiveChannels
 from tests.support import oracle
 from tests.support.arrange import threads
@@ -29,7 +29,14 @@ WINDOWS = {
 def gradients(x, weight, dy, window, channels, strategy=Strategy.CUSTOM, bias=True):
     geometry = ConvGeometry(*window[1:], False, (0, 0), 1)
     _, rows, entries = cpu.conv_backward(
-        dy, x, weight, geometry, channels.order(), channels.n_active, (False, True, bias), strategy
+        dy,
+        x,
+        weight,
+        (False, True, bias),
+        input_size=x.shape,
+        geometry=geometry,
+        active=channels.on(x.device),
+        choice=KernelChoice(strategy),
     )
     return rows, entries
 
@@ -94,7 +101,13 @@ def test_linear_layers_of_any_size(rows, c, k, dtype):
         for count in (1, 2, 3):
             with threads(count):
                 _, grad, bias = cpu.linear_backward(
-                    dy, x, x.shape, weight, order, n, -1, (False, True, True), Strategy.CUSTOM
+                    dy,
+                    x,
+                    weight,
+                    (False, True, True),
+                    input_size=x.shape,
+                    active=channels.on(x.device),
+                    choice=KernelChoice(Strategy.CUSTOM),
                 )
             expected = (dy.t().double() @ x.double()).index_fill(0, order[n:], 0)
             assert torch.equal(grad.double(), expected)
@@ -166,13 +179,11 @@ def test_rows_of_any_alignment_in_a_large_gradient_are_cleared(c, dtype, strateg
         _, grad, _ = cpu.linear_backward(
             dy,
             x,
-            x.shape,
             weight,
-            channels.order(),
-            len(active),
-            -1,
             (False, True, False),
-            strategy,
+            input_size=x.shape,
+            active=channels.on(x.device),
+            choice=KernelChoice(strategy),
         )
     expected = torch.zeros_like(weight)
     expected[active] = (dy.t() @ x)[active]

@@ -1,5 +1,5 @@
 """Gradients that a CUDA graph would replay with other channels active. No graph is captured here:
-``dispatch.captured`` says so, and what the host knows of the channels is stale."""
+``Rehearsal.captures`` says so, and what the host knows of the channels is stale."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from neq_kernels import functional, ops
 from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.channels import ActiveChannels
-from neq_kernels.dispatch import backward, cuda_graphs
+from neq_kernels.dispatch.selection import selector
 from tests.support import oracle
 
 BEFORE, AFTER = [True, True, False, False, False, True], [False, True, True, True, True, False]
@@ -17,8 +17,7 @@ BEFORE, AFTER = [True, True, False, False, False, True], [False, True, True, Tru
 
 @pytest.fixture
 def _captured(monkeypatch):
-    for module in (backward, cuda_graphs):
-        monkeypatch.setattr(module, "captured", lambda tensor: True)
+    monkeypatch.setattr(selector.rehearsal, "captures", lambda tensor: True)
     monkeypatch.setattr(selector, "backends_for", lambda device_type: ("aten",))
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from neq_kernels.backends.problem import ConvGeometry, Problem, Strategy
+from neq_kernels.channels import Active
 from neq_kernels.dispatch import backward, cost_model, selection
 from neq_kernels.dispatch.selection import selector
 from tests.support import oracle
@@ -62,7 +63,6 @@ def test_a_forced_backend_that_cannot_serve_raises(monkeypatch):
 def test_a_gpu_is_served_by_what_was_proved_on_it(monkeypatch):
     monkeypatch.delenv(selection.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
-    monkeypatch.setattr(cuda, "emulated", lambda: False)
     monkeypatch.setattr(triton, "unavailable", lambda: "it is missing on purpose")
     for proved, expected in (
         (None, ("aten",)),
@@ -84,7 +84,7 @@ import sys
 import torch
 import neq_kernels as neq
 from neq_kernels.backends.problem import Strategy
-from neq_kernels.dispatch import selection
+from neq_kernels.dispatch.selection import selector
 
 torch.set_num_threads(1)
 last = {"memory_format": torch.channels_last}
@@ -136,12 +136,14 @@ def test_off_the_cpu_the_channels_of_groups_are_not_counted_to_pack_them(
     used = []
     monkeypatch.setattr(selector, "backends_for", lambda device_type: ("aten",))
     monkeypatch.setattr(
-        aten, "conv_backward", lambda *arguments: (used.append(arguments[-1]), [None] * 3)[1]
+        aten,
+        "conv_backward",
+        lambda *_, choice, **more: (used.append(choice.strategy), [None] * 3)[1],
     )
     geometry = ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), groups)
     x, dy = (torch.empty(2, 8, 5, 5, device="meta") for _ in range(2))
     weight = torch.empty(8, 8 // groups, 3, 3, device="meta")
-    order, count = torch.arange(8), torch.tensor([2])
+    active = Active(torch.arange(8), torch.tensor([2]), 2, -1)
     with selector.forced_strategy(Strategy.PACK):
-        backward.conv_backward(dy, x, x.shape, weight, geometry, order, count, 2, [True] * 3, False)
+        backward.conv_backward(dy, x, x.shape, weight, geometry, active, [True] * 3, False)
     assert used == [expected]

@@ -11,10 +11,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import neq_kernels as neq
+from neq_kernels.backends.aten import Aten
 from neq_kernels.backends.problem import ConvGeometry, KernelChoice, Problem, Strategy
 from neq_kernels.dispatch import (
     autotune,
-    cuda_graphs,
     selection,
     stopwatch,
     trial,
@@ -23,7 +23,6 @@ from neq_kernels.dispatch import (
 from neq_kernels.dispatch.selection import selector
 from neq_kernels.dispatch.tuning_table import TuningTable, count_bucket, key
 from neq_kernels.doctor import runner
-from tests.support.backends import aten
 
 CONV = Problem(
     (2, 8, 6, 6),
@@ -40,11 +39,9 @@ CUSTOM, PACK = KernelChoice(Strategy.CUSTOM), KernelChoice(Strategy.PACK)
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv(tuning_table.DIRECTORY_VARIABLE, str(tmp_path))
-    selection.table_for.cache_clear()
-    selector.forget_choices()
+    selector.forget()
     yield tmp_path
-    selection.table_for.cache_clear()
-    selector.forget_choices()
+    selector.forget()
 
 
 def test_counts_share_an_entry_four_to_the_doubling():
@@ -190,7 +187,7 @@ def test_on_a_gpu_the_table_says_which_backend_serves():
         selector.table(GPU).load_state_dict(selector.table(GPU).state_dict())
         selector.forget_choices()
         assert selector.choice(LINEAR, 9, GPU) == choice
-        assert GPU.module(choice) is module
+        assert selector.backend_of(choice, GPU) is module
     for stranger in ("cpu", "cublas"):
         choice = KernelChoice(Strategy.CUSTOM, (), stranger)
         selector.table(GPU).put(LINEAR, 9, choice)
@@ -215,9 +212,9 @@ def test_what_a_cuda_graph_replays_is_an_own_kernel_of_the_first_backend(
 ):
     monkeypatch.setattr(selector.rehearsal, "_rehearsed", {})
     with neq.capturable():
-        choice = cuda_graphs.replayed_choice(problem, GPU, [True] * 3, False)
+        choice = selector.choice_in_graph(problem, GPU, [True] * 3)
     assert choice == KernelChoice(Strategy.CUSTOM, (), backend)
-    assert cuda_graphs.replayed_choice(problem, GPU, [True] * 3, False) == choice
+    assert selector.choice_in_graph(problem, GPU, [True] * 3) == choice
 
 
 def test_tune_measures_every_layer_and_keeps_the_winners(own_folder):
@@ -230,7 +227,7 @@ def test_tune_measures_every_layer_and_keeps_the_winners(own_folder):
     }
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert len(list(own_folder.glob("*.json"))) == 1
-    selection.table_for.cache_clear()
+    selector.forget()
     assert len(selector.table(selector.context("cpu"))) == 4
 
 
@@ -266,24 +263,16 @@ def test_measuring_on_the_fly_is_asked_for_by_the_environment(monkeypatch):
 def test_the_contest_runs_every_candidate(problem):
     ran = []
 
-    class Backend:
-        __name__ = "test"
+    class Counted(Aten):
+        def conv_backward(self, *tensors, choice, **more):
+            ran.append(choice.strategy)
+            return super().conv_backward(*tensors, choice=PACK, **more)
 
-        @staticmethod
-        def conv_backward(dy, x, weight, geometry, order, n, wanted, strategy):
-            ran.append(strategy)
-            return aten.conv_backward(
-                dy, x, weight, geometry, order, n, wanted, Strategy.PACK, aten
-            )
+        def linear_backward(self, *tensors, choice, **more):
+            ran.append(choice.strategy)
+            return super().linear_backward(*tensors, choice=PACK, **more)
 
-        @staticmethod
-        def linear_backward(dy, x, size, weight, order, n, start, wanted, strategy):
-            ran.append(strategy)
-            return aten.linear_backward(
-                dy, x, size, weight, order, n, start, wanted, Strategy.PACK, aten
-            )
-
-    candidates = {KernelChoice(strategy): Backend() for strategy in Strategy}
+    candidates = {KernelChoice(strategy): Counted() for strategy in Strategy}
     assert autotune.fastest(problem, 4, candidates, seconds=0.001) in candidates
     assert set(ran) == set(Strategy)
 
@@ -297,7 +286,8 @@ class WithSettings:
     def __init__(self, clock):
         self._clock = clock
 
-    def linear_backward(self, *arguments, settings=()):
+    def linear_backward(self, *tensors, choice, **more):
+        settings = choice.settings
         if settings == (2,):
             raise RuntimeError("out of shared memory")
         self._clock.now += {(): 5.0, (1,): 3.0, (3,): 1.0, (4,): 0.5}[settings]
@@ -329,7 +319,7 @@ def test_on_a_gpu_ways_compete_on_a_clock_and_the_wrong_is_passed_over(monkeypat
     backend = WithSettings(clock)
     candidates = dict.fromkeys([KernelChoice(Strategy.DENSE), *WithSettings.ways], backend)
     monkeypatch.setattr(autotune, "operands", lambda problem, device: [torch.zeros(2, 2)] * 3)
-    monkeypatch.setattr(trial.ActiveChannels, "order", lambda self, device=None: None)
+    monkeypatch.setattr(trial.ActiveChannels, "on", lambda self, device: None)
     winner = autotune.fastest(LINEAR, 4, candidates, "cuda", 0.1, clock)
     assert winner == KernelChoice(Strategy.CUSTOM, (3,))
     assert clock.flushed > 0

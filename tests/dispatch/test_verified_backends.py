@@ -7,11 +7,13 @@ import json
 import pytest
 import torch
 
-from neq_kernels.dispatch import selection, tuning_table, verified_backends
+from neq_kernels.backends import cuda as module
+from neq_kernels.dispatch import selection, tuning_table
 from neq_kernels.dispatch.selection import selector
 from neq_kernels.doctor import checks as doctor_checks
 from neq_kernels.doctor import runner
 from neq_kernels.doctor.checks import OPS, Check
+from tests.support.backends import cuda
 
 
 @pytest.fixture
@@ -83,7 +85,7 @@ def test_a_proof_holds_for_one_gpu_version_and_build(gpu, monkeypatch):
     others = (
         (torch.cuda, "get_device_name", lambda *_: "another GPU"),
         (torch, "__version__", "9.9"),
-        (verified_backends, "_built_with", lambda: {"cuda library": "of today"}),
+        (cuda, "build", lambda: "of today"),
     )
     for where, what, other in others:
         with monkeypatch.context() as m:
@@ -97,8 +99,8 @@ def test_a_build_is_known_by_its_bytes(tmp_path, monkeypatch):
     for text in ("a", "b", None):
         library = tmp_path / "_cuda.so"
         library.write_text(text) if text else library.unlink()
-        monkeypatch.setattr(verified_backends.cuda, "LIBRARY", library)
-        seen.append(verified_backends._built_with.__wrapped__()["cuda library"])
+        monkeypatch.setattr(module, "LIBRARY", library)
+        seen.append(cuda.build())
     assert len(set(seen)) == 3
     assert seen[2] == ""
 
@@ -106,7 +108,7 @@ def test_a_build_is_known_by_its_bytes(tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"checked_with": {}, "right": ["cuda"]}'])
 def test_a_file_that_says_something_else_is_ignored(gpu, caplog, text):
     selector.verified.keep(["cuda"])
-    verified_backends._outcomes.clear()
+    selector.verified._outcomes.clear()
     (path,) = gpu.glob("selfcheck-*.json")
     assert json.loads(path.read_text())["right"] == ["cuda"]
     path.write_text(text)

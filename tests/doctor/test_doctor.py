@@ -16,7 +16,7 @@ from neq_kernels.dispatch.selection import selector
 from neq_kernels.doctor import checks as doctor_checks
 from neq_kernels.doctor import runner
 from neq_kernels.optim import reference
-from tests.support.backends import aten
+from tests.support.backends import aten, triton
 
 
 def results() -> dict[tuple[str, str], doctor_checks.Check]:
@@ -41,8 +41,7 @@ def test_every_op_of_every_backend_passes_and_nothing_is_left_behind(monkeypatch
 
 
 def test_triton_is_checked_on_the_gpu_alone(monkeypatch):
-    monkeypatch.setattr(selection.triton, "unavailable", lambda: None)
-    monkeypatch.setattr(selection.triton, "interpreted", lambda: False)
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
     monkeypatch.setattr(doctor_checks, "device_types", lambda: ["cpu", "cuda"])
     served = list(doctor_checks.served())
     assert {device for backend, device in served if backend == "triton"} == {"cuda"}

@@ -7,7 +7,7 @@ import torch
 from torch.optim import SGD, Adam, AdamW
 
 from neq_kernels.channels import WHOLE_PARAMETER, ActiveChannels, NeuronLayout
-from neq_kernels.dispatch import selection
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.optim import reference, row_steps
 from tests.support.backends import cpu
 from tests.support.row_functions import step_one
@@ -132,7 +132,7 @@ def test_every_layout_and_memory_format(shape, layout):
                 form(t.clone()) for t in (weights, grad, *[torch.zeros_like(weights)] * 3)
             )
             step_one(
-                row_steps._kernels([p, g, *state], layout),
+                row_steps._backend([p, g, *state], layout),
                 "adam_rows_",
                 p,
                 g,
@@ -172,25 +172,25 @@ def test_decay_of_frozen_neurons():
 
 
 def test_the_extension_serves_only_what_it_can(monkeypatch):
-    serving = cpu if cpu.unavailable() is None else reference
+    serving = cpu if cpu.unavailable() is None else None
     monkeypatch.setattr(
-        selection, "backend_for", lambda kind: "aten" if serving is reference else "cpu"
+        selector, "backends_for", lambda kind: ("aten" if serving is None else "cpu",)
     )
     p = torch.zeros(4, 3, 2, 2)
     last = p.contiguous(memory_format=torch.channels_last)
     layout = NeuronLayout()
-    assert row_steps._kernels([p, p], layout) is serving
-    assert row_steps._kernels([last, last], layout) is serving
-    assert row_steps._kernels([p, last], layout) is reference
+    assert row_steps._backend([p, p], layout) is serving
+    assert row_steps._backend([last, last], layout) is serving
+    assert row_steps._backend([p, last], layout) is None
     # Where a dimension has one element, its stride says nothing about memory.
     pointwise = torch.zeros(4, 3, 1, 1)
     assert pointwise.stride() != (3, 1, 3, 3)
     assert (
-        row_steps._kernels([pointwise, pointwise.as_strided((4, 3, 1, 1), (3, 1, 3, 3))], layout)
+        row_steps._backend([pointwise, pointwise.as_strided((4, 3, 1, 1), (3, 1, 3, 3))], layout)
         is serving
     )
-    assert row_steps._kernels([p, p.double()], layout) is reference
-    assert row_steps._kernels([p.mT, p.mT], layout) is reference
-    assert row_steps._kernels([p.to("meta"), p.to("meta")], layout) is reference
-    monkeypatch.setattr(selection, "backend_for", lambda kind: "reference")
-    assert row_steps._kernels([p, p], layout) is reference
+    assert row_steps._backend([p, p.double()], layout) is None
+    assert row_steps._backend([p.mT, p.mT], layout) is None
+    assert row_steps._backend([p.to("meta"), p.to("meta")], layout) is None
+    monkeypatch.setattr(selector, "backends_for", lambda kind: ("reference",))
+    assert row_steps._backend([p, p], layout) is None

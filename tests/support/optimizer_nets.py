@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from neq_kernels.conversion.convert import convert
 from neq_kernels.layers.base import NeuronLayer
-from neq_kernels.optim import reference, row_steps
+from neq_kernels.optim import row_steps
 from tests.support.backends import cpu
 
 # The implementations of the row steps this machine has.
@@ -19,8 +19,8 @@ TRANSPOSED = {"up.weight": 1, "grouped_up.weight": 2}
 
 
 def use_kernels(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    module = {"torch": reference, "cpu": cpu}[name]
-    monkeypatch.setattr(row_steps, "_kernels", lambda tensors, layout: module)
+    backend = {"torch": None, "cpu": cpu}[name]
+    monkeypatch.setattr(row_steps, "_backend", lambda tensors, layout: backend)
 
 
 class Net(nn.Module):

@@ -6,7 +6,6 @@ Written without the package's own ideas of layouts and masks, on purpose.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -19,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from neq_kernels import ops
 from neq_kernels.backends.problem import Strategy
 from neq_kernels.channels import ActiveChannels
-from neq_kernels.dispatch import selection
 from neq_kernels.dispatch.selection import selector
 
 CONV = (F.conv1d, F.conv2d, F.conv3d)
@@ -42,18 +40,9 @@ def usable_backends() -> list[str]:
 def forced_backend(name: str) -> Iterator[None]:
     """Everything inside is served by the backend of this name, see :func:`usable_backends`."""
     name, _, strategy = name.partition("-")
-    before = os.environ.get(selection.ENVIRONMENT_VARIABLE)
-    os.environ[selection.ENVIRONMENT_VARIABLE] = name
-    selector.forget()
     forced = selector.forced_strategy(Strategy[strategy]) if strategy else contextlib.nullcontext()
-    try:
-        with forced:
-            yield
-    finally:
-        del os.environ[selection.ENVIRONMENT_VARIABLE]
-        if before is not None:
-            os.environ[selection.ENVIRONMENT_VARIABLE] = before
-        selector.forget()
+    with selector.forced_backend(name), forced:
+        yield
 
 
 # --- masks ---------------------------------------------------------------------------------------

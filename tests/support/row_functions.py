@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
+from neq_kernels.backends.base import Backend
 from neq_kernels.channels import NeuronLayout
-from tests.support.backends import cpu
+from neq_kernels.optim import reference
 
 
 def step_one(
-    module: ModuleType,
+    backend: Backend | None,
     function: str,
     param: Tensor,
     grad: Tensor,
@@ -22,10 +22,11 @@ def step_one(
     layout: NeuronLayout,
     **settings: Any,
 ) -> None:
-    """``state``: what lies between ``grad`` and ``order`` in the function's arguments."""
-    if module is not cpu:
-        getattr(module, function)(param, grad, *state, order, n, layout, **settings)
+    """``backend`` None: ``optim.reference``. ``state``: what lies between ``grad`` and ``order`` in
+    the function's arguments."""
+    if backend is None:
+        getattr(reference, function)(param, grad, *state, order, n, layout, **settings)
         return
     lists = [[] if tensor is None else [tensor] for tensor in state]
     blocks = layout.blocks(param) or (1, 1, 1, param.numel())
-    getattr(cpu, function)([param], [grad], *lists, [order], [n], blocks, **settings)
+    getattr(backend, function)([param], [grad], *lists, [order], [n], blocks, **settings)

@@ -41,7 +41,7 @@ def prepared_sanitizer() -> Iterator[None]:
         patch.setattr(multi_tensor, "launch", launch_with)
         patch.setattr(harness, "Memory", WithTheirMemory)
         # Inside of an operator its tensors say that they are on the CPU.
-        patch.setattr(triton, "serves", lambda device_type: True)
+        patch.setattr(triton, "supports", lambda device_type: True)
         # These ask the GPU that the sanitizer pretends to have.
         patch.setattr(Optimizer, "_accelerator_graph_capture_health_check", lambda self: None)
         patch.setattr(Probe, "_generators", lambda self: [torch.default_generator])

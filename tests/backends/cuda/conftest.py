@@ -12,8 +12,9 @@ import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from neq_kernels.backends import cuda
+from neq_kernels.backends.cuda import Cuda
+from neq_kernels.dispatch.selection import selector
 from tests.cuda_on_cpu.emulator import build
-from tests.support import oracle
 from tests.support.cuda_cases import DEVICE, FOLDER
 
 
@@ -61,16 +62,34 @@ def emulated_library() -> str | None:
     return None if DEVICE == "cuda" else build_emulated()
 
 
+class EmulatedCuda(Cuda):
+    """CPU tensors, and the emulator in the place of a GPU."""
+
+    device_type = "cpu"
+
+    def __init__(self, library: str) -> None:
+        self._library = library
+
+    def unavailable(self) -> str | None:
+        return cuda.load_library(self._library)
+
+
+@contextmanager
+def emulated(library: str | None) -> Iterator[None]:
+    """Tensors of ``DEVICE`` are given to the CUDA kernels; None: to those of the real library."""
+    with pytest.MonkeyPatch.context() as patch, full_precision():
+        if library is not None:
+            patch.setitem(selector.backends, "cuda", EmulatedCuda(library))
+        selector.forget()
+        with selector.forced_backend("cuda"):
+            yield
+    selector.forget()
+
+
 @pytest.fixture
 def ops(emulated_library, monkeypatch) -> Iterator[CountedOps]:
-    """Tensors of ``DEVICE`` are served by the CUDA kernels."""
-    if emulated_library is not None:
-        monkeypatch.setenv(cuda.ENVIRONMENT_VARIABLE, emulated_library)
+    """Tensors of ``DEVICE`` are given to the CUDA kernels, whose calls are counted."""
     counted = CountedOps(cuda._leaf)
     monkeypatch.setattr(cuda, "_leaf", counted)
-    cuda.unavailable.cache_clear()
-    selector.forget_choices()
-    with oracle.forced_backend("cuda"), full_precision():
+    with emulated(emulated_library):
         yield counted
-    cuda.unavailable.cache_clear()
-    selector.forget_choices()

@@ -9,13 +9,15 @@ import torch
 from torch.nn import functional as F
 
 from neq_kernels import ops as public
-from neq_kernels.backends import aten, cuda
+from neq_kernels.backends import cuda as module
 from neq_kernels.backends.problem import ConvGeometry, Problem, Strategy
 from neq_kernels.channels import NeuronLayout
 from neq_kernels.dispatch import selection
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.doctor import checks as doctor_checks
 from neq_kernels.doctor import gradients, runner
-from tests.backends.cuda.conftest import build_emulated
+from tests.backends.cuda.conftest import build_emulated, emulated
+from tests.support.backends import aten, cuda
 from tests.support.cuda_cases import DEVICE, DTYPES, images
 from tests.support.gpu_cases import MASKS, assert_gradient, channels
 
@@ -172,38 +174,32 @@ def test_rows_of_the_librarys_product(dtype, ops):
     assert ops.calls["scatter_rows"] == 1
 
 
-def test_without_the_emulator_there_is_a_reason(monkeypatch):
-    monkeypatch.delenv(cuda.ENVIRONMENT_VARIABLE, raising=False)
-    cuda.unavailable.cache_clear()
+def test_without_a_gpu_there_is_a_reason(monkeypatch):
+    reason = module._load.__wrapped__
     if not torch.cuda.is_available():
-        assert cuda.unavailable() in (
+        assert reason() in (
             "PyTorch finds no NVIDIA GPU",
             "the CUDA extension was not built when neq_kernels was installed",
         )
-    monkeypatch.setattr(cuda, "LIBRARY", cuda.LIBRARY.with_name("missing.so"))
-    cuda.unavailable.cache_clear()
-    assert cuda.unavailable() == "the CUDA extension was not built when neq_kernels was installed"
-    cuda.unavailable.cache_clear()
+    monkeypatch.setattr(module, "LIBRARY", module.LIBRARY.with_name("missing.so"))
+    assert reason() == "the CUDA extension was not built when neq_kernels was installed"
 
 
-def test_a_driver_that_cannot_run_the_kernels_is_a_reason(ops, monkeypatch):
+def test_a_driver_that_cannot_run_the_kernels_is_a_reason(emulated_library, monkeypatch):
     def refused():
         raise RuntimeError("neq_kernels multiprocessors: CUDA driver version is insufficient")
 
-    monkeypatch.setattr(cuda, "_leaf", SimpleNamespace(multiprocessors=refused))
-    cuda.unavailable.cache_clear()
-    reason = cuda.unavailable()
-    if DEVICE == "cpu":
-        assert reason is not None
-        assert reason.startswith("the CUDA extension cannot be used: neq_kernels multiproc")
-    cuda.unavailable.cache_clear()
+    monkeypatch.setattr(module, "_leaf", SimpleNamespace(multiprocessors=refused))
+    reason = module.load_library(emulated_library or module.LIBRARY)
+    assert reason is not None
+    assert reason.startswith("the CUDA extension cannot be used: neq_kernels multiproc")
 
 
 def test_an_error_of_a_launch_names_the_operation(ops):
     rows, order = torch.zeros(4, 8, device=DEVICE), torch.arange(8, device=DEVICE)
     count = torch.tensor([1], dtype=torch.int32, device=DEVICE)
     with pytest.raises(RuntimeError, match=r"neq_kernels pack: invalid"):
-        cuda._leaf.pack(rows, order, count, 128 * 65536, False, False)
+        module._leaf.pack(rows, order, count, 128 * 65536, False, False)
 
 
 def test_the_self_check_runs_and_finds_every_kernel_right(ops, monkeypatch):
@@ -274,12 +270,9 @@ def test_the_self_check_finds_what_is_wrong_in_one_kernel(monkeypatch):
         )
     ]
     library = build_emulated([*registered, *(fault for fault, _ in FAULTS.values())])
-    monkeypatch.setenv(cuda.ENVIRONMENT_VARIABLE, library)
-    monkeypatch.setattr(cuda, "_leaf", torch.ops.neq_kernels_faulty)
-    cuda.unavailable.cache_clear()
-    with doctor_checks.forced("cuda"):
+    monkeypatch.setattr(module, "_leaf", torch.ops.neq_kernels_faulty)
+    with emulated(library):
         failures = gradients.check_gradients("conv_backward", "cuda", "cpu").failures
-    cuda.unavailable.cache_clear()
     for _, case in FAULTS.values():
         assert any(case in failure for failure in failures), case
     right = (

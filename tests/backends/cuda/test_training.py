@@ -12,6 +12,7 @@ from torch import nn
 
 import neq_kernels as neq
 from neq_kernels.backends.problem import Strategy
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.layers.traversal import named_neuron_layers
 from tests.support import oracle
 from tests.support.cuda_cases import DEVICE

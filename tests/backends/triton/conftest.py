@@ -8,7 +8,23 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from neq_kernels.backends.triton.backend import Triton
+from neq_kernels.dispatch.selection import selector
 from tests.support.gpu_cases import EXECUTOR
+
+
+class InterpretedTriton(Triton):
+    """CPU tensors, given to Triton's interpreter (``TRITON_INTERPRET=1``)."""
+
+    device_type = "cpu"
+
+    def unavailable(self) -> str | None:
+        return None
+
+
+if EXECUTOR == "interpreter":
+    selector.backends["triton"] = InterpretedTriton()
+    selector.forget()
 
 collect_ignore_glob = [] if EXECUTOR else ["test_*.py"]
 

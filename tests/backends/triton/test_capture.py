@@ -10,8 +10,8 @@ from torch import nn
 import neq_kernels as neq
 from neq_kernels import ops
 from neq_kernels.backends.problem import ConvGeometry, Problem, Strategy
-from neq_kernels.backends.triton import backend as triton
-from neq_kernels.dispatch import cuda_graphs, selection
+from neq_kernels.dispatch.selection import selector
+from tests.support.backends import triton
 from tests.support.gpu_cases import EXECUTOR, MASKS, assert_gradient, channels, poison
 
 
@@ -31,18 +31,18 @@ def test_what_was_rehearsed_is_captured(groups, device, monkeypatch, caplog):
     used, backend = [], triton.linear_backward if groups is None else triton.conv_backward
 
     def counted(*arguments, **more):
-        used.append(next(a for a in arguments if isinstance(a, Strategy)))
+        used.append(more["choice"].strategy)
         return backend(*arguments, **more)
 
     monkeypatch.setattr(triton, backend.__name__, counted)
-    monkeypatch.setattr(cuda_graphs, "captured", lambda tensor: True)
+    monkeypatch.setattr(selector.rehearsal, "captures", lambda tensor: True)
     check(groups, "all", "random", device)
     assert "warm up within neq_kernels.capturable()" in caplog.text
     monkeypatch.undo()
     monkeypatch.setattr(triton, backend.__name__, counted)
     with neq.capturable():
         check(groups, "all", "one", device)
-    monkeypatch.setattr(cuda_graphs, "captured", lambda tensor: True)
+    monkeypatch.setattr(selector.rehearsal, "captures", lambda tensor: True)
     check(groups, "all", "random", device)
     assert used == [Strategy.DENSE, Strategy.CUSTOM, Strategy.CUSTOM]
 
@@ -53,12 +53,12 @@ def test_the_kernel_of_the_table_is_rehearsed(device, monkeypatch):
     monkeypatch.setattr(selector.rehearsal, "_rehearsed", {})
     chosen = list(selector.candidates(problem, 8, selector.context(device)))[-1]
     assert chosen.settings
-    monkeypatch.setattr(selection, "choice_for", lambda *_: chosen)
+    monkeypatch.setattr(selector, "choice", lambda *_: chosen)
     given, backend = [], triton.linear_backward
     monkeypatch.setattr(
         triton,
         "linear_backward",
-        lambda *a, **m: (given.append(m["settings"]), backend(*a, **m))[1],
+        lambda *a, **m: (given.append(m["choice"].settings), backend(*a, **m))[1],
     )
     channels_now = channels(8, "random")
     active = channels_now.order(device), channels_now.count(device), channels_now.host_count
@@ -71,7 +71,7 @@ def test_the_kernel_of_the_table_is_rehearsed(device, monkeypatch):
         )
     assert_gradient(grad, dy.double().t() @ x.double(), channels_now, 50)
     assert given == [chosen.settings]
-    assert list(cuda_graphs._rehearsed.values()) == [chosen]
+    assert list(selector.rehearsal._rehearsed.values()) == [chosen]
 
 
 def check(groups, then, now, device) -> None:

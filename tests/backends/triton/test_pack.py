@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neq_kernels.backends import aten
-from neq_kernels.backends.triton import backend as triton
 from neq_kernels.channels import NeuronLayout
+from tests.support.backends import aten, triton
 from tests.support.gpu_cases import DTYPES, MASKS, assert_gradient, channels, poison
 from tests.support.wgrad_operands import LAYOUTS
 

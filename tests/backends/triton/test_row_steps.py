@@ -10,12 +10,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from neq_kernels.backends.triton import backend as triton
 from neq_kernels.backends.triton import row_steps
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.optim import attach, reference
 from neq_kernels.optim import row_steps as row_steps_module
 from tests.support.arrange import assert_as_precise_as_torch, bits
+from tests.support.backends import triton
 from tests.support.gpu_cases import DTYPES
 from tests.support.optimizer_nets import make_net, random_masks, set_gradients
 from tests.support.row_step_cases import (
@@ -259,7 +259,7 @@ def test_attached_optimizers(name, channels_last, frozen_state, launches, device
         patch.setattr(reference, "adam_rows_", None)
         ours, counts = run(make, torch.float32, *settings, device)
     assert len(launches) == 5
-    monkeypatch.setattr(row_steps_module, "_kernels", lambda tensors, layout: reference)
+    monkeypatch.setattr(row_steps_module, "_backend", lambda tensors, layout: None)
     torchs, _ = run(make, torch.float32, *settings, "cpu")
     exact, expected_counts = run(make, torch.float64, *settings, "cpu")
     assert counts == expected_counts
@@ -269,13 +269,13 @@ def test_attached_optimizers(name, channels_last, frozen_state, launches, device
 
 def test_what_cannot_be_served_is_left_to_plain_torch(device):
     p = torch.zeros(4, 3, 2, 2).to(device)
-    assert row_steps_module._kernels([p, p.clone()], ROWS) is triton
-    assert row_steps_module._kernels([p.bfloat16()] * 2, ROWS) is triton
-    assert row_steps_module._kernels([p.double()] * 2, ROWS) is reference
-    assert row_steps_module._kernels([p.mT] * 2, ROWS) is reference
-    assert row_steps_module._kernels([p, p.bfloat16()], ROWS) is reference
+    assert row_steps_module._backend([p, p.clone()], ROWS) is triton
+    assert row_steps_module._backend([p.bfloat16()] * 2, ROWS) is triton
+    assert row_steps_module._backend([p.double()] * 2, ROWS) is None
+    assert row_steps_module._backend([p.mT] * 2, ROWS) is None
+    assert row_steps_module._backend([p, p.bfloat16()], ROWS) is None
     vast = torch.zeros(1).to(device).expand(2, 2**27)
-    assert row_steps_module._kernels([vast] * 2, ROWS) is reference
+    assert row_steps_module._backend([vast] * 2, ROWS) is None
 
 
 def test_nothing_active_takes_no_launch(launches, device):

@@ -11,10 +11,11 @@ from torch import nn
 
 import neq_kernels as neq
 from neq_kernels.backends.problem import Strategy
-from neq_kernels.backends.triton import backend as triton
 from neq_kernels.backends.triton import conv_wgrad, depthwise_wgrad, linear_wgrad
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.layers.traversal import named_neuron_layers
 from tests.support import oracle
+from tests.support.backends import triton
 from tests.support.gpu_cases import DTYPES, EXECUTOR
 from tests.support.resnet import Block, masks
 

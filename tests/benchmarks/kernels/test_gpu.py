@@ -11,7 +11,8 @@ from benchmarks.kernels import comparison, gpu, layer_shapes, peers
 from benchmarks.kernels.gpu import GpuKernelOptions
 from benchmarks.kernels.layer_shapes import Shape
 from neq_kernels.backends.problem import KernelChoice, Strategy
-from neq_kernels.dispatch import selection
+from neq_kernels.dispatch.selection import selector
+from tests.support.backends import cpu
 from tests.support.fake_gpu import TickingClock, lab
 from tests.support.small_problems import CONV, LINEAR, SHAPE
 
@@ -53,15 +54,14 @@ def test_in_every_precision_what_is_right_passes(problem, dtype):
 
 def spoiled(monkeypatch, strategy, spoil):
     """The backend's gradients by one strategy, changed before anybody sees them."""
-    module = selection.module_of("cpu")
-    right = module.conv_backward
+    right = cpu.conv_backward
 
-    def wrong(*args, **kwargs):
-        grads = right(*args, **kwargs)
-        told = any(argument is strategy for argument in args)
+    def wrong(*args, choice, **kwargs):
+        grads = right(*args, choice=choice, **kwargs)
+        told = choice.strategy is strategy
         return (grads[0], spoil(grads[1]), grads[2]) if told else grads
 
-    monkeypatch.setattr(module, "conv_backward", wrong)
+    monkeypatch.setattr(cpu, "conv_backward", wrong)
 
 
 def leaks(gradient):
@@ -181,8 +181,16 @@ def test_every_way_of_running_the_own_kernel_has_a_name(monkeypatch):
         KernelChoice(Strategy.CUSTOM),
         KernelChoice(Strategy.CUSTOM, (16, 64)),
     ]
-    ways = dict.fromkeys(names, selection.module_of("cpu"))
-    monkeypatch.setattr(selection, "contestants", lambda *_: ways)
+    right = cpu.conv_backward
+
+    def without_settings(*args, choice, **kwargs):
+        if choice.settings:
+            raise ValueError("settings: there are none")
+        return right(*args, choice=choice, **kwargs)
+
+    monkeypatch.setattr(cpu, "conv_backward", without_settings)
+    ways = dict.fromkeys(names, cpu)
+    monkeypatch.setattr(selector, "candidates", lambda *_: ways)
     half = named(rows(), 0.5)
     assert {"neq dense", "neq custom", "neq custom 16x64"} <= set(half)
     assert "settings" in half["neq custom 16x64"]["error"]

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.common.records import load
 from benchmarks.overheads import overhead
-from neq_kernels.backends import cpu
+from tests.support.backends import cpu
 
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason="it measures the extension")
@@ -28,6 +28,6 @@ def test_every_case_has_its_parts(tmp_path):
 
 
 def test_without_the_extension_nothing_is_measured(monkeypatch, capsys):
-    monkeypatch.setattr(overhead.selection, "backend_for", lambda device: "aten")
+    monkeypatch.setattr(overhead.selector, "backends_for", lambda device: ("aten",))
     assert overhead.main(["--quick"]) == 2
     assert "not in use here" in capsys.readouterr().out

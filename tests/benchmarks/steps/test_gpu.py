@@ -16,6 +16,7 @@ from benchmarks.common.workloads import GPU_WORKLOADS, random_masks, set_masks
 from benchmarks.gpu_session import report
 from benchmarks.steps import comparison, gpu, gpu_energy, peers
 from benchmarks.steps.correctness import BFLOAT16, FLOAT32, differences
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.measure import EnergyMeter, bandwidth
 from neq_kernels.measure.energy import NO_COUNTER, DeviceEnergy, EnergyReading
 from tests.support import fake_gpu

@@ -1,0 +1,37 @@
+"""The layers of torch.nn with neurons that can be frozen, as classes to construct.
+
+>>> layer = neq.nn.Conv2d(64, 128, 3, padding=1)
+>>> layer.channels.set([0, 5, 9])
+
+Each is a subclass of its namesake in ``torch.nn``, takes the same arguments and exchanges state
+dicts with it. All channels start active, and input gradients are exact. A model built of them needs
+no :func:`neq_kernels.convert`, except for data-parallel training: ``convert(model)`` adopts them
+with the model's options. A layer without neurons that can be frozen raises ValueError: a norm layer
+without a weight, a LayerNorm over more than one dimension, an empty weight, a complex dtype.
+"""
+
+from neq_kernels.layers.conv import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    ConvTranspose3d,
+)
+from neq_kernels.layers.linear import Linear
+from neq_kernels.layers.norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, GroupNorm, LayerNorm
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "GroupNorm",
+    "LayerNorm",
+    "Linear",
+]
