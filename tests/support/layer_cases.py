@@ -67,8 +67,6 @@ LAYERS = {
     "layer_norm": (lambda: nn.LayerNorm(6), (3, 4, 6)),
     "layer_norm without bias": (lambda: nn.LayerNorm(6, bias=False), (3, 6)),
 }
-
-
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
