@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         help="milliseconds of the weight gradient of each layer of a model",
         description="Milliseconds of the weight gradient of each distinct layer of a model on this "
         "CPU, by strategy, with random channels active, and how much faster the chosen strategy is "
-        "than PyTorch's own kernel for all channels.",
+        "than PyTorch's kernel for all channels.",
         epilog="example: neq bench resnet18 --batch 16 --size 128 --channels-last",
     )
     _add_model_arguments(command)
@@ -313,7 +313,7 @@ def _version(package: str) -> str:
 
 
 def _chosen_backends() -> tuple[dict[str, list[str]], str]:
-    """Backend -> device types it serves, and what is wrong with the user's own choice, if it is."""
+    """Backend -> device types it is used for, and what is wrong with the user's own choice."""
     chosen: dict[str, list[str]] = {}
     try:
         for device in doctor_checks.device_types():
@@ -328,7 +328,7 @@ def _backend_rows(chosen: dict[str, list[str]]) -> list[list[str]]:
     rows = []
     for name, reason in selector.availability():
         if name in chosen:
-            rows.append([name, f"serves {' and '.join(chosen[name])} tensors"])
+            rows.append([name, f"used for {' and '.join(chosen[name])} tensors"])
         else:
             rows.append([name, "not chosen" if reason is None else f"cannot be used: {reason}"])
     return rows
@@ -348,7 +348,7 @@ def _energy_rows() -> list[list[str]]:
 
 
 def _self_check() -> bool:
-    """Whether everything is right; kernels for GPUs that are serve from now on."""
+    """Whether everything is right; backends for GPUs that are become a default."""
     checks = []
     for check in runner.run_apart():
         checks.append(check)
@@ -359,7 +359,7 @@ def _self_check() -> bool:
             print(f"    {failure}")
     if "cuda" in doctor_checks.device_types():
         right = " and ".join(runner.prove(checks)) or "none"
-        print(f"\nOwn kernels that serve on this GPU from now on: {right}")
+        print(f"\nCustom kernels in use on this GPU from now on: {right}")
     return all(check.passed for check in checks)
 
 

@@ -35,8 +35,9 @@ def tune(
 
     From then on the layers use them: in this process, and in later ones on the same kind of GPU, or
     of CPU with the same number of threads. Weight gradients of another shape, and numbers of active
-    channels that were not measured, go by heuristics as before. On a GPU those own kernels take
-    part that the self-check of ``neq doctor`` found right there; where it never ran it runs first.
+    channels that were not measured, go by the cost model as before. On a GPU those custom kernels
+    take part that the self-check of ``neq doctor`` found right there; where it never ran it runs
+    first.
 
     Args:
         model: converted or not; it is not changed. On the CPU or on one GPU.
@@ -93,7 +94,7 @@ def tune(
 
 
 def tuning_state_dict() -> dict[str, Any]:
-    """The measured winners in use and the backends that serve, by type of device, for a checkpoint:
+    """The measured winners in use and the backends in use, by type of device, for a checkpoint:
     those of the present number of threads and, where there is one, of the GPU."""
     contexts = [selector.context(name) for name in _device_types()]
     return {
@@ -107,7 +108,7 @@ def tuning_state_dict() -> dict[str, Any]:
 
 def load_tuning_state_dict(state: Mapping[str, Any]) -> None:
     """Use exactly the winners of a checkpoint, so that a resumed run makes the same bits. Where
-    other backends serve than did then it does not; a warning says so.
+    other backends are in use than were then it does not; a warning says so.
 
     Raises:
         ValueError: ``state`` is not what :func:`tuning_state_dict` returned; nothing is changed.
@@ -123,7 +124,7 @@ def load_tuning_state_dict(state: Mapping[str, Any]) -> None:
         before, now = winners.get("backends"), list(context.backends)
         if device_type in _device_types() and before not in (None, now):
             logger.warning(
-                "tuning: %s tensors were served by %s, now by %s: bits may differ (see neq doctor)",
+                "tuning: %s tensors were given to %s, now to %s: bits may differ (see neq doctor)",
                 *(device_type, before, now),
             )
     selector.forget_choices()
@@ -135,5 +136,5 @@ def _device_types() -> tuple[str, ...]:
 
 
 def _counts(k: int, shares: Sequence[float] | None) -> list[int]:
-    wanted = range(1, k + 1) if shares is None else [max(1, round(s * k)) for s in shares]
-    return sorted({count_bucket(n, k) for n in wanted})
+    counts = range(1, k + 1) if shares is None else [max(1, round(s * k)) for s in shares]
+    return sorted({count_bucket(n, k) for n in counts})

@@ -4,10 +4,13 @@
 >>> layer.channels.set([0, 5, 9])
 
 Each is a subclass of its namesake in ``torch.nn``, takes the same arguments and exchanges state
-dicts with it. All channels start active, and input gradients are exact. A model built of them needs
-no :func:`neq_kernels.convert`, except for data-parallel training: ``convert(model)`` adopts them
-with the model's options. A layer without neurons that can be frozen raises ValueError: a norm layer
-without a weight, a LayerNorm over more than one dimension, an empty weight, a complex dtype.
+dicts with it. ``layer.channels`` is its :class:`neq_kernels.ActiveChannels`, all active at first;
+input gradients are exact.
+
+A model built of them needs :func:`neq_kernels.convert` only for data-parallel training, or for
+options: ``convert(model)`` adopts the layers. A layer without neurons that can be frozen raises
+ValueError: a norm layer without a weight, a LayerNorm over more than one dimension, an empty
+weight, a complex dtype.
 """
 
 from neq_kernels.layers.conv import (

@@ -77,7 +77,7 @@ def test_doctor_says_which_backend_serves_and_why_others_do_not(neq, checks, mon
     code, out, _ = neq("doctor")
     assert code == 0
     assert "cpu        cannot be used: the extension was not built" in out
-    assert "aten       serves cpu" in out
+    assert "aten       used for cpu" in out
     assert "reference  not chosen" in out
 
 

@@ -73,7 +73,7 @@ def test_a_checkpoint_of_other_backends_is_told_of(monkeypatch, caplog):
     neq.load_tuning_state_dict(state)
     now = list(selector.backends_for("cpu"))
     (record,) = caplog.records
-    served = f"cpu tensors were served by ['abacus'], now by {now}"
+    served = f"cpu tensors were given to ['abacus'], now to {now}"
     assert record.getMessage() == f"tuning: {served}: bits may differ (see neq doctor)"
 
 

@@ -33,6 +33,7 @@ from benchmarks.kernels.layer_shapes import NAMES, QUICK, TINY, Shape, shape_set
 from neq_kernels.backends.problem import KernelChoice, Problem, Strategy
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.dispatch import autotune, stopwatch, trial
+from neq_kernels.dispatch import backward as dispatch
 from neq_kernels.dispatch.selection import selector
 from neq_kernels.measure.bandwidth import read_bandwidth
 

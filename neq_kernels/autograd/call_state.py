@@ -52,12 +52,12 @@ def transformed() -> bool:
 
 
 def learns(weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether a gradient of a parameter is wanted here, and ours would not be in the way: an
-    exported program is for any runtime, and functorch has rules of its own."""
-    wanted = (weight is not None and weight.requires_grad) or (
+    """Whether a parameter needs a gradient here, and ours would not be in the way: an exported
+    program is for any runtime, and functorch has rules of its own."""
+    needed = (weight is not None and weight.requires_grad) or (
         bias is not None and bias.requires_grad
     )
-    if not wanted or not torch.is_grad_enabled():
+    if not needed or not torch.is_grad_enabled():
         return False
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()

@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
-
-
 _CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
@@ -18,13 +16,13 @@ def linear_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     """``F.linear`` in the forward of a Function."""
     out = F.linear(input, weight, bias)
     if not torch.compiler.is_compiling() and out._is_view():
-        # Of the library's own making; autograd would refuse in-place activations on it.
+        # Of PyTorch's own making; autograd would refuse in-place activations on it.
         out = torch.ops.aten._unsafe_view(out, out.shape)
     return out
 
 
 def convolution(weight: Tensor, transposed: bool) -> Callable[..., Tensor]:
-    """The library's function for as many dimensions."""
+    """PyTorch's function for as many dimensions."""
     functions: tuple[Callable[..., Tensor], ...] = _CONV_TRANSPOSE if transposed else _CONV
     return functions[weight.dim() - 3]
 

@@ -1,4 +1,4 @@
-"""What a weight gradient is to be computed for, and the ways to compute it."""
+"""A wgrad problem: what a weight gradient is computed for, and the strategies to compute it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from neq_kernels.channels import NeuronLayout
 class Strategy(IntEnum):
     """How the weight gradient of some active channels is computed.
 
-    - ``DENSE``: PyTorch's own kernel for all channels, then zeros over the frozen ones;
+    - ``DENSE``: PyTorch's kernel for all channels, then zeros over the frozen ones;
     - ``PACK``: the active channels of dY are gathered, or taken as a view where they are
-      neighbours, and given to PyTorch's own kernel;
-    - ``CUSTOM``: own kernel, which gathers as it multiplies.
+      neighbours, and given to PyTorch's kernel;
+    - ``CUSTOM``: the backend's custom kernel, which gathers as it multiplies, or packs first.
 
     With no channel active there is nothing to compute, whatever the strategy.
     """
@@ -31,9 +31,13 @@ class Strategy(IntEnum):
 
 
 class KernelChoice(NamedTuple):
-    """A strategy, for the own kernel of a backend that has several ways of running it the
-    ``settings`` that say which (empty: the one that goes by rule), and where several backends serve
-    the name of the one that does."""
+    """How a weight gradient is computed.
+
+    Attributes:
+        strategy: dense, packed, or by a custom kernel.
+        settings: which way of running a custom kernel that has several; empty: its default.
+        backend: whose kernel, where several backends are in use; empty: the first one's.
+    """
 
     strategy: Strategy
     settings: tuple[int, ...] = ()
@@ -61,25 +65,25 @@ class ConvGeometry:
         grad_output: Tensor,
         input: Tensor,
         weight: Tensor,
-        wanted: Sequence[bool],
+        output_mask: Sequence[bool],
         groups: int | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """``aten.convolution_backward``: (grad_input, grad_weight, grad_bias), None if unwanted."""
+        """``aten.convolution_backward``: gradients of input, weight, bias; None if not asked for."""
         grads = torch.ops.aten.convolution_backward.default(
             grad_output,
             input,
             weight,
-            [grad_output.shape[1]] if wanted[2] else None,
+            [grad_output.shape[1]] if output_mask[2] else None,
             self.stride,
             self.padding,
             self.dilation,
             self.transposed,
             self.output_padding,
             self.groups if groups is None else groups,
-            wanted,
+            output_mask,
         )
         # oneDNN computes weight and bias together, and may return one that was not asked for.
-        dx, dw, db = (g if w else None for g, w in zip(grads, wanted, strict=True))
+        dx, dw, db = (g if w else None for g, w in zip(grads, output_mask, strict=True))
         return dx, dw, db
 
 

@@ -67,8 +67,8 @@ class Controller(Generic[Pending]):
         Atomic: after an exception masks, state and history are as before the call.
         """
         started = time.perf_counter()
-        wanted, pending = self._decide()
-        self._set_masks(wanted, pending)
+        masks, pending = self._decide()
+        self._set_masks(masks, pending)
         entry = {"epoch": self.epoch, "seconds": 0.0, "layers": self._layer_history()}
         self.epoch += 1
         self.history.append(entry)
@@ -142,9 +142,9 @@ class Controller(Generic[Pending]):
             for name, layer in self._layers.items()
         }
 
-    def _set_masks(self, wanted: Masks, pending: Pending) -> None:
+    def _set_masks(self, decided: Masks, pending: Pending) -> None:
         """Set rank 0's masks, the union over layers that share; all of them or none."""
-        masks = broadcast_masks(wanted, device_of(self._model))
+        masks = broadcast_masks(decided, device_of(self._model))
         before = [(channels, channels.mask) for channels, _ in self._groups()]
         try:
             for channels, names in self._groups():

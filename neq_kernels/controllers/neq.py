@@ -82,8 +82,8 @@ class NEqController(Controller[Response]):
         TypeError: an argument of another type.
         ValueError: an argument out of range; an unknown name; no converted layer; a probe that is
             empty, can be read once only or runs none of the layers; no output layer found; a model
-            that ``memory="snapshot"`` cannot serve. :meth:`step`: a probe other than in the last
-            pass.
+            that ``memory="snapshot"`` does not support. :meth:`step`: a probe other than in the
+            last pass.
         RuntimeError: another rank failed.
     """
 

@@ -1,4 +1,4 @@
-"""Which choice is fastest for a weight gradient: measured on this machine."""
+"""Autotuning: time every candidate kernel for one wgrad problem and return the fastest."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 Name = TypeVar("Name", bound=Hashable)
 
-# A strategy must beat PyTorch's own kernel by more than the noise.
+# A strategy must beat PyTorch's kernel by more than the noise.
 _MARGIN = 0.95
-# What a gradient may differ from the library's, of its largest element: rounding is far below it, a
+# What a gradient may differ from PyTorch's, of its largest element: rounding is far below it, a
 # wrong element mostly far above.
 _DISAGREEMENT = 0.02
 
@@ -67,7 +67,7 @@ def fastest(
 def _right(
     calls: Mapping[KernelChoice, Callable[[], Tensor]],
 ) -> dict[KernelChoice, Callable[[], Tensor]]:
-    """Those that run and agree with the library."""
+    """Those that run and agree with PyTorch's gradient."""
     expected = calls[KernelChoice(Strategy.DENSE)]()
     allowed = _DISAGREEMENT * expected.abs().max()
     found = {}

@@ -1,4 +1,4 @@
-"""The strategy to expect most of, from the shape alone.
+"""The cost model: the strategy with the lowest predicted time, from the shape alone.
 
 For CPU tensors a linear model of the time of each strategy decides. Its coefficients (seconds per
 million elements read or written, and per billion products) are in ``costs/``; they were fitted
@@ -25,18 +25,18 @@ _DENSE_SHARE = 0.85
 _FLOPS_PER_BYTE = 180
 # Rows of the smallest product of matrices that a tensor core makes.
 _ROWS_OF_A_TILE = 16
-# How much faster than PyTorch's own kernel another strategy has to promise to be; with every
-# channel active it has to take the place of a call that the user knows.
+# How much faster than PyTorch's kernel another strategy has to promise to be; with every channel
+# active it replaces a call that the user knows.
 _PROMISE, _PROMISE_ALL = 0.97, 0.8
 # What the copies that packing makes cost the operations after it, which find less in the cache.
 _COPIES = 1.05
 
-# The library computes channels in blocks of this many.
+# oneDNN computes channels in blocks of this many.
 _BLOCK = 8
 
 
 def strategy(problem: Problem, n: int, usable: Collection[Strategy]) -> Strategy:
-    """The one of the ``usable`` strategies that is expected to be fastest for ``n`` channels."""
+    """Return the ``usable`` strategy with the lowest predicted time for ``n`` active channels."""
     if Strategy.CUSTOM not in usable:
         return _without_costs(problem, n, usable)
     k = problem.neurons
@@ -51,9 +51,9 @@ def strategy(problem: Problem, n: int, usable: Collection[Strategy]) -> Strategy
 
 
 def strategy_on_gpu(problem: Problem, n: int, usable: Collection[Strategy]) -> Strategy:
-    """The same for a GPU, where nothing was measured yet: own kernels for what fills one tile of
-    rows, and for groups, which the library would have to be given padded; it has the rest, packed
-    where the products spared take longer than writing and reading the packed channels."""
+    """The same for a GPU, where nothing was measured yet: custom kernels for what fills one tile of
+    rows, and for groups, which PyTorch would have to be given padded; its kernels for the rest,
+    packed where the products spared take longer than writing and reading the packed channels."""
     is_grouped = problem.geometry is not None and problem.geometry.groups > 1
     if Strategy.CUSTOM in usable and (is_grouped or n <= _ROWS_OF_A_TILE):
         return Strategy.CUSTOM

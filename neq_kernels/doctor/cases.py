@@ -63,7 +63,7 @@ CONV_CASES = (
         {"transposed": True, "groups": 2, "stride": 2},
     ),
 )
-# What own kernels for GPUs tell apart: rows and images of 16-byte vectors, few and many of them,
+# What custom kernels for GPUs tell apart: rows and images of 16-byte vectors, few and many of them,
 # sizes of tiles, strides, sides of kernels.
 GPU_LINEAR_CASES = (
     Case("linear, wide", (600, 72), (160, 72), None),

@@ -47,7 +47,7 @@ OPS = (
 )
 
 
-def served() -> Iterator[tuple[str, str]]:
+def usable() -> Iterator[tuple[str, str]]:
     """Every (backend, device type) of this machine that can be used, but the oracle itself."""
     for backend, device in itertools.product(selector.backends, device_types()):
         if backend != ORACLE and selector.why_not(backend, device) is None:

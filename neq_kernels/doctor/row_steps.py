@@ -23,7 +23,7 @@ from neq_kernels.doctor.checks import (
     largest,
     leaf,
     masks,
-    served,
+    usable,
 )
 from neq_kernels.optim.multi_tensor import Batches, RowStep
 
@@ -31,7 +31,7 @@ from neq_kernels.optim.multi_tensor import Batches, RowStep
 def row_step_checks() -> Iterator[Check]:
     """Row steps against torch's own optimizers, frozen rows bit for bit."""
     steppers: list[tuple[str, Backend | None, str]] = [("torch", None, "cpu")]
-    for name, device in served():
+    for name, device in usable():
         if name == "cpu" or selector.backends[name].for_gpus:
             steppers.append((name, selector.backends[name], device))
     for (label, backend, device), name in itertools.product(steppers, ("SGD", "Adam", "AdamW")):

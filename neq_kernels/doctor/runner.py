@@ -15,7 +15,7 @@ import torch
 
 from neq_kernels.dispatch.selection import selector
 from neq_kernels.doctor.cases import CASES
-from neq_kernels.doctor.checks import ANY, OPS, Check, served
+from neq_kernels.doctor.checks import ANY, OPS, Check, usable
 from neq_kernels.doctor.gradients import check_gradients, check_similarity
 from neq_kernels.doctor.row_steps import row_step_checks
 
@@ -47,8 +47,8 @@ def run_apart() -> Iterator[Check]:
 
 
 def prove(checks: Iterable[Check] | None = None) -> tuple[str, ...]:
-    """The backends for GPUs that are right on this one; they serve by themselves from now on, here
-    and in later processes. Where a check could not be finished nothing is remembered.
+    """The backends for GPUs that are right on this one; they are a default from now on, here and in
+    later processes. Where a check could not be finished nothing is remembered.
 
     Args:
         checks: the outcome of :func:`run`; None runs them apart.
@@ -71,13 +71,13 @@ def prove(checks: Iterable[Check] | None = None) -> tuple[str, ...]:
 
 
 def run() -> Iterator[Check]:
-    """Check every op on every backend that serves a device of this machine. Takes seconds; minutes
-    where Triton compiles for the first time.
+    """Check every op on every backend that supports a device of this machine. Takes seconds;
+    minutes where Triton compiles for the first time.
 
     Random state, the choice of backend and PyTorch's float32 precision are left as they were.
     """
     with torch.random.fork_rng(devices=[]), _full_precision():
-        for backend, device in served():
+        for backend, device in usable():
             with selector.forced_backend(backend):
                 yield from (check_gradients(op, backend, device) for op in CASES)
                 yield check_similarity(backend, device)
@@ -86,8 +86,8 @@ def run() -> Iterator[Check]:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """No TF32: whether the library rounds to it depends on the kernel that it picks, and its error
-    is the measure of ours."""
+    """No TF32: whether PyTorch rounds to it depends on the kernel that it picks, and its error is
+    the measure of ours."""
     backends: Any = torch.backends
     settings = backends.cuda.matmul, backends.cudnn.conv
     before = [setting.fp32_precision for setting in settings]

@@ -25,7 +25,7 @@ def named_model(
         options: passed on to the model's constructor.
 
     Raises:
-        ValueError: no model of that name, or ``in_channels`` cannot be served.
+        ValueError: no model of that name, or one that does not support ``in_channels``.
         TypeError: the constructor refuses one of the options.
         ImportError: the library or module that the name asks for is not installed.
     """

@@ -62,7 +62,7 @@ class NeuronLayer(nn.Module):
         raise NotImplementedError
 
     def neuron_parameters(self) -> list[tuple[Parameter, NeuronLayout]]:
-        """The parameters the neurons own, with the place of a neuron in each."""
+        """The parameters the neurons own, with the layout of a neuron in each."""
         owned = []
         if isinstance(self.weight, Parameter):
             owned.append((self.weight, self.layout))

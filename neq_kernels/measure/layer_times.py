@@ -28,7 +28,7 @@ class LayerTime:
         chosen: the strategy the layer uses.
         seconds: of the weight gradient, by strategy; ``Strategy.DENSE`` with zeros written over the
             frozen rows.
-        speedup: of the chosen strategy over all rows by PyTorch's own kernel.
+        speedup: of the chosen strategy over all rows by PyTorch's kernel.
     """
 
     layers: tuple[str, ...]

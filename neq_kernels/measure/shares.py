@@ -364,10 +364,10 @@ class _Product:
         named = dict(zip(OPERANDS, self.args, strict=False)) | self.kwargs
         operands: list[Tensor | None] = [named.pop(name, None) for name in OPERANDS]
         learned = [learns and t is not None and t.requires_grad for t in operands[1:]]
-        wanted = [self.propagates, *learned]
+        asked = [self.propagates, *learned]
         fresh = [
             None if tensor is None else tensor.detach().requires_grad_(want)
-            for tensor, want in zip(operands, wanted, strict=True)
+            for tensor, want in zip(operands, asked, strict=True)
         ]
         device_type = next(t.device.type for t in fresh if t is not None)
         with torch.autocast(device_type, self.autocast, enabled=self.autocast is not None):

@@ -250,7 +250,7 @@ def attach(
     optimizer and the other way round. ``optimizer.step``, closures, schedulers, ``GradScaler``,
     parameter groups and ``add_param_group`` work as before.
 
-    Any other optimizer, and any parameter that row steps cannot serve (a ``differentiable`` or
+    Any other optimizer, and any parameter that row steps do not support (a ``differentiable`` or
     ``capturable`` group, a sparse gradient, a tensor subclass), takes the guard: it steps
     everything, then the frozen neurons' weights and their rows in state tensors of the parameter's
     shape are put back (``"keep"``, whatever ``frozen_state`` says). That costs a copy of those rows

@@ -1,4 +1,4 @@
-"""The row steps of many parameters as few calls: one of a backend for all that it can serve."""
+"""The row steps of many parameters in few calls: one of a backend for all that it supports."""
 
 from __future__ import annotations
 

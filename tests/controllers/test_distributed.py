@@ -84,7 +84,7 @@ def test_rank_zeros_state_resumes_all(both):
 def test_sharded_parameters(both):
     for result in both("sharded_parameters"):
         assert (
-            "memory: 'snapshot' cannot serve this model (its parameters are sharded)"
+            "memory: 'snapshot' does not support this model (its parameters are sharded)"
             in (result["message"])
         )
         assert result["outputs"] == ["1"]

@@ -43,7 +43,7 @@ def test_every_op_of_every_backend_passes_and_nothing_is_left_behind(monkeypatch
 def test_triton_is_checked_on_the_gpu_alone(monkeypatch):
     monkeypatch.setattr(triton, "unavailable", lambda: None)
     monkeypatch.setattr(doctor_checks, "device_types", lambda: ["cpu", "cuda"])
-    served = list(doctor_checks.served())
+    served = list(doctor_checks.usable())
     assert {device for backend, device in served if backend == "triton"} == {"cuda"}
     assert {device for backend, device in served if backend == "aten"} == {"cpu", "cuda"}
 
@@ -66,7 +66,7 @@ def test_float32_is_not_rounded_to_tf32_while_it_is_checked(monkeypatch, only_at
 
 @pytest.fixture
 def only_aten(monkeypatch):
-    monkeypatch.setattr(doctor_checks, "served", lambda: iter([("aten", "cpu")]))
+    monkeypatch.setattr(doctor_checks, "usable", lambda: iter([("aten", "cpu")]))
 
 
 def test_a_gradient_in_the_wrong_row_is_found(monkeypatch, only_aten):

@@ -4,7 +4,7 @@
 stride - padding + r * dilation`` and w alike, for the active ``k``, accumulated in float32. One
 program computes a tile of neurons and of input channels for one tap (r, s) and one part of the
 reduction; ``linear_wgrad.add_parts_kernel`` adds the parts. Any strides: NCHW and channels_last are
-served without a copy.
+read without a copy.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ def linear_wgrad(
         input = input.contiguous()
     arch = architecture(input.device)
     how = precision(operation, input.dtype, arch)
-    described = packed_wgrad.serves(grad_output, input)
+    described = packed_wgrad.supports(grad_output, input)
     if tiles is None or (tiles.packed and not described):
         tiles = choices(n, c, input.dtype, how, arch, described=described)[0]
     splits = splits or splits_for(tiles, n, c, t, input.device)

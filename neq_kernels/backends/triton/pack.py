@@ -96,7 +96,7 @@ def gather(
         count: int32[1] on the device: only so many columns are written.
         n: columns to allocate, at least 1 and at least as many as ``count`` says.
         transposed: whether the result's rows lie innermost in memory.
-        summed: whether sums are wanted; they are added in a fixed order.
+        summed: whether to return sums; they are added in a fixed order.
 
     Returns:
         ``[T, n]``, and float32 ``[n]`` or None.

@@ -72,7 +72,7 @@ def product_kernel(
         tl.store(bias_out + neurons, bias.to(bias_out.dtype.element_ty), mask=is_neuron)
 
 
-def serves(grad_output: Tensor, input: Tensor) -> bool:
+def supports(grad_output: Tensor, input: Tensor) -> bool:
     """Whether descriptors can say how these matrices lie in memory."""
     return (
         grad_output.stride(1) == input.stride(1) == 1
@@ -93,7 +93,7 @@ def product(
     t_per_split: int,
     tiles: Tiles,
 ) -> None:
-    """The first pass of ``linear_wgrad``, of what it ``serves``.
+    """The first pass of ``linear_wgrad``, of what it ``supports``.
 
     Args:
         grad_weight, grad_bias: written whole, but for a ``grad_weight`` that is given in parts.

@@ -143,9 +143,9 @@ def _has_descriptors(arch: str) -> bool:
 def splits_for(tiles: Tiles, n: int, c: int, t: int, device: torch.device) -> int:
     """Into how many parts the reduction over t is cut: the fewer the rows, the more."""
     programs = -(-max(1, n) // tiles.block_n) * -(-c // tiles.block_c)
-    wanted = -(-_WAVES * processors(device) // programs)
+    useful = -(-_WAVES * processors(device) // programs)
     most = t // (_LEAST_TILES * tiles.block_t)
-    return max(1, min(wanted, most))
+    return max(1, min(useful, most))
 
 
 def rectangle(block_t: int, images: int, height: int, width: int) -> tuple[int, int, int]:

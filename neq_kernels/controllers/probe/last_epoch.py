@@ -326,7 +326,7 @@ def _is_sharded(model: nn.Module) -> bool:
 
 
 def _unusable(reason: str) -> str:
-    return f"memory: 'snapshot' cannot serve this model ({reason}); give memory='activations'"
+    return f"memory: 'snapshot' does not support this model ({reason}); give memory='activations'"
 
 
 MEMORIES: dict[MemoryName, type[Snapshot] | type[Activations]] = {

@@ -204,7 +204,7 @@ def test_an_error_of_a_launch_names_the_operation(ops):
 
 def test_the_self_check_runs_and_finds_every_kernel_right(ops, monkeypatch):
     """It is what lets the backend serve a GPU by itself."""
-    monkeypatch.setattr(doctor_checks, "served", lambda: iter([("cuda", DEVICE)]))
+    monkeypatch.setattr(doctor_checks, "usable", lambda: iter([("cuda", DEVICE)]))
     checks = [check for check in runner.run() if check.backend == "cuda"]
     assert {check.op for check in checks} == set(doctor_checks.OPS)
     assert [failure for check in checks for failure in check.failures] == []

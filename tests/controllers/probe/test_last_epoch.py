@@ -230,7 +230,9 @@ class Stubborn(nn.Module):
 
 def test_the_snapshot_notices_a_model_that_ignores_replaced_weights():
     model = Stubborn()
-    with pytest.raises(ValueError, match=r"memory: 'snapshot' cannot serve.*memory='activations'"):
+    with pytest.raises(
+        ValueError, match=r"memory: 'snapshot' does not support.*memory='activations'"
+    ):
         NEqController(model, [torch.randn(4, 3)], outputs=[])
     controller = NEqController(model, [torch.randn(4, 3)], outputs=[], memory="activations")
     wiggle(model)
