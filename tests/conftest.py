@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from neq_kernels.dispatch import tuning_table
+from neq_kernels.dispatch.selection import selector
 from tests.support.oracle import forced_backend, usable_backends
 
 settings.register_profile(
@@ -44,6 +45,15 @@ def _poisoned_allocations():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before, warn_only=warned)
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """Tuning tables of this test alone."""
+    monkeypatch.setenv(tuning_table.DIRECTORY_VARIABLE, str(tmp_path))
+    selector.forget()
+    yield tmp_path
+    selector.forget()
 
 
 @pytest.fixture

@@ -23,8 +23,9 @@ export NEQ_KERNELS_LIBRARY="$scratch/lib/neq_kernels/_C.so"
 export OMP_NUM_THREADS=1
 
 "$python" -c "
-from neq_kernels.backends import cpu
-assert cpu.unavailable() is None, cpu.unavailable()
+from neq_kernels.dispatch.selection import selector
+reason = selector.backends['cpu'].unavailable()
+assert reason is None, reason
 "
 # The other backends run none of the instrumented code. Captured by sys alone, so that a sanitizer's
 # report is seen when it ends the process.

@@ -1,0 +1,77 @@
+"""verify finds parameters whose gradients are not masked, and changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import neq_kernels as neq
+from neq_kernels.layers.traversal import named_neuron_layers
+from tests.support.models import small_net
+
+
+class Functional(nn.Module):
+    """Uses one layer's weight without calling the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.bypassed = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return nn.functional.linear(self.called(x), self.bypassed.weight, self.bypassed.bias)
+
+
+def test_verify_finds_layers_that_are_bypassed():
+    assert neq.verify(neq.convert(Functional()), torch.randn(3, 4)) == [
+        "bypassed.weight",
+        "bypassed.bias",
+    ]
+
+
+@pytest.mark.parametrize(
+    "example", [torch.randn(3, 4), (torch.randn(3, 4),), {"x": torch.randn(3, 4)}]
+)
+def test_verify_takes_tensors_tuples_and_dicts(example):
+    assert len(neq.verify(neq.convert(Functional()), example)) == 2
+
+
+def test_verify_needs_something_to_learn():
+    model = neq.convert(nn.Linear(3, 4)).requires_grad_(False)
+    with pytest.raises(ValueError, match="output that needs a gradient, got none"):
+        neq.verify(model, torch.randn(2, 3))
+
+
+def test_verify_works_with_gradients_off():
+    with torch.no_grad():
+        assert neq.verify(neq.convert(nn.Linear(3, 4)), torch.randn(2, 3)) == []
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_verify_leaves_everything_as_it_was(fails):
+    model = neq.convert(small_net())
+    model.insert(3, nn.Dropout(0.5))
+    model[0].channels.set([])
+    model[1].eval()
+    x, misfit = torch.randn(2, 3, 5, 5), torch.randn(2, 7, 5, 5)
+    model(x).sum().backward()
+    grads = [p.grad for p in model.parameters()]
+    values = [None if g is None else g.clone() for g in grads]
+    buffers = [b.clone() for b in model.buffers()]
+    masks = [layer.channels.mask for _, layer in named_neuron_layers(model)]
+    modes = [m.training for m in model.modules()]
+    rng = torch.get_rng_state()
+    if fails:
+        with pytest.raises(RuntimeError):
+            neq.verify(model, misfit)
+    else:
+        assert neq.verify(model, x) == []
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert [m.training for m in model.modules()] == modes
+    for layer, mask in zip((m for _, m in named_neuron_layers(model)), masks, strict=True):
+        assert torch.equal(layer.channels.mask, mask)
+    for buffer, before in zip(model.buffers(), buffers, strict=True):
+        assert torch.equal(buffer, before)
+    for parameter, grad, value in zip(model.parameters(), grads, values, strict=True):
+        assert parameter.grad is grad
+        assert grad is None or torch.equal(grad, value)
