@@ -26,7 +26,6 @@ from neq_kernels.channels import ActiveChannels
 from neq_kernels.dispatch import selection, trial
 from neq_kernels.dispatch.selection import selector
 from neq_kernels.dispatch.stopwatch import cold_times
-from neq_kernels.doctor import checks
 
 NAME = "gpu_kernels"
 SHARES = (1.0, 0.5, 0.25, 0.1, 0.02)
@@ -190,15 +189,17 @@ def _layer(
             peers.DENSE, problem, grad_output, input, weight, channels.active
         )
 
+    active = channels.tensors(grad_output.device)
+
     def wgrad() -> Tensor:
-        with checks.forced(backend):
+        with selector.forced_backend(backend):
             if geometry is None:
                 grads = ops.linear_backward(
-                    grad_output, input, input.shape, weight, channels, wanted, False
+                    grad_output, input, input.shape, weight, active, wanted, False
                 )
             else:
                 grads = ops.conv_backward(
-                    grad_output, input, input.shape, weight, geometry, channels, wanted, False
+                    grad_output, input, input.shape, weight, geometry, active, wanted, False
                 )
         assert grads[1] is not None
         return grads[1]

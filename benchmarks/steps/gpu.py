@@ -20,7 +20,7 @@ from benchmarks.common.interrupt import Interrupted, Interruptible
 from benchmarks.common.records import Record, Row
 from benchmarks.common.workloads import GPU_WORKLOADS, Workload
 from benchmarks.steps import comparison
-from neq_kernels.doctor import checks
+from neq_kernels.dispatch.selection import selector
 
 NAME = "gpu_steps"
 SHARES = (1.0, 0.5, 0.25, 0.1, 0.02)
@@ -90,7 +90,7 @@ def run(
     right = True
     with Interruptible() as stop:
         for backend in backends(lab):
-            with checks.forced(backend):
+            with selector.forced_backend(backend):
                 for workload in workloads:
                     for row in measure(workload, backend, options, lab, deadline, stop.check):
                         record.add(row)

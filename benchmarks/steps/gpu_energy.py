@@ -22,7 +22,7 @@ from benchmarks.common.records import Record, Row
 from benchmarks.common.workloads import GPU_WORKLOADS, Workload, random_masks
 from benchmarks.steps import comparison
 from benchmarks.steps.correctness import differences
-from neq_kernels.doctor import checks
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.measure import EnergyMeter, Variant
 from neq_kernels.measure.energy import NO_COUNTER, EnergyReading
 from neq_kernels.measure.timing import Quantiles
@@ -137,7 +137,7 @@ def run(
         record.add({"error": f"not measured: tests of {lab.backend} failed"})
         return False
     right = True
-    with Interruptible() as stop, checks.forced(lab.backend):
+    with Interruptible() as stop, selector.forced_backend(lab.backend):
         for r in options.shares:
             for workload in workloads:
                 for row in _rows(workload, r, options, lab, meter, deadline, stop.check):

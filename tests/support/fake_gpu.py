@@ -8,6 +8,7 @@ import types
 import torch
 
 from benchmarks.common.gpu_device import Lab
+from neq_kernels.dispatch.selection import selector
 
 NAME = "FAKE GPU OF A TEST"
 
@@ -59,6 +60,7 @@ class TickingClock(FakeClock):
 
 
 def lab(clock: FakeClock | None = None, backend: str = "cpu") -> Lab:
+    assert selector.backends[backend].unavailable() is None  # loads it, as on a GPU
     return Lab(torch.device("cpu"), clock or TickingClock(), backend)
 
 
