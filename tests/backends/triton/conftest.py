@@ -18,6 +18,9 @@ class InterpretedTriton(Triton):
 
     device_type = "cpu"
 
+    def supports(self, device_type: str) -> bool:
+        return device_type in ("cpu", "cuda")
+
     def unavailable(self) -> str | None:
         return None
 

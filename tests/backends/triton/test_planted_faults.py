@@ -20,7 +20,6 @@ from neq_kernels.optim import reference
 
 # Their checks are run over the faults.
 from tests.backends.triton import test_conv_wgrad, test_linear_wgrad, test_packed_wgrad
-from tests.support.backends import triton
 from tests.support.gpu_cases import assert_gradient, channels, poison
 from tests.support.wgrad_operands import geometry, linear_operands
 
@@ -208,11 +207,11 @@ FAULTS: dict[str, tuple[str, Check, str, str]] = {
         "tap_row * KERNEL_W + rw",
         "rw * KERNEL_H + tap_row",
     ),
-    "gather: wrong channel": ("gather", gather, "+ channels[None, :]", "+ rn[None, :]"),
-    "gather: missing sum": ("gather", gather, "sums.sum(0)", "sums[0]"),
-    "gather: wrong sums": ("gather", gather, "tl.sum(tile", "tl.max(tile"),
-    "scatter: missing mask": ("gather", scatter, "(rn < n)[:, None] &", "(rn < k)[:, None] &"),
-    "scatter: wrong row": ("gather", scatter, "out + neurons[:, None]", "out + rn[:, None]"),
+    "gather: wrong channel": ("pack", gather, "+ channels[None, :]", "+ rn[None, :]"),
+    "gather: missing sum": ("pack", gather, "sums.sum(0)", "sums[0]"),
+    "gather: wrong sums": ("pack", gather, "tl.sum(tile", "tl.max(tile"),
+    "scatter: missing mask": ("pack", scatter, "(rn < n)[:, None] &", "(rn < k)[:, None] &"),
+    "scatter: wrong row": ("pack", scatter, "out + neurons[:, None]", "out + rn[:, None]"),
     "sgd: missing weight decay": ("row_steps", SGD, "grad_sign * g + weight_decay * p", "g"),
     "sgd: wrong row": ("row_steps", SGD, "tl.int64, False) + start", "tl.int64, False) + 1"),
     "sgd: first step taken for another": ("row_steps", SGD, "is_first, update,", "False, update,"),
@@ -223,7 +222,7 @@ FAULTS: dict[str, tuple[str, Check, str, str]] = {
 
 def with_fault(name: str, before: str, after: str, folder: Path) -> ModuleType:
     """A module of the backend, from a source in which ``before`` is replaced."""
-    source = (Path(triton.__file__).parent / f"{name}.py").read_text()
+    source = (Path(packed_wgrad.__file__).parent / f"{name}.py").read_text()
     assert before in source
     path = folder / f"{name}.py"
     path.write_text(source.replace(before, after))
