@@ -132,7 +132,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return cli.user_error(error)
     text = json.dumps({"measured_on": measured_on, "costs": fit(cells)}, indent=1)
     cost_model.COSTS.write_text(text + "\n")
-    cost_model._costs.cache_clear()
     _show(cells)
     return 0
 

@@ -107,7 +107,12 @@ def features(problem: Problem, n: int) -> dict[str, float]:
     }
 
 
-@functools.cache
 def _costs() -> Mapping[str, Mapping[str, float]]:
-    costs: Mapping[str, Mapping[str, float]] = json.loads(COSTS.read_text())["costs"]
+    return _read(COSTS, COSTS.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _read(path: Path, modified: int) -> Mapping[str, Mapping[str, float]]:
+    """``modified``: when the file was written; one that was fitted again is read again."""
+    costs: Mapping[str, Mapping[str, float]] = json.loads(path.read_text())["costs"]
     return costs
