@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from neq_kernels import cli
+from neq_kernels.backends import cuda
 from neq_kernels.dispatch import selection
 from neq_kernels.dispatch.selection import selector
 from neq_kernels.doctor import checks as doctor_checks
 from neq_kernels.doctor import runner
 from neq_kernels.doctor.checks import Check
-from tests.support.backends import cuda
 
 PASSED = Check("linear_backward", "aten", "cpu", 30, ())
 FAILED = Check("conv_backward", "aten", "cpu", 180, tuple(f"case {i}: off" for i in range(5)))

@@ -67,7 +67,7 @@ def run_python(*arguments, capability):
 
 
 def test_instruction_set_must_be_one_that_exists():
-    code = "from neq_kernels.backends import cpu; cpu.unavailable(); print(cpu.capability())"
+    code = "from tests.support.backends import cpu; cpu.unavailable(); print(cpu.capability())"
     result = run_python("-c", code, capability="sse9")
     assert "expected default, avx2 or avx512, got sse9" in result.stderr
 
