@@ -77,6 +77,7 @@ class LayerPlan:
 def call_key(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...] | None:
     """What a plan depends on, besides the arguments that are no tensors; None where calls are not
     planned. One look at everything: it is on the way of every call."""
+    on_cpu = input.is_cpu and weight.is_cpu
     if (
         type(input) not in PLAIN
         or type(weight) not in PLAIN
@@ -84,8 +85,8 @@ def call_key(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, .
         or not is_grad_enabled()
         or _is_any_autocast_enabled()
         or transformed()
-        or not ((input.is_cpu and weight.is_cpu) or (input.is_cuda and weight.is_cuda))
-        or selector.rehearsal.captures(weight)
+        or selector.rehearsal.is_running
+        or not (on_cpu or _may_be_planned_on_a_gpu(input, weight))
     ):
         return None
     return (
@@ -95,11 +96,15 @@ def call_key(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, .
         weight.shape,
         weight.stride(),
         weight.dtype,
-        weight.get_device(),
+        None if on_cpu else weight.device,
         None if bias is None else bias.dtype,
         get_num_threads(),
         selector.revision,
     )
+
+
+def _may_be_planned_on_a_gpu(input: Tensor, weight: Tensor) -> bool:
+    return input.is_cuda and weight.is_cuda and not selector.rehearsal.captures(weight)
 
 
 def keep(channels: ActiveChannels, key: Hashable, plan: LayerPlan | None) -> LayerPlan | None:
@@ -208,21 +213,21 @@ class _PlannedFunction(torch.autograd.Function):
             function = _gradients_once if plan.twice is None else _gradients
             return function(ctx, grad_output)
         input, weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        output_mask = (needed[0], False, False) if plan.none_active else needed[:3]
         assert plan.call is not None
-        return *plan.call(grad_output, input, weight, _output_mask(ctx)), None
-
-
-def _output_mask(ctx: Any) -> tuple[bool, ...]:
-    needed: tuple[bool, ...] = ctx.needs_input_grad
-    return (needed[0], False, False) if ctx.plan.none_active else needed[:3]
+        dx, dw, db = plan.call(grad_output, input, weight, output_mask)
+        return dx, dw, db, None
 
 
 def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """Where somebody differentiates this backward, or a mode or a subclass watches it."""
     call = ctx.plan.twice if is_grad_enabled() else ctx.plan.observed
     input, weight = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    output_mask = (needed[0], False, False) if ctx.plan.none_active else needed[:3]
     with no_autocast(grad_output):
-        return *call(grad_output, input, weight, _output_mask(ctx)), None
+        return *call(grad_output, input, weight, output_mask), None
 
 
 _gradients_once = once_differentiable(_gradients)

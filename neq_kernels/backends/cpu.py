@@ -101,10 +101,8 @@ class Cpu(Aten):
             grad_output: Tensor, input: Tensor | None, weight: Tensor, output_mask: Sequence[bool]
         ) -> Grads:
             x = grad_output if input is None else input
-            grads: Grads = leaf(
-                *(grad_output, x, weight, order, numbers),
-                *(output_mask[0], output_mask[1], output_mask[2]),
-            )
+            first, second, third = output_mask
+            grads: Grads = leaf(grad_output, x, weight, order, numbers, first, second, third)
             return grads
 
         return call
@@ -167,12 +165,12 @@ class Cpu(Aten):
                     active=active,
                     choice=KernelChoice(Strategy.PACK),
                 )
-            x = shape_only(grad_output, input, input_size)
-            dx, dw, db = leaf(
-                *(grad_output, x, weight, order, numbers),
-                *(output_mask[0], output_mask[1], output_mask[2]),
-            )
-            return dx, in_layout_of(weight, dw), db
+            x = shape_only(grad_output, input, input_size) if input is None else input
+            first, second, third = output_mask
+            dx, dw, db = leaf(grad_output, x, weight, order, numbers, first, second, third)
+            if dw is not None and dw.stride() != weight.stride():  # PyTorch's own
+                dw = in_layout_of(weight, dw)
+            return dx, dw, db
 
         return call
 

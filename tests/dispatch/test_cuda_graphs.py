@@ -1,5 +1,5 @@
 """Gradients that a CUDA graph would replay with other channels active. No graph is captured here:
-``Rehearsal.captures`` says so, and what the host knows of the channels is stale."""
+the rehearsal of one is running, and what the host knows of the channels is stale."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BEFORE, AFTER = [True, True, False, False, False, True], [False, True, True, Tru
 
 @pytest.fixture
 def _captured(monkeypatch):
-    monkeypatch.setattr(selector.rehearsal, "captures", lambda tensor: True)
+    monkeypatch.setattr(selector.rehearsal, "is_running", True)
     monkeypatch.setattr(selector, "backends_for", lambda device_type: ("aten",))
 
 
