@@ -8,7 +8,6 @@ STABLE_TORCH_LIBRARY(neq_kernels_cpu, m) {
   m.def(
       "scatter_rows(Tensor rows, Tensor like, Tensor order, int n, int groups, int outer, "
       "int per_group, int inner) -> Tensor");
-  m.def("channel_similarity(Tensor a, Tensor b, int dim) -> Tensor");
   m.def(
       "depthwise_wgrad(Tensor grad_output, Tensor input, int[] weight_shape, int[] stride, "
       "int[] padding, int[] dilation, Tensor order, int n, bool want_bias) -> (Tensor, Tensor)");
@@ -38,7 +37,6 @@ STABLE_TORCH_LIBRARY_IMPL(neq_kernels_cpu, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(neq_kernels_cpu, CPU, m) {
   m.impl("pack", TORCH_BOX(&neq::pack));
   m.impl("scatter_rows", TORCH_BOX(&neq::scatter_rows));
-  m.impl("channel_similarity", TORCH_BOX(&neq::channel_similarity));
   m.impl("depthwise_wgrad", TORCH_BOX(&neq::depthwise_wgrad));
   m.impl("linear_backward", TORCH_BOX(&neq::linear_backward));
   m.impl("conv_backward", TORCH_BOX(&neq::conv_backward));

@@ -17,8 +17,6 @@ Tensor pack(const Tensor& tensor, const Tensor& order, int64_t n, int64_t dim);
 Tensor scatter_rows(const Tensor& rows, const Tensor& like, const Tensor& order, int64_t n,
                     int64_t groups, int64_t outer, int64_t per_group, int64_t inner);
 
-Tensor channel_similarity(const Tensor& a, const Tensor& b, int64_t dim);
-
 std::tuple<Tensor, Tensor> depthwise_wgrad(const Tensor& grad_output, const Tensor& input,
                                            const std::vector<int64_t>& weight_shape,
                                            const std::vector<int64_t>& stride,

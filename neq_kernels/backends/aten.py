@@ -25,6 +25,9 @@ _ROWS_AT_A_TIME = 4
 
 _INPUTS_OF_A_BLOCK = 8
 
+# Of an output whose similarity is computed: so many stay in a core's cache, or keep a GPU busy.
+_ELEMENTS_ON_CPU, _ELEMENTS_ON_GPU = 2**17, 2**24
+
 # The gradients of weight and bias, and which of them are asked for.
 _Wgrads = tuple[Tensor | None, Tensor | None]
 _Asked = tuple[bool, bool]
@@ -254,10 +257,18 @@ class Aten(Backend):
 
     def channel_similarity(self, a: Tensor, b: Tensor, dim: int) -> Tensor:
         dims = [d for d in range(a.dim()) if d != dim % a.dim()]
-        a, b = a.detach().double(), b.detach().double()
+        a, b = a.detach(), b.detach()
         if not dims:
+            a, b = a.double(), b.double()
             return torch.stack([a * b, a * a, b * b])
-        return torch.stack([(a * b).sum(dims), (a * a).sum(dims), (b * b).sum(dims)])
+        # A part at a time: in float64 three times the whole would be held otherwise.
+        at_once = _ELEMENTS_ON_CPU if a.is_cpu else _ELEMENTS_ON_GPU
+        size = max(1, at_once * a.shape[dims[0]] // max(1, a.numel()))
+        sums = torch.zeros((3, a.shape[dim]), dtype=torch.float64, device=a.device)
+        for part, other in zip(a.split(size, dims[0]), b.split(size, dims[0]), strict=True):
+            x, y = part.double(), other.double()
+            sums += torch.stack([(x * y).sum(dims), (x * x).sum(dims), (y * y).sum(dims)])
+        return sums
 
 
 def count_write(*tensors: Sequence[Tensor]) -> None:

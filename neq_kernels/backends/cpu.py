@@ -174,7 +174,7 @@ class Cpu(Aten):
 
         return call
 
-    # --- packing, scattering, similarity ---------------------------------------------------------
+    # --- packing and scattering ------------------------------------------------------------------
 
     def pack(self, t: Tensor, order: Tensor, n: int, dim: int) -> Tensor:
         """Channels ``order[:n]`` of ``t`` along ``dim``, in ``t``'s own memory format.
@@ -206,14 +206,6 @@ class Cpu(Aten):
             return torch.empty_like(like).copy_(self.scatter_rows(rows, dense, order, n, layout))
         scattered: Tensor = _leaf.scatter_rows(rows, like, order, n, *blocks)
         return scattered
-
-    def channel_similarity(self, a: Tensor, b: Tensor, dim: int) -> Tensor:
-        """float64 ``[3, K]``: sums of ``a*b``, ``a*a``, ``b*b`` over every dimension but ``dim``.
-
-        The bits do not depend on the number of threads.
-        """
-        sums: Tensor = _leaf.channel_similarity(a, b, dim)
-        return sums
 
     def depthwise_wgrad(
         self,

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neq_kernels import ops
+from neq_kernels.backends import aten
 from tests.support import oracle
 from tests.support.op_cases import in_format
 
@@ -39,6 +40,26 @@ def test_channel_similarity_accumulates_in_float64(backend):
     result = ops.channel_similarity(a.float(), b.float(), 0)
     for ours, true in zip(result, exact, strict=True):
         oracle.assert_close64(ours, true, 1e-11)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_channel_similarity_of_many_parts(backend, dim, monkeypatch):
+    """More elements than are worked on at once, the last part a shorter one."""
+    monkeypatch.setattr(aten, "_ELEMENTS_ON_CPU", 100)
+    a, b = (oracle.small_integers((13, 17, 9)) for _ in range(2))
+    rows_a, rows_b = (t.movedim(dim, 0).flatten(1) for t in (a, b))
+    exact = torch.stack([(rows_a * rows_b).sum(1), (rows_a**2).sum(1), (rows_b**2).sum(1)])
+    assert torch.equal(ops.channel_similarity(a.float(), b.float(), dim), exact)
+
+
+def test_channel_similarity_keeps_nan_in_its_channel(backend):
+    a, b = (torch.randn(5, 9, 4) for _ in range(2))
+    clean = ops.channel_similarity(a, b, 1)
+    a[2, 3, 1] = torch.nan
+    result = ops.channel_similarity(a, b, 1)
+    assert result[:2, 3].isnan().all()
+    result[:2, 3] = clean[:2, 3]
+    assert torch.equal(result, clean)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The C++ extension: loading, pack, scatter_rows and channel_similarity against plain torch."""
+"""The C++ extension: loading, pack and scatter_rows against plain torch."""
 
 import os
 import subprocess
@@ -253,65 +253,3 @@ def test_scatter_rows_refuses_blocks_that_do_not_describe_the_tensor():
         op(torch.zeros(4, 3), torch.zeros(4, 3), torch.arange(4), 4, 1, 1, 4, 4)
     with pytest.raises(ValueError, match="like: expected a dense tensor"):
         op(torch.zeros(4, 3), torch.zeros(4, 6)[:, ::2], torch.arange(4), 4, 1, 1, 4, 3)
-
-
-# --- channel_similarity --------------------------------------------------------------------------
-
-
-def sums(a, b, dim):
-    dims = [d for d in range(a.dim()) if d != dim % a.dim()]
-    a, b = a.double(), b.double()
-    products = torch.stack([a * b, a * a, b * b])
-    return products.sum([d + 1 for d in dims]) if dims else products
-
-
-@given(
-    shapes,
-    st.data(),
-    st.sampled_from(ANY),
-    st.sampled_from(ANY),
-    st.sampled_from(FLOATING),
-    seeds,
-)
-def test_channel_similarity(shape, data, kind_a, kind_b, dtype, seed):
-    dim = data.draw(st.integers(-len(shape), len(shape) - 1))
-    a = arranged(random(shape, seed, dtype), kind_a, seed)
-    b = arranged(random(shape, seed + 1, dtype), kind_b, seed + 1)
-    result = cpu.channel_similarity(a, b, dim)
-    assert result.dtype == torch.float64
-    torch.testing.assert_close(result, sums(a, b, dim), rtol=1e-12, atol=1e-11)
-
-
-@pytest.mark.parametrize("kind", DENSE)
-@pytest.mark.parametrize("shape", [(37, 300, 6, 7), (4000, 65), (2, 3, 100, 101)])
-def test_channel_similarity_of_large_tensors_on_any_number_of_threads(kind, shape):
-    a = arranged(random(shape, 0, torch.float32), kind)
-    b = arranged(random(shape, 1, torch.float32), kind)
-    with threads(1):
-        one = cpu.channel_similarity(a, b, 1)
-    with threads(2):
-        two = cpu.channel_similarity(a, b, 1)
-    assert torch.equal(bits(one), bits(two))
-    torch.testing.assert_close(one, sums(a, b, 1), rtol=1e-12, atol=1e-8)
-
-
-def test_channel_similarity_keeps_nan_in_its_channel():
-    a, b = random((5, 9, 4), 0), random((5, 9, 4), 1)
-    clean = cpu.channel_similarity(a, b, 1)
-    a[2, 3, 1] = NAN
-    result = cpu.channel_similarity(a, b, 1)
-    assert result[:2, 3].isnan().all()
-    result[:2, 3] = clean[:2, 3]
-    assert torch.equal(result, clean)
-
-
-def test_channel_similarity_refuses_bad_arguments():
-    a = torch.zeros(3, 4)
-    with pytest.raises(ValueError, match="b: expected shape"):
-        cpu.channel_similarity(a, torch.zeros(3, 5), 1)
-    with pytest.raises(ValueError, match="b: expected dtype Float, got Double"):
-        cpu.channel_similarity(a, a.double(), 1)
-    with pytest.raises(ValueError, match="dim: expected"):
-        cpu.channel_similarity(a, a, 2)
-    with pytest.raises(ValueError, match="a: expected float32"):
-        cpu.channel_similarity(a.long(), a.long(), 1)

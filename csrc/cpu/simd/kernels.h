@@ -105,9 +105,6 @@ struct Kernels {
                const AdamStep<C>& step);
   void (*adam_amsgrad)(T* param, const T* grad, T* exp_avg, T* exp_avg_sq, T* max_exp_avg_sq,
                        int64_t count, const AdamStep<C>& step);
-  void (*products_of_run)(const T* a, const T* b, int64_t count, double* sums);
-  void (*products_of_columns)(const T* a, const T* b, int64_t rows, int64_t stride, int64_t columns,
-                              double* ab, double* aa, double* bb);
   void (*correlate)(const Correlation<C>& c, const int64_t* offsets, int64_t taps, C* sums);
   const CorrelatePixels<C> (&correlate_pixels)[kMostTapColumns][kMostTapRows];
   void (*sum)(const Correlation<C>& c, double* totals);

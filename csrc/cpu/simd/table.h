@@ -10,7 +10,6 @@
 #include "kernels.h"
 #include "outer_product.h"
 #include "row_steps.h"
-#include "similarity.h"
 
 namespace neq::NEQ_ISA {
 
@@ -23,8 +22,6 @@ const Kernels<T>& kernels() {
       sgd_momentum<T, true>,
       adam<T>,
       adam_update<T, true>,
-      products_of_run<T>,
-      products_of_columns<T>,
       correlate<C>,
       correlate_pixels<C>,
       sum<C>,
