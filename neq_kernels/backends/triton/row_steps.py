@@ -255,7 +255,7 @@ def sgd_rows_(
     nesterov: bool,
     maximize: bool,
 ) -> None:
-    """``optim.rows.sgd_rows_`` of many parameters: see ``backends.cpu.sgd_rows_``."""
+    """``optim.reference.sgd_rows_`` of many parameters: see ``backends.base``."""
     with_momentum = len(momentum_buffers) > 0
     multi_tensor.launch(
         sgd_kernel,
@@ -293,7 +293,7 @@ def adam_rows_(
     decoupled: bool,
     maximize: bool,
 ) -> None:
-    """``optim.rows.adam_rows_`` of many parameters: see ``backends.cpu.adam_rows_``."""
+    """``optim.reference.adam_rows_`` of many parameters: see ``backends.base``."""
     multi_tensor.launch(
         adam_kernel,
         (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, orders),
