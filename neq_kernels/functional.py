@@ -56,13 +56,13 @@ def linear(
     known = None if torch.compiler.is_compiling() else eager.call_key(input, weight, bias)
     if known is not None:
         key = (known, grad_input)
-        if key in channels.plans:
-            plan: eager.LayerPlan | None = channels.plans[key]
-        else:
+        plan = channels.plans.get(key, eager.MISSING)
+        if plan is eager.MISSING:
             plan = eager.plan_linear(input, weight, bias, channels, grad_input)
             eager.keep(channels, key, plan)
         if plan is not None:
-            return plan.run(input, weight, bias)
+            output: Tensor = plan.run(input, weight, bias)
+            return output
     if not learns(weight, bias):
         return F.linear(input, weight, bias)
     validate(input, weight, bias, channels, weight.shape[0], grad_input)
@@ -115,13 +115,13 @@ def conv(
     known = None if torch.compiler.is_compiling() else eager.call_key(input, weight, bias)
     if known is not None and list not in map(type, arguments):
         key = (known, arguments, grad_input)
-        if key in channels.plans:
-            plan: eager.LayerPlan | None = channels.plans[key]
-        else:
+        plan = channels.plans.get(key, eager.MISSING)
+        if plan is eager.MISSING:
             plan = eager.plan_conv(input, weight, bias, channels, arguments, grad_input)
             eager.keep(channels, key, plan)
         if plan is not None:
-            return plan.run(input, weight, bias)
+            output: Tensor = plan.run(input, weight, bias)
+            return output
     arguments = expanded(weight, arguments)
     if not learns(weight, bias):
         return convolve(input, weight, bias, *arguments)

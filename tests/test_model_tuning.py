@@ -97,3 +97,17 @@ def test_tune_checks_the_kernels_of_a_gpu_where_that_was_never_done(monkeypatch,
     assert winners == {"0": {8: KernelChoice(Strategy.DENSE)}}
     assert measured == [8]
     assert checked == ([True] if proved is None else [])
+
+
+def test_a_state_of_0_1_0_still_holds():
+    """It called the custom kernels fused."""
+    name = "linear 4x8 6x8 contiguous float32 active<=2"
+    neq.load_tuning_state_dict({"cpu": {"winners": {name: "FUSED"}}})
+    assert neq.tuning_state_dict()["cpu"]["winners"] == {name: "CUSTOM"}
+
+
+def test_a_self_check_leaves_the_winners_of_a_checkpoint_alone():
+    state = {"cpu": {"winners": {"linear 4x8 6x8 contiguous float32 active<=2": "DENSE"}}}
+    neq.load_tuning_state_dict(state)
+    runner.prove([])
+    assert neq.tuning_state_dict()["cpu"]["winners"] == state["cpu"]["winners"]

@@ -28,7 +28,7 @@ from neq_kernels.autograd.call_state import (
     watched,
 )
 from neq_kernels.autograd.forward import convolution, linear_forward
-from neq_kernels.backends.base import BackwardCall, Grads
+from neq_kernels.backends.base import BackwardCall, Grads, shape_only
 from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.dispatch import backward as dispatch
@@ -36,6 +36,7 @@ from neq_kernels.dispatch.selection import selector
 
 Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
+MISSING = object()
 _MOST_PLANS = 64
 
 
@@ -47,9 +48,13 @@ class LayerPlan:
         call: computes the gradients; None: PyTorch's own graph does.
         observed: does it by an operator that dispatch modes can see.
         twice: computes gradients that can be differentiated again; None where that is not possible.
+        on_gpu: backward may be captured into a CUDA graph, though the forward was not.
     """
 
-    __slots__ = ("call", "channels", "forward", "generation", "none_active", "observed", "twice")
+    __slots__ = (
+        *("call", "channels", "forward", "generation"),
+        *("none_active", "observed", "on_gpu", "twice"),
+    )
 
     def __init__(
         self,
@@ -58,10 +63,12 @@ class LayerPlan:
         call: BackwardCall | None = None,
         observed: BackwardCall | None = None,
         twice: BackwardCall | None = None,
+        on_gpu: bool = False,
     ) -> None:
         self.channels, self.generation = channels, channels.generation
         self.none_active = channels.n_active == 0
         self.forward, self.call, self.observed, self.twice = forward, call, observed, twice
+        self.on_gpu = on_gpu
 
     def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output."""
@@ -124,6 +131,8 @@ def plan_linear(
 ) -> LayerPlan | None:
     """Returns None for the approximate input gradient."""
     validate(input, weight, bias, channels, weight.shape[0], grad_input)
+    # Raises where the backend that the user asked for cannot be used.
+    on_gpu = selector.on_gpu(selector.context(weight.device.type))
     if all_active(channels, weight):
         return LayerPlan(channels, F.linear)
     if grad_input == "active":
@@ -136,7 +145,7 @@ def plan_linear(
         tensors = channels.tensors(weight.device)
         return ops.linear_backward(grad_output, input, size, weight, tensors, output_mask, False)
 
-    return LayerPlan(channels, linear_forward, call, observed)
+    return LayerPlan(channels, linear_forward, call, observed, on_gpu=on_gpu)
 
 
 def plan_conv(
@@ -152,6 +161,8 @@ def plan_conv(
     stride, padding, dilation, groups, transposed, output_padding = arguments
     k = weight.shape[1] * groups if transposed else weight.shape[0]
     validate(input, weight, bias, channels, k, grad_input)
+    # Raises where the backend that the user asked for cannot be used.
+    on_gpu = selector.on_gpu(selector.context(weight.device.type))
     if isinstance(padding, str) or input.dim() != weight.dim():
         return None
 
@@ -184,10 +195,11 @@ def plan_conv(
     def twice(
         grad_output: Tensor, input: Tensor | None, weight: Tensor, output_mask: Sequence[bool]
     ) -> Grads:
-        assert input is not None
-        return geometry.backward(grad_output, input, weight, output_mask)
+        x = shape_only(grad_output, input, size)
+        return geometry.backward(grad_output, x, weight, output_mask)
 
-    return LayerPlan(channels, forward, call, observed, twice if everything else None)
+    again = twice if everything else None
+    return LayerPlan(channels, forward, call, observed, again, on_gpu)
 
 
 class _PlannedFunction(torch.autograd.Function):
@@ -209,6 +221,7 @@ class _PlannedFunction(torch.autograd.Function):
             or _len_torch_dispatch_stack() > 0
             or type(grad_output) is not Tensor
             or _is_any_autocast_enabled()  # it would change what PyTorch is called with
+            or (plan.on_gpu and selector.rehearsal.captures(grad_output))
         ):
             function = _gradients_once if plan.twice is None else _gradients
             return function(ctx, grad_output)
@@ -221,7 +234,8 @@ class _PlannedFunction(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    """Where somebody differentiates this backward, or a mode or a subclass watches it."""
+    """Where somebody differentiates this backward, a mode or a subclass watches it, or a CUDA graph
+    captures it."""
     call = ctx.plan.twice if is_grad_enabled() else ctx.plan.observed
     input, weight = ctx.saved_tensors
     needed = ctx.needs_input_grad

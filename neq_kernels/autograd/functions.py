@@ -1,5 +1,6 @@
 """The autograd Functions of calls that are not planned: under ``torch.compile``, under autocast,
-while a CUDA graph is captured, with tensor subclasses, and for the approximate input gradient."""
+while a CUDA graph is captured, with tensor subclasses, for the approximate input gradient, and
+wherever else ``eager`` makes no plan."""
 
 from __future__ import annotations
 
@@ -39,9 +40,8 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        if (
-            torch.is_grad_enabled()
-        ):  # create_graph=True: what comes out refuses to be differentiated
+        # With create_graph=True: what comes out refuses to be differentiated.
+        if torch.is_grad_enabled():
             return once_differentiable(LinearFunction.backward)(ctx, grad_output)
         x, weight, tensors, output_mask = _restore(ctx)
         with no_autocast(grad_output):
@@ -94,9 +94,8 @@ class ConvFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        if (
-            torch.is_grad_enabled()
-        ):  # create_graph=True: what comes out refuses to be differentiated
+        # With create_graph=True: what comes out refuses to be differentiated.
+        if torch.is_grad_enabled():
             return once_differentiable(ConvFunction.backward)(ctx, grad_output)
         x, weight, tensors, output_mask = _restore(ctx)
         with no_autocast(grad_output):

@@ -166,7 +166,9 @@ class Aten(Backend):
         order, n = active.order, active.n
         x = shape_only(grad_output, input, input_size)
         asked = (output_mask[1], output_mask[2])
-        if n == k or (choice.strategy == Strategy.DENSE and n > 0 and any(asked)):
+        # The bias alone is no reason to pack anything.
+        dense = choice.strategy == Strategy.DENSE or not asked[0]
+        if n == k or (dense and n > 0 and any(asked)):
             dx, dw, db = geometry.backward(grad_output, x, weight, output_mask)
             grads = in_layout_of(weight, dw), db
             return dx, *(grads if n == k else _overwrite_frozen(grads, geometry.layout, order[n:]))

@@ -149,13 +149,13 @@ class Cpu(Aten):
             return in_terms_of_aten
         leaf, order = _leaf.conv_backward.default, active.order
         numbers = _numbers(choice.strategy.value, active.n, *_flat(geometry))
-        packs = super().conv_backward
+        densely = super().conv_backward
 
         def call(
             grad_output: Tensor, input: Tensor | None, weight: Tensor, output_mask: Sequence[bool]
         ) -> Grads:
             if output_mask[2] and not output_mask[1] and geometry.groups > 1:  # the bias alone
-                return packs(
+                return densely(
                     grad_output,
                     input,
                     weight,
@@ -163,7 +163,7 @@ class Cpu(Aten):
                     input_size=input_size,
                     geometry=geometry,
                     active=active,
-                    choice=KernelChoice(Strategy.PACK),
+                    choice=KernelChoice(Strategy.DENSE),
                 )
             x = shape_only(grad_output, input, input_size) if input is None else input
             first, second, third = output_mask

@@ -139,6 +139,11 @@ class Selector:
         threads = torch.get_num_threads() if device_type == "cpu" else 0
         return ExecutionContext(self.backends_for(device_type), device_type, threads)
 
+    def on_gpu(self, context: ExecutionContext) -> bool:
+        """Whether work is done as on a GPU there, be it an emulated one."""
+        by_gpu_kernels = any(self.backends[name].for_gpus for name in context.backends)
+        return by_gpu_kernels or context.device_type == "cuda"
+
     def backend_of(self, choice: KernelChoice, context: ExecutionContext) -> Backend:
         """The one that runs this kernel there."""
         return self.backends[choice.backend or context.backends[0]]
@@ -210,8 +215,7 @@ class Selector:
             table.put(problem, n, winner)
             table.save()
             return winner
-        on_gpu = any(self.backends[name].for_gpus for name in context.backends)
-        if on_gpu or context.device_type == "cuda":
+        if self.on_gpu(context):
             return default(cost_model.strategy_on_gpu(problem, n, every))
         return default(cost_model.strategy(problem, n, every))
 
@@ -274,22 +278,27 @@ class Selector:
         self.revision += 1
         self._choices.clear()
 
-    def forget(self) -> None:
-        """Select backends anew, too, and read the environment and the tables' files again."""
+    def forget_backends(self) -> None:
+        """Select backends anew from now on; what was measured is kept."""
         self._by_device_type.clear()
+        self.revision += 1
+
+    def forget(self) -> None:
+        """Select everything anew, and read the environment and the tables' files again."""
         self._tables.clear()
         self.forget_choices()
+        self.forget_backends()
 
     @contextmanager
     def forced_backend(self, name: str) -> Iterator[None]:
         """Within it, ``name`` is used for everything, as ``NEQ_KERNELS_BACKEND`` would say."""
         before, self._forced_backend = self._forced_backend, name
-        self._backends_change()
+        self.forget_backends()
         try:
             yield
         finally:
             self._forced_backend = before
-            self._backends_change()
+            self.forget_backends()
 
     @contextmanager
     def forced_strategy(self, strategy: Strategy) -> Iterator[None]:
@@ -301,10 +310,6 @@ class Selector:
         finally:
             self._forced_strategy = before
             self.forget_choices()
-
-    def _backends_change(self) -> None:
-        self._by_device_type.clear()
-        self.revision += 1
 
 
 selector = Selector()

@@ -26,6 +26,8 @@ DIRECTORY_VARIABLE = "NEQ_KERNELS_TUNING_DIR"
 MEASURE_VARIABLE = "NEQ_KERNELS_TUNE"
 _FORMAT = 1
 _BUCKETS_PER_DOUBLING = 4
+# As version 0.1.0 called them.
+_OLD_NAMES = {"FUSED": "CUSTOM"}
 
 
 def count_bucket(n: int, k: int) -> int:
@@ -134,6 +136,7 @@ def _written(choice: KernelChoice) -> str:
 def _read(text: str) -> KernelChoice:
     name, *settings = text.split()
     backend, _, strategy = name.rpartition(":")
+    strategy = _OLD_NAMES.get(strategy, strategy)
     return KernelChoice(Strategy[strategy], tuple(map(int, settings)), backend)
 
 

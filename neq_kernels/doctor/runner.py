@@ -66,7 +66,7 @@ def prove(checks: Iterable[Check] | None = None) -> tuple[str, ...]:
         and all(check.passed for check in on_gpu if check.backend == name)
     )
     selector.verified.keep(right)
-    selector.forget()
+    selector.forget_backends()
     return right if selector.verified.names() is not None else ()
 
 

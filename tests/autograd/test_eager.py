@@ -14,6 +14,7 @@ import neq_kernels as neq
 from neq_kernels import ActiveChannels
 from neq_kernels.autograd import eager
 from neq_kernels.backends.problem import Strategy
+from neq_kernels.dispatch import selection
 from neq_kernels.dispatch.selection import selector
 from neq_kernels.functional import conv, linear
 from tests.support import oracle
@@ -177,6 +178,30 @@ def test_differentiating_twice_through_a_replaced_convolution():
         (grad,) = torch.autograd.grad(out, weight, dy, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             grad.sum().backward()
+
+
+def test_differentiating_twice_where_the_bias_alone_learns():
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.randn(8, 1, 3, 3).double(), torch.zeros(8).double().requires_grad_()
+    channels = ActiveChannels(8)
+    with selector.forced_strategy(Strategy.CUSTOM):
+        out = conv(x, weight, bias, channels, groups=8)
+        dx, db = torch.autograd.grad(out.sum(), [x, bias], create_graph=True)
+    dense_x = x.detach().requires_grad_()
+    dense = torch.nn.functional.conv2d(dense_x, weight, bias, groups=8)
+    expected = torch.autograd.grad(dense.sum(), [dense_x, bias])
+    torch.testing.assert_close((dx, db), expected)
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_a_backend_that_does_not_exist_is_an_error_at_the_first_call(everything, monkeypatch):
+    monkeypatch.setenv(selection.ENVIRONMENT_VARIABLE, "abacus")
+    selector.forget_backends()
+    channels = ActiveChannels(6) if everything else oracle.channels_with(MASK)
+    with pytest.raises(ValueError, match="got 'abacus'"):
+        call(channels)
+    monkeypatch.undo()
+    selector.forget_backends()
 
 
 def test_subclasses_and_modes_take_the_general_way():

@@ -39,16 +39,11 @@ class Triton(Gpu):
         return _unavailable()
 
     def build(self) -> str:
-        """Triton's version; empty where it is not installed."""
-        if importlib.util.find_spec("triton") is None:
-            return ""
-        import triton
-
-        found: str = triton.__version__
-        return found
+        """Triton's version; empty where the kernels cannot run."""
+        return _version() if self.unavailable() is None else ""
 
     def built_with(self) -> dict[str, str]:
-        return {"triton": self.build()}
+        return {"triton": _version()}
 
     def strategies(self, problem: Problem) -> tuple[Strategy, ...]:
         usable = super().strategies(problem)
@@ -170,6 +165,13 @@ def _unavailable() -> str | None:
         needed, got = (".".join(map(str, c)) for c in (_LEAST_CAPABILITY, capability))
         return f"expected a GPU of compute capability {needed} or newer, got {got}"
     return None
+
+
+def _version() -> str:
+    import triton
+
+    found: str = triton.__version__
+    return found
 
 
 def _is_product(weight_size: Sequence[int], g: ConvGeometry) -> bool:

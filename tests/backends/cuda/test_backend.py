@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from neq_kernels import functional as public_functional
 from neq_kernels import ops as public
 from neq_kernels.backends import cuda as module
 from neq_kernels.backends.problem import ConvGeometry, Problem, Strategy
@@ -162,6 +163,21 @@ def test_a_replayed_count_is_read_on_the_device(mask, ops, monkeypatch):
         conv((2, 16, 7, 9), 48, (3, 3), geometry(), torch.float16, mask)
         conv((2, 12, 7, 9), 12, (3, 3), geometry(groups=12), torch.float16, mask)
     assert ops.calls["linear_wgrad"] == ops.calls["conv_wgrad"] == ops.calls["depthwise_wgrad"] == 1
+
+
+def test_a_captured_backward_of_an_eager_forward_reads_the_count_on_the_device(ops, monkeypatch):
+    """The graph may be replayed with other channels active than the plan was made for."""
+    monkeypatch.setattr(selector.rehearsal, "_rehearsed", {})
+    chosen = channels(48, "random")
+    x, weight = (torch.randn(n, 24, device=DEVICE, requires_grad=True) for n in (70, 48))
+    output = public_functional.linear(x, weight, None, chosen)
+    with selection.capturable():
+        output.sum().backward()
+    assert ops.calls["linear_wgrad"] == 1
+    assert [choice.strategy for choice in selector.rehearsal._rehearsed.values()] == [
+        Strategy.CUSTOM
+    ]
+    assert bool(weight.grad.any(1).cpu().eq(chosen.mask).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
