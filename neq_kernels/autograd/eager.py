@@ -114,12 +114,11 @@ def _may_be_planned_on_a_gpu(input: Tensor, weight: Tensor) -> bool:
     return input.is_cuda and weight.is_cuda and not selector.rehearsal.captures(weight)
 
 
-def keep(channels: ActiveChannels, key: Hashable, plan: LayerPlan | None) -> LayerPlan | None:
+def keep(channels: ActiveChannels, key: Hashable, plan: LayerPlan | None) -> None:
     """Remember a plan, or that there is none, until the set of active channels changes."""
     if len(channels.plans) >= _MOST_PLANS:
         channels.plans.clear()
     channels.plans[key] = plan
-    return plan
 
 
 def plan_linear(

@@ -144,9 +144,8 @@ class Cpu(Aten):
         active: Active,
         choice: KernelChoice,
     ) -> BackwardCall:
-        in_terms_of_aten = super().conv_call(weight, input_size, geometry, active, choice)
         if not _in_one_call(weight, geometry, active, choice):
-            return in_terms_of_aten
+            return super().conv_call(weight, input_size, geometry, active, choice)
         leaf, order = _leaf.conv_backward.default, active.order
         numbers = _numbers(choice.strategy.value, active.n, *_flat(geometry))
         densely = super().conv_backward

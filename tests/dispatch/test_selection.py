@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from neq_kernels import functional
 from neq_kernels.backends.problem import ConvGeometry, Problem, Strategy
 from neq_kernels.channels import Active
 from neq_kernels.dispatch import backward, cost_model, selection
@@ -147,3 +148,23 @@ def test_off_the_cpu_the_channels_of_groups_are_not_counted_to_pack_them(
     with selector.forced_strategy(Strategy.PACK):
         backward.conv_backward(dy, x, x.shape, weight, geometry, active, [True] * 3, False)
     assert used == [expected]
+
+
+@pytest.mark.parametrize("name", ["aten", "cpu"])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_the_bias_alone_packs_nothing(name, groups, monkeypatch):
+    """No channel of the input, which was not saved, nor of the output's gradient."""
+
+    def packs(*_):
+        raise AssertionError("packed")
+
+    for backend in (aten, cpu):
+        monkeypatch.setattr(backend, "pack", packs)
+    channels = oracle.channels_with([True, False] * 4)
+    x = torch.randn(2, 8, 5, 5, requires_grad=True)
+    weight, bias = torch.randn(8, 8 // groups, 3, 3), torch.zeros(8, requires_grad=True)
+    with oracle.forced_backend(name), selector.forced_strategy(Strategy.PACK):
+        out = functional.conv(x, weight, bias, channels, groups=groups)
+        dy = torch.randn_like(out)
+        out.backward(dy)
+    torch.testing.assert_close(bias.grad, dy.sum((0, 2, 3)) * channels.mask)
