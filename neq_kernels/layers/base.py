@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from neq_kernels.autograd import arguments, functions
+from neq_kernels.autograd import arguments
+from neq_kernels.autograd.forward import detached
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.layers.anchor import ParameterAnchor
 from neq_kernels.process_group import in_process_group
@@ -85,7 +86,7 @@ class NeuronLayer(nn.Module):
         else:
             weight, bias = self.weight, self.bias
         if torch.compiler.is_compiling() and self._stops():
-            return functions.detached(weight), functions.detached(bias)
+            return detached(weight), detached(bias)
         return weight, bias
 
     def _anchored(self, output: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neq_kernels import functional
-from neq_kernels.autograd.call_state import all_active, learns, watched
+from neq_kernels.autograd.call_state import all_active, learns, transformed, watched
 from neq_kernels.layers.base import NeuronLayer, constructible
 
 
@@ -22,7 +22,7 @@ class _Norm(NeuronLayer):
         weight, bias = self._learned()
         if not learns(weight, bias):
             return self._anchored(self._normalize(input, weight, bias))
-        if all_active(channels, input):
+        if all_active(channels, input) and not transformed():
             return self._anchored(watched(self._normalize(input, weight, bias), channels))
         return self._anchored(self._normalize(input, *functional.affine(weight, bias, channels)))
 
