@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import Parameter
 
 from neq_kernels.autograd import arguments
@@ -73,6 +74,13 @@ class NeuronLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, active={self.channels.n_active}/{len(self.channels)}"
+
+    def _traced(self, input: Proxy, *args: Any) -> Proxy:
+        """The call of this layer in a graph of ``torch.fx``, where it stays the layer it is, as
+        those of torch.nn do."""
+        tracer = input.tracer
+        name = tracer.path_of_module(self)  # type: ignore[attr-defined]
+        return tracer.create_proxy("call_module", name, (input, *args), {})
 
     def _stops(self) -> bool:
         """Under compile: whether this graph is one in which the layer is wholly frozen."""

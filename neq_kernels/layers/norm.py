@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from neq_kernels import functional
 from neq_kernels.autograd.call_state import all_active, learns, transformed, watched
@@ -18,6 +19,8 @@ class _Norm(NeuronLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Run PyTorch's norm on a scale and shift whose gradients are masked."""
+        if isinstance(input, Proxy):
+            return self._traced(input)
         channels = self.channels
         weight, bias = self._learned()
         if not learns(weight, bias):
