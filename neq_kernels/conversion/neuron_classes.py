@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 
 from torch import nn
 
-from neq_kernels.conversion.recipe import Recipe
+from neq_kernels.conversion.recipe import REGISTERED, Recipe
 from neq_kernels.conversion.third_party.families import recipe_for
 from neq_kernels.layers import conv, linear, masked, norm
 from neq_kernels.layers.base import NeuronLayer, constructible
@@ -35,7 +35,6 @@ NEURON_CLASSES: dict[type[nn.Module], type[NeuronLayer]] = {
 }
 
 
-_registered: dict[type[nn.Module], Recipe] = {}
 # Weak: a class made in a function is not kept by having been converted once.
 _made: WeakValueDictionary[type[nn.Module], type[NeuronLayer]] = WeakValueDictionary()
 
@@ -84,7 +83,7 @@ def neuron_class(kind: type[nn.Module]) -> type[NeuronLayer] | None:
     known = NEURON_CLASSES.get(kind) or _made.get(kind)
     if known is not None:
         return known
-    recipe = _registered.get(kind) or _recipe(kind)
+    recipe = REGISTERED.get(kind) or _recipe(kind)
     if recipe is None:
         base, recipe = known_base(kind)
         if base is None or recipe is None or redefined(kind, base):

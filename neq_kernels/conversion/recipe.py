@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from neq_kernels.layers.base import NeuronLayer
 
 
@@ -15,3 +17,7 @@ class Recipe:
 
     ours: type[NeuronLayer]
     attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+# By the user: neq_kernels.conversion.registration.register.
+REGISTERED: dict[type[nn.Module], Recipe] = {}
