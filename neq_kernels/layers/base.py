@@ -110,12 +110,12 @@ class NeuronLayer(nn.Module):
         active = f"active={self.channels.n_active}/{len(self.channels)}"
         return ", ".join(filter(None, (super().extra_repr(), active)))
 
-    def _traced(self, input: Proxy, *args: Any) -> Proxy:
+    def _traced(self, *args: Any, **kwargs: Any) -> Proxy:
         """The call of this layer in a graph of ``torch.fx``, where it stays the layer it is, as
-        those of torch.nn do."""
-        tracer = input.tracer
+        those of torch.nn do; an argument is a proxy."""
+        tracer = next(a for a in (*args, *kwargs.values()) if isinstance(a, Proxy)).tracer
         name = tracer.path_of_module(self)  # type: ignore[attr-defined]
-        return tracer.create_proxy("call_module", name, (input, *args), {})
+        return tracer.create_proxy("call_module", name, args, kwargs)
 
     def _stops(self) -> bool:
         """Under compile: whether this graph is one in which the layer is wholly frozen."""
