@@ -78,7 +78,7 @@ class Example:
             if before.shape == buffer.shape and not torch.equal(before, buffer):
                 buffer.data.copy_(before)
         seed()
-        outputs = _leaves(model(*self.args, **self.kwargs))
+        outputs = _every_leaf(model(*self.args, **self.kwargs))
         return [output for output in outputs if isinstance(output, Tensor)]
 
 
@@ -117,13 +117,13 @@ def _running(example: Example) -> tuple[Example, list[Tensor], str]:
         try:
             double = example.in_dtype(torch.float64)
             outputs = double.forward(double.model)
-            _loss(outputs).backward()
+            weighted_sum(outputs).backward()
             double.model.zero_grad(set_to_none=True)
             return double, outputs, "float64"
         except (RuntimeError, ValueError, TypeError):
             example.model = plain
     outputs = example.forward(example.model)
-    _loss(outputs).backward()
+    weighted_sum(outputs).backward()
     example.model.zero_grad(set_to_none=True)
     return example, outputs, "float32"
 
@@ -141,7 +141,7 @@ class _Checked:
         if not all(bool(t.isfinite().all()) for t in self.outputs if t.is_floating_point()):
             return {"reason": "not checked: its outputs are not finite"}
         again = self.example.forward(self.dense)
-        if not _same(self.outputs, again):
+        if not same(self.outputs, again):
             return {"reason": "not checked: two forwards with one seed differ by themselves"}
         self.outputs = again
         del again
@@ -150,7 +150,7 @@ class _Checked:
             types = [type(module) for module in self.dense.modules()]
             hooks = _hooks(self.dense)
             model = neq.convert(copy.deepcopy(self.dense))
-            self._check("forward", _same(self.outputs, self.example.forward(model)), "differs")
+            self._check("forward", same(self.outputs, self.example.forward(model)), "differs")
             self.cells["mac_share"] = count.share_of(_owned_shares(model))
             self._half_frozen(model)
             self._revert(model, types, hooks)
@@ -160,7 +160,7 @@ class _Checked:
 
     def _dense_backward(self) -> Products:
         with Products(self.dense, (self.example.args, self.example.kwargs)) as count:
-            loss = _loss(self.example.forward(self.dense))
+            loss = weighted_sum(self.example.forward(self.dense))
             count.in_backward = True
             loss.backward()
         count._alive.clear()
@@ -172,8 +172,8 @@ class _Checked:
         frozen = freeze_half(model)
         with self._cell("gradients"):
             outputs = self.example.forward(model)
-            self._check("forward", _same(self.outputs, outputs), "differs with frozen neurons")
-            _loss(outputs).backward()
+            self._check("forward", same(self.outputs, outputs), "differs with frozen neurons")
+            weighted_sum(outputs).backward()
             del outputs
             self._compare_gradients(model, frozen)
             self.dense.zero_grad(set_to_none=True)
@@ -182,33 +182,8 @@ class _Checked:
         model.zero_grad(set_to_none=True)
 
     def _compare_gradients(self, model: nn.Module, frozen: Mapping[Parameter, Tensor]) -> None:
-        dense = dict(self.dense.named_parameters())
-        largest = max(
-            (float(p.grad.abs().max()) for p in dense.values() if p.grad is not None), default=0.0
-        )
         self.cells["gradients"] = self.cells["frozen"] = True
-        owners = neuron_owners(model)
-        wrong: dict[str, list[str]] = {}
-        for name, parameter in model.named_parameters():
-            want, got = dense[name].grad, parameter.grad
-            if want is None and got is None:
-                continue
-            want = torch.zeros_like(parameter) if want is None else want
-            rows = frozen.get(parameter)
-            keep = torch.ones_like(parameter, dtype=torch.bool)
-            if rows is not None and len(rows):
-                layout = owners[parameter][0][1]
-                layout.fill_(keep, rows, False)
-                if got is not None and bool(layout.gather(got, rows).ne(0).any()):
-                    wrong.setdefault("frozen", []).append(name)
-            if got is None:
-                error = float("inf") if bool((want * keep).ne(0).any()) else 0.0
-            else:
-                scale = max(float(want.abs().max()), self.tolerance.least_scale * largest)
-                error = float(((got - want) * keep).abs().max()) / scale if scale else 0.0
-            if not error <= self.tolerance.gradient:
-                wrong.setdefault("gradients", []).append(f"{name} (off by {error:.1e})")
-        for cell, names in wrong.items():
+        for cell, names in gradient_faults(self.dense, model, frozen, self.tolerance).items():
             self._check(cell, False, f"{len(names)} parameters, {', '.join(names[:3])}")
 
     def _step(
@@ -267,7 +242,7 @@ class _Checked:
             self._check("revert", back, "classes differ")
             self._check("revert", _hooks(model) == hooks, "hooks are left")
             outputs = self.example.forward(self.dense)
-            self._check("revert", _same(outputs, self.example.forward(model)), "forward differs")
+            self._check("revert", same(outputs, self.example.forward(model)), "forward differs")
 
     def _stop(self, count: Products) -> None:
         """Freeze the first half of the neuron layers; count what backprop still computes."""
@@ -299,7 +274,7 @@ class _Checked:
 
     def _input_gradient_macs(self, model: nn.Module) -> int:
         with Products(model, (self.example.args, self.example.kwargs)) as count:
-            loss = _loss(self.example.forward(model))
+            loss = weighted_sum(self.example.forward(model))
             count.in_backward = True
             loss.backward()
         return count.input_gradient_macs
@@ -339,6 +314,43 @@ def freeze_half(model: nn.Module) -> dict[Parameter, Tensor]:
             for p, known in owners.items()}
 
 
+def gradient_faults(
+    dense: nn.Module, model: nn.Module, frozen: Mapping[Parameter, Tensor], tolerance: Tolerance
+) -> dict[str, list[str]]:
+    """Parameters whose gradient is wrong: under ``"frozen"`` those with a frozen neuron's that is
+    not exactly 0, under ``"gradients"`` those that differ from the dense one anywhere else.
+
+    Args:
+        dense: has the dense gradients.
+        model: has the gradients to judge, and the names of ``dense``.
+        frozen: as :func:`freeze_half` returns it.
+    """
+    theirs = dict(dense.named_parameters())
+    largest = max(
+        (float(p.grad.abs().max()) for p in theirs.values() if p.grad is not None), default=0.0
+    )
+    owners = neuron_owners(model)
+    faults: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters():
+        want, got = theirs[name].grad, parameter.grad
+        if want is None and got is None:
+            continue
+        want = torch.zeros_like(parameter) if want is None else want
+        got = torch.zeros_like(parameter) if got is None else got
+        keep = torch.ones_like(parameter, dtype=torch.bool)
+        rows = frozen.get(parameter)
+        if rows is not None and len(rows):
+            layout = owners[parameter][0][1]
+            layout.fill_(keep, rows, False)
+            if bool(layout.gather(got, rows).ne(0).any()):
+                faults.setdefault("frozen", []).append(name)
+        scale = max(float(want.abs().max()), tolerance.least_scale * largest)
+        error = float(torch.where(keep, got - want, 0).abs().max()) / scale if scale else 0.0
+        if not error <= tolerance.gradient:
+            faults.setdefault("gradients", []).append(f"{name} (off by {error:.1e})")
+    return faults
+
+
 def _halves(
     model: nn.Module, first_use: Mapping[str, int]
 ) -> tuple[list[ActiveChannels], list[str]]:
@@ -371,18 +383,18 @@ def _owned_shares(model: nn.Module) -> dict[str, float]:
     return {name: float(p in owners) for name, p in model.named_parameters()}
 
 
-def _leaves(outputs: Any) -> list[Any]:
+def _every_leaf(outputs: Any) -> list[Any]:
     """Also of what PyTorch's pytrees do not know: mappings, and objects with attributes."""
     leaves = []
     for leaf in tree_leaves(outputs):
         if isinstance(leaf, Mapping):
-            leaves += _leaves(list(leaf.values()))
+            leaves += _every_leaf(list(leaf.values()))
         else:
             leaves.append(leaf)
     return leaves
 
 
-def _loss(outputs: Sequence[Tensor]) -> Tensor:
+def weighted_sum(outputs: Sequence[Tensor]) -> Tensor:
     """A random weighting: a plain sum has no gradient below a softmax or a norm."""
     generator = torch.Generator().manual_seed(2)
     terms = [
@@ -395,7 +407,7 @@ def _loss(outputs: Sequence[Tensor]) -> Tensor:
     return torch.stack([term.double() for term in terms]).sum()
 
 
-def _same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     return len(a) == len(b) and all(
         x.dtype == y.dtype and x.shape == y.shape and bool((x.eq(y) | (x.ne(x) & y.ne(y))).all())
         for x, y in zip(a, b, strict=True)
