@@ -64,13 +64,7 @@ class NeuronLayer(nn.Module):
             if "weight" in layer._parameters:
                 return "it has no weight (affine=False)"
             return "its weight is computed (weight norm, spectral norm, pruning)"
-        if is_lazy(weight):
-            return "it is lazy; convert it after its first forward"
-        if not weight.is_floating_point():
-            return f"its weight is {weight.dtype}"
-        if weight.numel() == 0:
-            return f"its weight is empty: {tuple(weight.shape)}"
-        return None
+        return reason_against_parameter("weight", weight)
 
     @classmethod
     def layout_in(cls, layer: nn.Module) -> NeuronLayout:
@@ -81,10 +75,10 @@ class NeuronLayer(nn.Module):
     def parameters_in(cls, layer: nn.Module) -> list[tuple[Parameter, NeuronLayout]]:
         """:meth:`neuron_parameters` of a layer, converted or not."""
         owned = []
-        weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
-        if isinstance(weight, Parameter):
+        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+        if weight is not None:
             owned.append((weight, cls.layout_in(layer)))
-        if isinstance(bias, Parameter):
+        if bias is not None:
             owned.append((bias, NeuronLayout()))
         return owned
 
@@ -147,6 +141,23 @@ class NeuronLayer(nn.Module):
         for parameter, _ in self.neuron_parameters():
             self.channels.prepare(parameter.device)
         return self
+
+
+def reason_against_parameter(name: str, parameter: Parameter) -> str | None:
+    """Why a parameter can hold no neurons, else None."""
+    if is_lazy(parameter):
+        return "it is lazy; convert it after its first forward"
+    if type(parameter).__module__.partition(".")[0] in _QUANTISING:
+        return f"its {name} is quantised ({type(parameter).__name__})"
+    if not parameter.is_floating_point():
+        return f"its {name} is {parameter.dtype}"
+    if parameter.numel() == 0:
+        return f"its {name} is empty: {tuple(parameter.shape)}"
+    return None
+
+
+# Libraries whose tensor subclasses hold quantised values, whatever their dtype says.
+_QUANTISING = {"torchao", "bitsandbytes", "optimum", "quanto", "hqq"}
 
 
 def stock_class(kind: type[nn.Module]) -> type[nn.Module]:
