@@ -111,6 +111,13 @@ class NeuronLayer(nn.Module):
         name = tracer.path_of_module(self)  # type: ignore[attr-defined]
         return tracer.create_proxy("call_module", name, args, kwargs)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        # PyTorch would put what this returns in the layer's place in the user's own model.
+        raise RuntimeError(
+            f"torch.jit.script: expected layers of torch.nn, got the converted {self}; script a "
+            "copy without neurons: torch.jit.script(neq_kernels.revert(copy.deepcopy(model)))"
+        )
+
     def _stops(self) -> bool:
         """Under compile: whether this graph is one in which the layer is wholly frozen."""
         return self.specialized and self.channels.none_active and not in_process_group()
