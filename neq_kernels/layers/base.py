@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import wraps
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
 
 from neq_kernels.autograd import arguments, functions
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.layers.anchor import ParameterAnchor
 from neq_kernels.process_group import in_process_group
+
+Watcher = Callable[[Tensor], Tensor | None]
 
 
 class NeuronLayer(nn.Module):
@@ -44,7 +48,8 @@ class NeuronLayer(nn.Module):
         self, channels: ActiveChannels, grad_input: arguments.GradInput, anchor: ParameterAnchor
     ) -> None:
         """Give the layer its neurons."""
-        channels.prepare(self.weight.device)
+        for parameter, _ in self.neuron_parameters():
+            channels.prepare(parameter.device)
         self.channels, self.grad_input, self.anchor = channels, grad_input, anchor
 
     def release(self) -> None:
@@ -63,12 +68,22 @@ class NeuronLayer(nn.Module):
 
     def neuron_parameters(self) -> list[tuple[Parameter, NeuronLayout]]:
         """The parameters the neurons own, with the layout of a neuron in each."""
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         owned = []
-        if isinstance(self.weight, Parameter):
-            owned.append((self.weight, self.layout))
-        if isinstance(self.bias, Parameter):
-            owned.append((self.bias, NeuronLayout()))
+        if isinstance(weight, Parameter):
+            owned.append((weight, self.layout))
+        if isinstance(bias, Parameter):
+            owned.append((bias, NeuronLayout()))
         return owned
+
+    def owners(self) -> list[tuple[Parameter, ActiveChannels, NeuronLayout]]:
+        """The parameters the neurons own, each with the channels that decide about it: all of the
+        layer's, or a part of them."""
+        return [(p, self.channels, layout) for p, layout in self.neuron_parameters()]
+
+    def watch(self, watcher: Watcher) -> RemovableHandle:
+        """Give every output to ``watcher``, which may replace it, until the handle is removed."""
+        return self.register_forward_hook(lambda layer, args, output: watcher(output))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, active={self.channels.n_active}/{len(self.channels)}"

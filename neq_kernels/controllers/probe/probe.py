@@ -144,15 +144,8 @@ def watching(layers: Mapping[str, NeuronLayer], watcher: Watcher) -> Iterator[No
     """Give every output of these layers to ``watcher(name, output)``, which may replace it."""
     with ExitStack() as stack:
         for name, layer in layers.items():
-            hook = partial(_hook, name, watcher)
-            stack.callback(layer.register_forward_hook(hook).remove)
+            stack.callback(layer.watch(partial(watcher, name)).remove)
         yield
-
-
-def _hook(
-    name: str, watcher: Watcher, module: nn.Module, args: object, output: Tensor
-) -> Tensor | None:
-    return watcher(name, output)
 
 
 class _Forward(nn.Module):
