@@ -71,9 +71,9 @@ class Conv3d(_Conv, nn.Conv3d):
 class _ConvTranspose(_AnyConv):
     _output_padding: Any
 
-    @property
-    def layout(self) -> NeuronLayout:
-        return NeuronLayout(self.groups, axis=1)
+    @classmethod
+    def layout_in(cls, layer: nn.Module) -> NeuronLayout:
+        return NeuronLayout(layer.groups, axis=1)  # type: ignore[arg-type]
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         output_padding = self._output_padding(

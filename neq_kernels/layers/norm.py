@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,15 +32,34 @@ class _Norm(NeuronLayer):
         raise NotImplementedError
 
 
-@constructible
-class LayerNorm(_Norm, nn.LayerNorm):
-    """``torch.nn.LayerNorm`` over one dimension: one neuron per normalised feature."""
-
+class _LastDimension(_Norm):
     def channel_dim(self, output: Tensor) -> int:
         return output.dim() - 1
 
+    @classmethod
+    def reason_against(cls, layer: nn.Module) -> str | None:
+        if "weight" in layer._parameters and layer.weight is None:
+            return "it has no weight (elementwise_affine=False)"
+        reason = super().reason_against(layer)
+        if reason is None and cast(Tensor, layer.weight).dim() != 1:
+            return "it normalises over more than one dimension"
+        return reason
+
+
+@constructible
+class LayerNorm(_LastDimension, nn.LayerNorm):
+    """``torch.nn.LayerNorm`` over one dimension: one neuron per normalised feature."""
+
     def _normalize(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+@constructible
+class RMSNorm(_LastDimension, nn.RMSNorm):
+    """``torch.nn.RMSNorm`` over one dimension: one neuron per normalised feature."""
+
+    def _normalize(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.rms_norm(input, self.normalized_shape, weight, self.eps)
 
 
 @constructible
