@@ -67,8 +67,9 @@ class MultiheadAttention(NeuronLayer, nn.MultiheadAttention):
     def channel_dim(self, output: Tensor) -> int:
         return output.dim() - 1
 
-    def neuron_parameters(self) -> list[tuple[Parameter, NeuronLayout]]:
-        own = [self._parameters.get(n) for n in ("in_proj_weight", *_SEPARATE, "in_proj_bias")]
+    @classmethod
+    def parameters_in(cls, layer: nn.Module) -> list[tuple[Parameter, NeuronLayout]]:
+        own = [layer._parameters.get(n) for n in ("in_proj_weight", *_SEPARATE, "in_proj_bias")]
         return [(p, NeuronLayout()) for p in own if p is not None]
 
     def owners(self) -> list[tuple[Parameter, ActiveChannels, NeuronLayout]]:

@@ -83,7 +83,8 @@ class NeuronLayer(nn.Module):
     def parameters_in(cls, layer: nn.Module) -> list[tuple[Parameter, NeuronLayout]]:
         """:meth:`neuron_parameters` of a layer, converted or not."""
         owned = []
-        weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+        # Not the attributes, in whose place WeightReads may have put something else.
+        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
         if isinstance(weight, Parameter):
             owned.append((weight, cls.layout_in(layer)))
         if isinstance(bias, Parameter):
@@ -99,6 +100,12 @@ class NeuronLayer(nn.Module):
     def layout(self) -> NeuronLayout:
         """Where a neuron lies in ``weight``."""
         return self.layout_in(self)
+
+    @property
+    def n_neurons(self) -> int:
+        """How many neurons the layer has: the length of ``channels``."""
+        ((parameter, layout), *_) = self.neuron_parameters()
+        return layout.n_neurons(parameter)
 
     def channel_dim(self, output: Tensor) -> int:
         """The dimension of ``output`` that enumerates the neurons."""
@@ -179,8 +186,7 @@ def constructible(kind: type[L]) -> type[L]:
                 f"neq.nn.{name}: expected neurons that can be frozen, got none: {reason}; "
                 f"use {stock.__module__.partition('.modules')[0]}.{name}"
             )
-        ((parameter, layout), *_) = layer.neuron_parameters()
-        channels = ActiveChannels(layout.n_neurons(parameter))
+        channels = ActiveChannels(layer.n_neurons)
         layer.adopt(channels, "exact", ParameterAnchor(shared=False))
 
     kind.__init__ = construct  # type: ignore[method-assign, assignment]

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from neq_kernels.autograd.call_state import all_active, learns, none_active
+from neq_kernels.autograd.call_state import learns
 from neq_kernels.channels import NeuronLayout
 from neq_kernels.layers.base import NeuronLayer
 from neq_kernels.layers.linear import Linear
+from neq_kernels.layers.masked import held
 from neq_kernels.process_group import in_process_group
 
 # The parameters that readers see neurons in.
@@ -163,15 +164,3 @@ def _seen(func: Callable[..., Any], read: _Read) -> Tensor:
     if read.stand_in is None:
         read.stand_in = held(read.layer, read.parameter, read.neuron_layout)
     return read.stand_in
-
-
-def held(layer: NeuronLayer, parameter: Tensor, layout: NeuronLayout) -> Tensor:
-    channels = layer.channels
-    if all_active(channels, parameter):
-        return parameter
-    if none_active(channels, parameter) or (torch.compiler.is_compiling() and layer._stops()):
-        return parameter.detach()
-    mask = channels.mask_on(parameter.device)
-    shape = [1] * parameter.dim()
-    shape[layout.axis] = len(mask)
-    return torch.where(mask.view(shape), parameter, parameter.detach())

@@ -18,11 +18,6 @@ from tests.support.arrange import assert_as_precise_as_torch, bits
 from tests.support.backends import triton
 from tests.support.gpu_cases import DTYPES
 from tests.support.optimizer_nets import make_net, random_masks, set_gradients
-from tests.support.row_step_cases import ADAM, ADAM_FLAGS, AMSGRAD, COUNTED, MOMENTUM, PARAMETERS, ROWS, SGD_FLAGS, Case
-from tests.support.row_step_cases import ADAM, ADAM_FLAGS, AMSGRAD, COUNTED, MOMENTUM, PARAMETERS, ROWS, SGD_FLAGS, Case
-from tests.support.row_step_cases import ADAM, ADAM_FLAGS, AMSGRAD, COUNTED, MOMENTUM, PARAMETERS, ROWS, SGD_FLAGS, Case
-from tests.support.row_step_cases import ADAM, ADAM_FLAGS, AMSGRAD, COUNTED, MOMENTUM, PARAMETERS, ROWS, SGD_FLAGS, Case
-from tests.support.row_step_cases import ADAM, ADAM_FLAGS, AMSGRAD, COUNTED, MOMENTUM, PARAMETERS, ROWS, SGD_FLAGS, Case
 from tests.support.row_step_cases import (
     ADAM,
     ADAM_FLAGS,
