@@ -15,7 +15,7 @@ _CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 def linear_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` in the forward of a Function."""
     out = F.linear(input, weight, bias)
-    if out._is_view():
+    if torch.compiler.is_compiling() or out._is_view():
         # Of PyTorch's own making; autograd would refuse in-place activations on it.
         out = torch.ops.aten._unsafe_view(out, out.shape)
     return out

@@ -6,8 +6,8 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterator
-from functools import cache
 from types import FunctionType
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -39,10 +39,18 @@ def remove_reads(module: nn.Module) -> None:
         reads.remove()
 
 
-@cache
+_known: WeakKeyDictionary[type[nn.Module], tuple[str, ...]] = WeakKeyDictionary()
+
+
 def layers_read(kind: type[nn.Module]) -> tuple[str, ...]:
     """The submodules, by dotted name, whose weight or bias the class reads in its forward, or in
     methods that this calls. None are found where Python has no source."""
+    if kind not in _known:
+        _known[kind] = tuple(_find(kind))
+    return _known[kind]
+
+
+def _find(kind: type[nn.Module]) -> dict[str, None]:
     found: dict[str, None] = {}
     waiting, seen = ["forward"], {"forward"}
     while waiting:
@@ -52,7 +60,7 @@ def layers_read(kind: type[nn.Module]) -> tuple[str, ...]:
             found |= dict.fromkeys(reads)
             waiting += methods - seen
             seen |= methods
-    return tuple(found)
+    return found
 
 
 def _definitions(kind: type[nn.Module], name: str) -> Iterator[FunctionType]:
@@ -66,7 +74,6 @@ def _definitions(kind: type[nn.Module], name: str) -> Iterator[FunctionType]:
             yield member
 
 
-@cache
 def _read_by(function: FunctionType) -> tuple[frozenset[str], frozenset[str]]:
     """The submodules whose weight it reads, and the names of ``self`` that may be methods."""
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -49,19 +49,21 @@ class MultiheadAttention(NeuronLayer, nn.MultiheadAttention):
 
     @property
     def n_neurons(self) -> int:
-        return 3 * self.embed_dim
+        count: int = 3 * self.embed_dim
+        return count
 
     def adopt(
         self, channels: ActiveChannels, grad_input: GradInput, anchor: ParameterAnchor
     ) -> None:
         super().adopt(channels, grad_input, anchor)
+        self._watchers: OrderedDict[int, Watcher] = OrderedDict()
         e = self.embed_dim
         self._query, self._key_value = channels.part(0, e), channels.part(e, 3 * e)
         self._key, self._value = channels.part(e, 2 * e), channels.part(2 * e, 3 * e)
 
     def release(self) -> None:
         super().release()
-        for name in ("_query", "_key", "_value", "_key_value"):
+        for name in ("_query", "_key", "_value", "_key_value", "_watchers"):
             self.__dict__.pop(name, None)
 
     def channel_dim(self, output: Tensor) -> int:
@@ -83,7 +85,9 @@ class MultiheadAttention(NeuronLayer, nn.MultiheadAttention):
     def watch(self, watcher: Watcher) -> RemovableHandle:
         """Give the projected inputs of each call to ``watcher``, ``[N, L, 3 * embed_dim]``; of
         different lengths, they are filled up with zeros."""
-        return self.register_forward_pre_hook(_Watched(watcher))
+        handle = RemovableHandle(self._watchers)
+        self._watchers[handle.id] = watcher
+        return handle
 
     def forward(
         self,
@@ -96,7 +100,7 @@ class MultiheadAttention(NeuronLayer, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if query.is_nested or not (self._watchers() or self._learns()):
+        if query.is_nested or not (self._watchers or self._learns()):
             return super().forward(
                 query,
                 key,
@@ -125,9 +129,8 @@ class MultiheadAttention(NeuronLayer, nn.MultiheadAttention):
             is_causal = False
         if mask is not None:
             mask = self._checked(mask, query, key)
-        out, weights = self._attend(
-            *self._in_project(query, key, value), mask, padding, need_weights, is_causal
-        )
+        q, k, v = self._in_project(query, key, value)
+        out, weights = self._attend(q, k, v, mask, padding, need_weights, is_causal)
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
         if not batched:
@@ -234,23 +237,19 @@ class MultiheadAttention(NeuronLayer, nn.MultiheadAttention):
             or learns(self.out_proj.bias, self.bias_k)
         )
 
-    def _watchers(self) -> list[Watcher]:
-        hooks = self._forward_pre_hooks
-        return [hook.watcher for hook in hooks.values() if isinstance(hook, _Watched)]
-
     def _watched_whole(self, projected: Tensor) -> tuple[Tensor, ...]:
-        for watcher in self._watchers():
+        for watcher in self._watchers.values():
             replacement = watcher(projected.transpose(0, 1))
             projected = projected if replacement is None else replacement.transpose(0, 1)
         return _apart(projected, 3)
 
     def _watched_parts(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        for watcher in self._watchers():
+        for watcher in self._watchers.values():
             longest = max(map(len, parts))
             padded = [F.pad(part, (0, 0, 0, 0, 0, longest - len(part))) for part in parts]
             replacement = watcher(torch.cat(padded, dim=-1).transpose(0, 1))
             if replacement is not None:
-                replaced = replacement.transpose(0, 1).chunk(3, dim=-1)
+                replaced = _apart(replacement.transpose(0, 1), 3)
                 parts = tuple(new[: len(old)] for new, old in zip(replaced, parts, strict=True))
         return parts
 
@@ -264,17 +263,6 @@ class MultiheadAttention(NeuronLayer, nn.MultiheadAttention):
         return mask.unsqueeze(0) if mask.dim() == 2 else mask
 
 
-@dataclass(frozen=True)
-class _Watched:
-    """A pre-hook that does nothing: seeing it, torch's encoder layers call the attention rather
-    than read its weights."""
-
-    watcher: Watcher
-
-    def __call__(self, attention: nn.Module, args: object) -> None:
-        """See above."""
-
-
 def _sequence_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each transposed; those that are one tensor stay one."""
     q = query.transpose(1, 0)
@@ -285,21 +273,20 @@ def _sequence_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
 def _apart(projected: Tensor, parts: int) -> tuple[Tensor, ...]:
     """``[..., parts * E]`` as contiguous parts, as F.multi_head_attention_forward cuts it."""
     apart = projected.unflatten(-1, (parts, -1)).unsqueeze(0).transpose(0, -2).squeeze(-2)
-    return apart.contiguous().unbind(0)
+    return tuple(apart.contiguous().unbind(0))
 
 
 def _additive(
     mask: Tensor | None, name: str, query: Tensor, other: Tensor | None = None
 ) -> Tensor | None:
-    additive: Tensor | None = F._canonical_mask(  # type: ignore[attr-defined]
+    return F._canonical_mask(
         mask=mask,
         mask_name=name,
-        other_type=F._none_or_dtype(other),  # type: ignore[attr-defined]
+        other_type=F._none_or_dtype(other),
         other_name="attn_mask" if name == "key_padding_mask" else "",
         target_type=query.dtype,
         check_other=name == "key_padding_mask",
     )
-    return additive
 
 
 def _wider(mask: Tensor | None) -> Tensor | None:

@@ -84,10 +84,11 @@ def _replace(
     if in_process_group() and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         layer.anchor.add(p for p, channels, _ in layer.owners() if channels.none_active)
     watched = bool(layer._forward_hooks or layer._forward_pre_hooks)
-    replaced = []
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
     for name, layout in names:
         # Plain attributes in DataParallel's replicas.
-        place = layer._parameters if name in layer._parameters else layer.__dict__
+        own: dict[str, Any] = layer._parameters
+        place = own if name in own else layer.__dict__
         parameter = place.get(name)
         if not isinstance(parameter, Tensor):
             continue

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.backends.mha import get_fastpath_enabled, set_fastpath_enabled
 from torch.func import functional_call
 from torch.nn import Parameter
 
@@ -120,6 +121,9 @@ class Probe:
             stack.enter_context(_seeded(self._n_passes, self._generators()))
             stack.enter_context(torch.no_grad())
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+            # It passes by the layers of a Transformer, and the outputs to be watched.
+            stack.callback(set_fastpath_enabled, get_fastpath_enabled())
+            set_fastpath_enabled(False)
             try:
                 # Not model.eval(): overrides of train() may do more than set the flag.
                 for module, _ in modes:
