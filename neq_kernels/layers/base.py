@@ -9,11 +9,13 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from neq_kernels.autograd import arguments, functions
+from neq_kernels.autograd import arguments
+from neq_kernels.autograd.forward import detached
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.layers.anchor import ParameterAnchor
 from neq_kernels.process_group import in_process_group
@@ -128,6 +130,20 @@ class NeuronLayer(nn.Module):
         active = f"active={self.channels.n_active}/{len(self.channels)}"
         return ", ".join(filter(None, (super().extra_repr(), active)))
 
+    def _traced(self, *args: Any, **kwargs: Any) -> Proxy:
+        """The call of this layer in a graph of ``torch.fx``, where it stays the layer it is, as
+        those of torch.nn do; an argument is a proxy."""
+        tracer = next(a for a in (*args, *kwargs.values()) if isinstance(a, Proxy)).tracer
+        name = tracer.path_of_module(self)  # type: ignore[attr-defined]
+        return tracer.create_proxy("call_module", name, args, kwargs)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        # PyTorch would put what this returns in the layer's place in the user's own model.
+        raise RuntimeError(
+            f"torch.jit.script: expected layers of torch.nn, got the converted {self}; script a "
+            "copy without neurons: torch.jit.script(neq_kernels.revert(copy.deepcopy(model)))"
+        )
+
     def _stops(self) -> bool:
         """Under compile: whether this graph is one in which the layer is wholly frozen."""
         return self.specialized and self.channels.none_active and not in_process_group()
@@ -140,7 +156,7 @@ class NeuronLayer(nn.Module):
         else:
             weight, bias = self.weight, getattr(self, "bias", None)
         if torch.compiler.is_compiling() and self._stops():
-            return functions.detached(weight), functions.detached(bias)
+            return detached(weight), detached(bias)
         return weight, bias
 
     def _anchored(self, output: Tensor) -> Tensor:

@@ -8,12 +8,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
+from neq_kernels import functional
 from neq_kernels.autograd.arguments import GradInput
-from neq_kernels.autograd.call_state import all_active, learns, none_active, recorded, watched
+from neq_kernels.autograd.call_state import learns, recorded, transformed, watched
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.layers.anchor import ParameterAnchor
 from neq_kernels.layers.base import NeuronLayer, constructible
@@ -121,6 +123,8 @@ class Masked(NeuronLayer):
             self._modules.pop(_child_name(group), None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
+            return self._traced(*args, **kwargs)
         replaced: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
         learning: dict[NeuronLayer, None] = {}
         try:
@@ -143,7 +147,7 @@ class Masked(NeuronLayer):
 
         def finished(tensor: Tensor) -> Tensor:
             for layer in learning:
-                if not layer.channels.none_active and not recorded(tensor):
+                if not layer.channels.none_active and not recorded(tensor) and not transformed():
                     tensor = watched(tensor, layer.channels)
             for layer in (self, *self._further()):
                 tensor = layer._anchored(tensor)
@@ -203,24 +207,9 @@ def _parameters_of(
 
 def held(layer: NeuronLayer, parameter: Tensor, layout: NeuronLayout) -> Tensor:
     """``parameter`` with its frozen neurons as constants."""
-    channels = layer.channels
-    if all_active(channels, parameter):
-        return parameter
-    if none_active(channels, parameter) or (torch.compiler.is_compiling() and layer._stops()):
+    if torch.compiler.is_compiling() and layer._stops():
         return parameter.detach()
-    mask = _mask_like(parameter, layout, channels.mask_on(parameter.device))
-    return torch.where(mask, parameter, parameter.detach())
-
-
-def _mask_like(parameter: Tensor, layout: NeuronLayout, mask: Tensor) -> Tensor:
-    """``mask`` in a shape that broadcasts over ``parameter``."""
-    assert layout.axis is not None
-    shape = [1] * parameter.dim()
-    if layout.groups == 1:
-        shape[layout.axis] = len(mask)
-        return mask.view(shape)
-    shape[0], shape[layout.axis] = layout.groups, len(mask) // layout.groups
-    return mask.view(shape).repeat_interleave(len(parameter) // layout.groups, 0)
+    return functional.masked(parameter, layer.channels, layout)
 
 
 @constructible

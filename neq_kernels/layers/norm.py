@@ -6,9 +6,10 @@ from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from neq_kernels import functional
-from neq_kernels.autograd.call_state import all_active, learns, watched
+from neq_kernels.autograd.call_state import all_active, learns, transformed, watched
 from neq_kernels.layers.base import NeuronLayer, constructible
 
 
@@ -20,11 +21,13 @@ class _Norm(NeuronLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Run PyTorch's norm on a scale and shift whose gradients are masked."""
+        if isinstance(input, Proxy):
+            return self._traced(input)
         channels = self.channels
         weight, bias = self._learned()
         if not learns(weight, bias):
             return self._anchored(self._normalize(input, weight, bias))
-        if all_active(channels, input):
+        if all_active(channels, input) and not transformed():
             return self._anchored(watched(self._normalize(input, weight, bias), channels))
         return self._anchored(self._normalize(input, *functional.affine(weight, bias, channels)))
 
