@@ -8,13 +8,14 @@ from collections import OrderedDict
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 from neq_kernels import functional
 from neq_kernels.autograd.arguments import GradInput
-from neq_kernels.autograd.call_state import learns
-from neq_kernels.autograd.functions import detached
+from neq_kernels.autograd.call_state import learns, recorded, transformed
+from neq_kernels.autograd.forward import detached
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.layers.anchor import ParameterAnchor
 from neq_kernels.layers.base import NeuronLayer, Watcher
@@ -100,6 +101,9 @@ class MultiheadAttention(NeuronLayer, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        if any(isinstance(x, Proxy) for x in (query, key, value)):
+            masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return self._traced(query, key, value, *masks)
         if query.is_nested or not (self._watchers or self._learns()):
             return super().forward(
                 query,
@@ -214,10 +218,12 @@ class MultiheadAttention(NeuronLayer, nn.MultiheadAttention):
     ) -> Tensor:
         if torch.compiler.is_compiling() and self._stops():
             weight, bias = weight.detach(), detached(bias)
-        # Not on detached aliases: where no weight requires a gradient, PyTorch projects an input
-        # that is batch-first by many small products.
-        learning = not channels.none_active or input.requires_grad or torch.compiler.is_compiling()
-        with torch.set_grad_enabled(learning and torch.is_grad_enabled()):
+        constant = channels.none_active and not (
+            input.requires_grad or recorded(weight) or transformed()
+        )
+        # Not of detached weights: PyTorch would project an input that is batch-first by many small
+        # products.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not constant):
             out = functional.linear(input, weight, bias, channels, grad_input=self.grad_input)
         return self._anchored(out)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils._pytree import tree_map_only
 
 from neq_kernels.autograd.call_state import learns
@@ -40,7 +41,7 @@ class WeightReads:
     def __init__(self, reader: nn.Module, paths: Iterable[str]) -> None:
         self._layers = [(path, _owned_names(reader.get_submodule(path))) for path in paths]
         self._hooks = [
-            reader.register_forward_pre_hook(self._before_forward),
+            reader.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             reader.register_forward_hook(self._after_forward, always_call=True),
         ]
 
@@ -49,7 +50,11 @@ class WeightReads:
         for hook in self._hooks:
             hook.remove()
 
-    def _before_forward(self, reader: nn.Module, args: object) -> None:
+    def _before_forward(
+        self, reader: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
+            return
         replaced: list[tuple[dict[str, Any], str, Any]] = []
         for path, names in self._layers:
             layer = reader.get_submodule(path)
@@ -59,7 +64,7 @@ class WeightReads:
 
     def _after_forward(self, reader: nn.Module, args: object, output: object) -> None:
         waiting = reader.__dict__.get("neq_replaced")
-        if waiting is None:  # a hook that ran before ours has failed
+        if waiting is None:  # of torch.fx, or a hook that ran before ours has failed
             return
         replaced = waiting.pop()
         if not waiting:
@@ -160,7 +165,7 @@ def _call(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor |
 
 def _seen(func: Callable[..., Any], read: _Read) -> Tensor:
     """What a function gets that is called with a weight."""
-    if func in _ABOUT or not torch.is_grad_enabled():
+    if func in _ABOUT or not learns(read.parameter, None):
         return read.parameter
     if read.stand_in is None:
         read.stand_in = held(read.layer, read.parameter, read.neuron_layout)
