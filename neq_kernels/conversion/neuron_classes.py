@@ -10,7 +10,7 @@ from torch import nn
 
 from neq_kernels.conversion.recipe import REGISTERED, Recipe
 from neq_kernels.conversion.third_party.families import recipe_for
-from neq_kernels.layers import conv, linear, masked, masked_norm, norm
+from neq_kernels.layers import attention, conv, linear, masked, masked_norm, norm
 from neq_kernels.layers.base import NeuronLayer, constructible
 
 NEURON_CLASSES: dict[type[nn.Module], type[NeuronLayer]] = {
@@ -32,6 +32,7 @@ NEURON_CLASSES: dict[type[nn.Module], type[NeuronLayer]] = {
     nn.GroupNorm: norm.GroupNorm,
     nn.LayerNorm: norm.LayerNorm,
     nn.RMSNorm: norm.RMSNorm,
+    nn.MultiheadAttention: attention.MultiheadAttention,
 }
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import wraps
 from typing import Any, ClassVar, TypeVar
 
@@ -11,12 +12,15 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 from neq_kernels.autograd import arguments
 from neq_kernels.autograd.forward import detached
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.layers.anchor import ParameterAnchor
 from neq_kernels.process_group import in_process_group
+
+Watcher = Callable[[Tensor], Tensor | None]
 
 
 class NeuronLayer(nn.Module):
@@ -75,6 +79,7 @@ class NeuronLayer(nn.Module):
     def parameters_in(cls, layer: nn.Module) -> list[tuple[Parameter, NeuronLayout]]:
         """:meth:`neuron_parameters` of a layer, converted or not."""
         owned = []
+        # Not the attributes, in whose place WeightReads may have put something else.
         weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
         if weight is not None:
             owned.append((weight, cls.layout_in(layer)))
@@ -92,6 +97,12 @@ class NeuronLayer(nn.Module):
         """Where a neuron lies in ``weight``."""
         return self.layout_in(self)
 
+    @property
+    def n_neurons(self) -> int:
+        """How many neurons the layer has: the length of ``channels``."""
+        ((parameter, layout), *_) = self.neuron_parameters()
+        return layout.n_neurons(parameter)
+
     def channel_dim(self, output: Tensor) -> int:
         """The dimension of ``output`` that enumerates the neurons."""
         raise NotImplementedError
@@ -99,6 +110,15 @@ class NeuronLayer(nn.Module):
     def neuron_parameters(self) -> list[tuple[Parameter, NeuronLayout]]:
         """The parameters the neurons own, with the layout of a neuron in each."""
         return self.parameters_in(self)
+
+    def owners(self) -> list[tuple[Parameter, ActiveChannels, NeuronLayout]]:
+        """The parameters the neurons own, each with the channels that decide about it: all of the
+        layer's, or a part of them."""
+        return [(p, self.channels, layout) for p, layout in self.neuron_parameters()]
+
+    def watch(self, watcher: Watcher) -> RemovableHandle:
+        """Give every output to ``watcher``, which may replace it, until the handle is removed."""
+        return self.register_forward_hook(lambda layer, args, output: watcher(output))
 
     def extra_repr(self) -> str:
         active = f"active={self.channels.n_active}/{len(self.channels)}"
@@ -193,8 +213,7 @@ def constructible(kind: type[L]) -> type[L]:
                 f"neq.nn.{name}: expected neurons that can be frozen, got none: {reason}; "
                 f"use {stock.__module__.partition('.modules')[0]}.{name}"
             )
-        ((parameter, layout), *_) = layer.neuron_parameters()
-        channels = ActiveChannels(layout.n_neurons(parameter))
+        channels = ActiveChannels(layer.n_neurons)
         layer.adopt(channels, "exact", ParameterAnchor(shared=False))
 
     kind.__init__ = construct  # type: ignore[method-assign, assignment]
