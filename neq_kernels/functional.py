@@ -15,7 +15,8 @@ from torch import Tensor
 
 from neq_kernels.autograd import eager
 from neq_kernels.autograd.arguments import GradInput, expanded, string_padding, validate
-from neq_kernels.autograd.call_state import all_active, learns, none_active, watched
+from neq_kernels.autograd.call_state import all_active, learns, none_active, recorded, watched
+from neq_kernels.autograd.embedding import EmbeddingFunction, Lookup, masked_lookup
 from neq_kernels.autograd.forward import convolve
 from neq_kernels.autograd.functions import (
     ConvFunction,
@@ -140,6 +141,46 @@ def conv(
         x, weight, bias, *active_arguments(channels, weight), grad_input == "active", *arguments
     )
     return out if batched else out.squeeze(0)
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    channels: ActiveChannels,
+    *,
+    padding_idx: int | None = None,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """``F.embedding`` whose backward adds up the gradients of active rows (tokens) only.
+
+    Args:
+        input: int32 or int64 tokens, any shape.
+        weight: ``[K, D]``, floating point.
+        channels: the active rows; frozen ones get a gradient of exactly 0 (``sparse=True``: none).
+            With none active the weight gets no gradient at all.
+        padding_idx, scale_grad_by_freq, sparse: as in ``F.embedding``.
+
+    Returns:
+        ``[*input.shape, D]``.
+
+    Raises:
+        ValueError: ``channels`` does not fit ``weight``.
+        RuntimeError: in backward, when ``channels`` was changed after the forward.
+    """
+    lookup = Lookup(padding_idx, scale_grad_by_freq, sparse)
+    if not learns(weight, None):
+        return lookup(input, weight)
+    if len(channels) != len(weight):
+        raise ValueError(f"channels: expected {len(weight)} channels, got {len(channels)}")
+    if recorded(weight):
+        return masked_lookup(input, weight, channels, lookup)
+    if all_active(channels, weight):
+        return watched(lookup(input, weight), channels)
+    if none_active(channels, weight):
+        return lookup(input, weight.detach())
+    output: Tensor = EmbeddingFunction.apply(weight, input, channels, lookup)
+    return output
 
 
 def affine(

@@ -21,6 +21,7 @@ from neq_kernels.layers.conv import (
     ConvTranspose2d,
     ConvTranspose3d,
 )
+from neq_kernels.layers.embedding import Embedding
 from neq_kernels.layers.linear import Linear
 from neq_kernels.layers.norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, GroupNorm, LayerNorm
 
@@ -34,6 +35,7 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "Embedding",
     "GroupNorm",
     "LayerNorm",
     "Linear",

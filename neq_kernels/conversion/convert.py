@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from neq_kernels.autograd.arguments import GradInput
-from neq_kernels.channels import ActiveChannels, NeuronLayout
+from neq_kernels.channels import ActiveChannels
 from neq_kernels.conversion.eligibility import (
     NEURON_CLASSES,
     Filter,
@@ -21,6 +21,7 @@ from neq_kernels.layers import traversal
 from neq_kernels.layers.anchor import ParameterAnchor
 from neq_kernels.layers.base import NeuronLayer
 from neq_kernels.layers.following import FollowingParameters
+from neq_kernels.layers.ties import share_channels
 from neq_kernels.layers.traversal import named_neuron_layers, neuron_layers, unwrap
 
 
@@ -41,8 +42,9 @@ def convert(
 
     Layers constructed from :mod:`neq_kernels.nn` have neurons already. They are adopted whatever
     ``filter`` and ``norms`` say: they get the other options, and keep their channels and masks.
-    Layers that share a weight, and see the same neurons in it, share one ``ActiveChannels``: a
-    channel is active if it was active in any of them.
+    Layers that share a parameter (an embedding and the head tied to it), and see the same neurons
+    in it, share one ``ActiveChannels``: a channel is active if it was active in any of them. Where
+    layers were tied, or a tie was broken, since, converting again puts that right.
 
     Args:
         model: any module.
@@ -71,17 +73,19 @@ def convert(
         raise ValueError(f"others: expected 'train' or 'follow', got {others!r}")
     inner = unwrap(model)
     reasons = reasons_against(inner, filter, norms)
-    anchor, shared = _adopt_known(inner, grad_input)
+    anchor = _adopt_known(inner, grad_input)
     for block, block_class in replaced_blocks(inner):
         _become(block, block_class)
+    new = set()
     for name, layer in inner.named_modules():
         if isinstance(layer, NeuronLayer) or reasons[name] is not None:
             continue
         _become(layer, NEURON_CLASSES[type(layer)])
         assert isinstance(layer, NeuronLayer)
-        n = layer.layout.n_neurons(layer.weight)
-        channels = shared.setdefault((layer.weight, layer.layout), ActiveChannels(n))
+        channels = ActiveChannels(layer.layout.n_neurons(layer.weight))
         layer.adopt(channels, grad_input, anchor)
+        new.add(channels)
+    share_channels(inner, new)
     if next(named_neuron_layers(inner), None) is None:
         raise ValueError(
             "model: expected at least one layer that can be converted, got none:\n"
@@ -138,23 +142,17 @@ def specialize(model: nn.Module, enabled: bool = True) -> nn.Module:
     return model
 
 
-def _adopt_known(
-    model: nn.Module, grad_input: GradInput
-) -> tuple[ParameterAnchor, dict[tuple[Tensor, NeuronLayout], ActiveChannels]]:
-    """Let the neuron layers that ``model`` has share one anchor, and their channels where they
-    share their neurons. Returns both."""
+def _adopt_known(model: nn.Module, grad_input: GradInput) -> ParameterAnchor:
+    """Let the neuron layers that ``model`` has share one anchor, and return it."""
     known = [layer for _, layer in named_neuron_layers(model)]
     anchors = [layer.anchor for layer in known if layer.anchor.shared]
     anchor = anchors[0] if anchors else ParameterAnchor(shared=True)
-    shared: dict[tuple[Tensor, NeuronLayout], ActiveChannels] = {}
     for layer in known:
-        channels = shared.setdefault((layer.weight, layer.layout), layer.channels)
-        if channels is not layer.channels:
-            channels.set(channels.mask | layer.channels.mask)
-        layer.adopt(channels, layer.grad_input if layer.anchor.shared else grad_input, anchor)
+        options = layer.grad_input if layer.anchor.shared else grad_input
+        layer.adopt(layer.channels, options, anchor)
     for following in traversal.following_parameters(model):
         following.anchor = anchor
-    return anchor, shared
+    return anchor
 
 
 def _become(module: nn.Module, kind: type[nn.Module]) -> None:

@@ -10,13 +10,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from neq_kernels.channels import NeuronLayout
-from neq_kernels.layers import conv, linear, norm
+from neq_kernels.layers import conv, embedding, linear, norm
 from neq_kernels.layers.base import NeuronLayer, reason_against
 
 Filter = Callable[[str, nn.Module], bool]
 
 NEURON_CLASSES: dict[type[nn.Module], type[NeuronLayer]] = {
     nn.Linear: linear.Linear,
+    nn.Embedding: embedding.Embedding,
     nn.Conv1d: conv.Conv1d,
     nn.Conv2d: conv.Conv2d,
     nn.Conv3d: conv.Conv3d,

@@ -31,6 +31,7 @@ class NeuronLayer(nn.Module):
     """
 
     is_norm: ClassVar[bool] = False
+    is_embedding: ClassVar[bool] = False
     channels: ActiveChannels
     grad_input: arguments.GradInput
     specialized: bool = False
@@ -108,6 +109,8 @@ class NeuronLayer(nn.Module):
 def reason_against(layer: nn.Module) -> str | None:
     """Why a layer of a supported torch.nn type has no neurons that can be frozen, else None."""
     is_layer_norm = isinstance(layer, nn.LayerNorm)
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        return "max_norm: its forward renormalizes the rows it reads, frozen ones too"
     weight = layer._parameters.get("weight")
     if not isinstance(weight, Parameter):
         if "weight" in layer._parameters:

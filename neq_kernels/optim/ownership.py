@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.layers.base import NeuronLayer
+from neq_kernels.layers.ties import check_ties
 from neq_kernels.layers.traversal import (
     following_parameters,
     named_neuron_layers,
@@ -71,7 +72,8 @@ class Ownership:
         model: a converted model; wrappers (data parallel, compiled) are seen through.
 
     Raises:
-        ValueError: layers share a parameter but see different neurons in it.
+        ValueError: layers share a parameter but see different neurons in it, or were tied, or
+            separated, after ``convert``.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -126,6 +128,7 @@ class Ownership:
         return {p: name for name, p in self._model.named_parameters()}
 
     def _read(self) -> dict[Parameter, OwnedParameter]:
+        check_ties(self._model)
         names = self.names()
         return {
             p: OwnedParameter(names[p], p, who) for p, who in neuron_owners(self._model).items()
