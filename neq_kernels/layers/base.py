@@ -71,6 +71,11 @@ class NeuronLayer(nn.Module):
             owned.append((self.bias, NeuronLayout()))
         return owned
 
+    @property
+    def learns(self) -> bool:
+        """Whether a parameter of its neurons requires a gradient."""
+        return any(parameter.requires_grad for parameter, _ in self.neuron_parameters())
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, active={self.channels.n_active}/{len(self.channels)}"
 

@@ -120,8 +120,15 @@ class Ownership:
     def _watch_active_sets(self) -> None:
         layers = [layer for _, layer in named_neuron_layers(self._model)]
         self._deciding = list({id(layer.channels): layer.channels for layer in layers}.values())
+        for channels in self._deciding:
+            channels.holders.add(self)
         self._following = list(following_parameters(self._model))
         self._generations = []  # equal to no model's: the next refresh reads it
+
+    def release(self) -> None:
+        """The optimizer is not attached any more."""
+        for channels in self._deciding:
+            channels.holders.discard(self)
 
     def names(self) -> dict[Parameter, str]:
         """The name of every parameter of the model."""
