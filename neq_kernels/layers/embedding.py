@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from neq_kernels import functional
 from neq_kernels.layers.base import NeuronLayer, constructible
@@ -16,9 +19,16 @@ class Embedding(NeuronLayer, nn.Embedding):
     """
 
     is_embedding = True
-    bias: None = None
+
+    @classmethod
+    def reason_against(cls, layer: nn.Module) -> str | None:
+        if cast(nn.Embedding, layer).max_norm is not None:
+            return "max_norm: its forward renormalizes the rows it reads, frozen ones too"
+        return super().reason_against(layer)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return self._traced(input)
         weight, _ = self._learned()
         out = functional.embedding(
             input,
