@@ -37,15 +37,23 @@ def tied_groups(model: nn.Module) -> list[Group]:
 
 def share_channels(model: nn.Module, new: Collection[ActiveChannels] = ()) -> None:
     """Give each group of tied layers one ``ActiveChannels`` of its own: a channel is active if it
-    was active in any of them. Those of ``new`` layers count where there are no others."""
+    was active in any of them. Those of ``new`` layers count where there are no others; those of
+    layers that have another number of neurons by now do not."""
     taken: set[ActiveChannels] = set()
     for group in tied_groups(model):
+        owned = [key for layer in group.values() for key in layer.neuron_parameters()]
         every = list(dict.fromkeys(layer.channels for layer in group.values()))
+        if owned:
+            parameter, layout = owned[0]
+            k = layout.n_neurons(parameter)
+            every = [c for c in every if len(c) == k] or [ActiveChannels(k)]
         known = [channels for channels in every if channels not in new] or every
         channels = next((c for c in known if c not in taken), None) or copy.deepcopy(known[0])
         if len(known) > 1:
             channels.set(torch.stack([c.mask for c in known]).any(0))
         taken.add(channels)
+        for parameter, _ in owned:
+            channels.prepare(parameter.device)
         for layer in group.values():
             layer.channels = channels
 

@@ -132,8 +132,9 @@ class Snapshot:
     def evaluate(self, probe: Probe, expected: list[str], comparison: Comparison) -> None:
         self._check_unchanged()
         old, new = self._remembered(), _copied_buffers(self._model)
-        names, tables = self._names(), _tables(comparison.layers)
-        remembered = {name: [old[names[id(table)]]] for name, (table,) in tables.items()}
+        tables = _tables(comparison.layers)
+        names = self._names()
+        remembered = {n: [old[names[id(comparison.layers[n].weight)]]] for n in tables}
         comparison.compare_tables(remembered, tables)
         with probe.untouched():
             for _, batch in probe.batches(expected):
@@ -320,13 +321,13 @@ def _with_outputs(layers: Layers) -> Layers:
 
 def _tables(layers: Layers) -> Outputs:
     """The weights of embeddings."""
-    return {name: [layer.weight] for name, layer in layers.items() if layer.is_embedding}
+    return {name: [layer.weight.detach()] for name, layer in layers.items() if layer.is_embedding}
 
 
 def _on_cpu(outputs: Outputs) -> Outputs:
     """A copy."""
     return {
-        name: [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+        name: [tensor.to("cpu", copy=True) for tensor in tensors]
         for name, tensors in outputs.items()
     }
 
