@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from neq_kernels.autograd.arguments import GradInput
-from neq_kernels.channels import ActiveChannels, NeuronLayout
+from neq_kernels.channels import ActiveChannels
 from neq_kernels.conversion.eligibility import (
     Filter,
     reasons_against,
@@ -20,6 +20,7 @@ from neq_kernels.layers.anchor import ParameterAnchor
 from neq_kernels.layers.base import NeuronLayer, stock_class
 from neq_kernels.layers.following import FollowingParameters
 from neq_kernels.layers.masked import FurtherNeurons
+from neq_kernels.layers.ties import share_channels
 from neq_kernels.layers.traversal import named_neuron_layers, neuron_layers, unwrap
 
 
@@ -40,8 +41,9 @@ def convert(
 
     Layers constructed from :mod:`neq_kernels.nn` have neurons already. They are adopted whatever
     ``filter`` and ``norms`` say: they get the other options, and keep their channels and masks.
-    Layers that share a weight, and see the same neurons in it, share one ``ActiveChannels``: a
-    channel is active if it was active in any of them.
+    Layers that share a parameter (an embedding and the head tied to it), and see the same neurons
+    in it, share one ``ActiveChannels``: a channel is active if it was active in any of them. Where
+    layers were tied, or a tie was broken, since, converting again puts that right.
 
     Args:
         model: any module.
@@ -70,7 +72,8 @@ def convert(
         raise ValueError(f"others: expected 'train' or 'follow', got {others!r}")
     inner = unwrap(model)
     reasons = reasons_against(inner, filter, norms)
-    anchor, shared = _adopt_known(inner, grad_input)
+    anchor = _adopt_known(inner, grad_input)
+    new = set()
     for name, layer in inner.named_modules():
         if isinstance(layer, NeuronLayer) or reasons[name] is not None:
             continue
@@ -78,8 +81,10 @@ def convert(
         assert ours is not None
         _become(layer, ours)
         assert isinstance(layer, NeuronLayer)
-        first, channels = layer.neuron_parameters()[0], ActiveChannels(layer.n_neurons)
-        layer.adopt(shared.setdefault(first, channels), grad_input, anchor)
+        channels = ActiveChannels(layer.n_neurons)
+        layer.adopt(channels, grad_input, anchor)
+        new.add(channels)
+    share_channels(inner, new)
     if next(named_neuron_layers(inner), None) is None:
         raise ValueError(
             "model: expected at least one layer that can be converted, got none:\n"
@@ -135,24 +140,17 @@ def specialize(model: nn.Module, enabled: bool = True) -> nn.Module:
     return model
 
 
-def _adopt_known(
-    model: nn.Module, grad_input: GradInput
-) -> tuple[ParameterAnchor, dict[tuple[Tensor, NeuronLayout], ActiveChannels]]:
-    """Let the neuron layers that ``model`` has share one anchor, and their channels where they
-    share their neurons. Returns both."""
+def _adopt_known(model: nn.Module, grad_input: GradInput) -> ParameterAnchor:
+    """Let the neuron layers that ``model`` has share one anchor, and return it."""
     known = [layer for _, layer in named_neuron_layers(model)]
     anchors = [layer.anchor for layer in known if layer.anchor.shared]
     anchor = anchors[0] if anchors else ParameterAnchor(shared=True)
-    shared: dict[tuple[Tensor, NeuronLayout], ActiveChannels] = {}
     for layer in known:
-        owned = layer.neuron_parameters()
-        channels = shared.setdefault(owned[0], layer.channels) if owned else layer.channels
-        if channels is not layer.channels:
-            channels.set(channels.mask | layer.channels.mask)
-        layer.adopt(channels, layer.grad_input if layer.anchor.shared else grad_input, anchor)
+        options = layer.grad_input if layer.anchor.shared else grad_input
+        layer.adopt(layer.channels, options, anchor)
     for following in traversal.following_parameters(model):
         following.anchor = anchor
-    return anchor, shared
+    return anchor
 
 
 def _is_made_by_convert(layer: NeuronLayer) -> bool:

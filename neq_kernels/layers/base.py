@@ -38,6 +38,7 @@ class NeuronLayer(nn.Module):
     """
 
     is_norm: ClassVar[bool] = False
+    is_embedding: ClassVar[bool] = False
     channels: ActiveChannels
     grad_input: arguments.GradInput
     specialized: bool = False
@@ -119,6 +120,11 @@ class NeuronLayer(nn.Module):
     def watch(self, watcher: Watcher) -> RemovableHandle:
         """Give every output to ``watcher``, which may replace it, until the handle is removed."""
         return self.register_forward_hook(lambda layer, args, output: watcher(output))
+
+    @property
+    def learns(self) -> bool:
+        """Whether a parameter of its neurons requires a gradient."""
+        return any(parameter.requires_grad for parameter, _ in self.neuron_parameters())
 
     def extra_repr(self) -> str:
         active = f"active={self.channels.n_active}/{len(self.channels)}"

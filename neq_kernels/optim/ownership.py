@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.layers.base import NeuronLayer
+from neq_kernels.layers.ties import check_ties
 from neq_kernels.layers.traversal import (
     following_parameters,
     named_neuron_layers,
@@ -71,7 +72,8 @@ class Ownership:
         model: a converted model; wrappers (data parallel, compiled) are seen through.
 
     Raises:
-        ValueError: layers share a parameter but see different neurons in it.
+        ValueError: layers share a parameter but see different neurons in it, or were tied, or
+            separated, after ``convert``.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -118,14 +120,22 @@ class Ownership:
     def _watch_active_sets(self) -> None:
         layers = [layer for _, layer in named_neuron_layers(self._model)]
         self._deciding = list({id(layer.channels): layer.channels for layer in layers}.values())
+        for channels in self._deciding:
+            channels.holders.add(self)
         self._following = list(following_parameters(self._model))
         self._generations = []  # equal to no model's: the next refresh reads it
+
+    def release(self) -> None:
+        """The optimizer is not attached any more."""
+        for channels in self._deciding:
+            channels.holders.discard(self)
 
     def names(self) -> dict[Parameter, str]:
         """The name of every parameter of the model."""
         return {p: name for name, p in self._model.named_parameters()}
 
     def _read(self) -> dict[Parameter, OwnedParameter]:
+        check_ties(self._model)
         names = self.names()
         return {
             p: OwnedParameter(names[p], p, who) for p, who in neuron_owners(self._model).items()
