@@ -13,12 +13,8 @@ from torch.optim import Optimizer
 
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.layers.base import NeuronLayer
-from neq_kernels.layers.traversal import (
-    following_parameters,
-    named_neuron_layers,
-    neuron_owners,
-    unwrap,
-)
+from neq_kernels.layers.following import Following, followers
+from neq_kernels.layers.traversal import named_neuron_layers, neuron_owners, unwrap
 
 
 class OwnedParameter:
@@ -107,8 +103,8 @@ class Ownership:
             self.version += 1
         generations = [channels.generation for channels in self._deciding]
         if generations != self._generations:
-            for following in self._following:
-                _ = following.channels  # reading it brings it up to date
+            for follower in self._followers:
+                _ = follower.channels  # reading it brings it up to date
             for owned in self.parameters.values():
                 owned.refresh()
             self._generations = generations
@@ -117,8 +113,11 @@ class Ownership:
 
     def _watch_active_sets(self) -> None:
         layers = [layer for _, layer in named_neuron_layers(self._model)]
-        self._deciding = list({id(layer.channels): layer.channels for layer in layers}.values())
-        self._following = list(following_parameters(self._model))
+        self._followers = followers(self._model)
+        deciding = [layer.channels for layer in layers]
+        self._deciding: list[ActiveChannels | Following] = list(
+            dict.fromkeys([*deciding, *(follower.following for follower in self._followers)])
+        )
         self._generations = []  # equal to no model's: the next refresh reads it
 
     def names(self) -> dict[Parameter, str]:

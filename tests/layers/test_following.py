@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import neq_kernels as neq
-from neq_kernels.layers.traversal import following_parameters, neuron_owners
+from neq_kernels.layers.following import followers
+from neq_kernels.layers.traversal import neuron_owners
 from tests.support import oracle
 from tests.support.models import (
     Scaled,
@@ -158,7 +159,7 @@ def test_copies_follow_their_own_block(copied):
         each(x).sum().backward()
     assert twin[0].scale.grad is None
     assert model[0].scale.grad is not None
-    assert [f.parameters for f in following_parameters(twin)] == [[twin[0].scale]]
+    assert [f.parameter for f in followers(twin)] == [twin[0].scale]
     neq.revert(twin)
     model[0].linear.channels.set([])
     model.zero_grad()
