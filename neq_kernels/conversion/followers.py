@@ -22,7 +22,7 @@ def follow(model: nn.Module, anchor: ParameterAnchor) -> None:
     layers = [layer for _, layer in named_neuron_layers(model)]
     following = Following(list(dict.fromkeys(layer.channels for layer in layers)), anchor)
     following.specialized = any(layer.specialized for layer in layers)
-    everything = _bits(following, model)
+    everything = following.layers_in(model)
     owners = traversal.neuron_owners(model)
     parents = {child: module for module in model.modules() for child in module.children()}
     found: dict[nn.Parameter | None, Follower] = {}
@@ -36,11 +36,11 @@ def follow(model: nn.Module, anchor: ParameterAnchor) -> None:
         if not names or isinstance(module, torch.jit.ScriptModule):
             continue
         block = module
-        while block in parents and not _bits(following, block):
+        while block in parents and not following.layers_in(block):
             block = parents[block]
-        decides = _bits(following, block)
+        decides = following.layers_in(block)
         if block is model:
-            decides &= ~following.bits(layers[-1])
+            decides &= ~following.layers_in(layers[-1])
         module.neq_following = {}  # type: ignore[assignment]
         for name in names:
             parameter = module._parameters[name]
@@ -53,7 +53,7 @@ def follow(model: nn.Module, anchor: ParameterAnchor) -> None:
             module = parents[module]
             watched[module] = None
     for module in watched:
-        hooks = following.watch(module, whole=_bits(following, module) == everything)
+        hooks = following.watch(module, whole=following.layers_in(module) == everything)
         module.neq_following_hooks = hooks  # type: ignore[assignment]
 
 
@@ -67,10 +67,3 @@ def unfollow(model: nn.Module) -> bool:
         if module.__dict__.pop("neq_following", None) is not None:
             module.__class__ = original_class(module)
     return found
-
-
-def _bits(following: Following, module: nn.Module) -> int:
-    bits = 0
-    for _, layer in named_neuron_layers(module):
-        bits |= following.bits(layer)
-    return bits

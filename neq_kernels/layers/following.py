@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copyreg
 import operator
-from functools import cache
 from typing import Any
 
 import torch
@@ -48,9 +46,13 @@ class Following:
         self._called = {False: 0, True: 0}
         self._recorded = {False: 0, True: 0}
 
-    def bits(self, layer: NeuronLayer) -> int:
-        """The set of this layer alone."""
-        return self._bit[layer.channels]
+    def layers_in(self, module: nn.Module) -> int:
+        """The set of the neuron layers in ``module``, itself one of them if it is."""
+        layers = 0
+        for layer in module.modules():
+            if isinstance(layer, NeuronLayer):
+                layers |= self._bit[layer.channels]
+        return layers
 
     def active(self) -> int:
         """The set of layers with an active neuron."""
@@ -105,7 +107,7 @@ class Following:
         recorded = self._recorded[module.training]
         if recorded == 0 or (missing and recorded < _MOST_RECORDINGS):
             layers: dict[nn.Module, int] = {
-                m: self.bits(m) for m in module.modules() if isinstance(m, NeuronLayer)
+                m: self.layers_in(m) for m in module.modules() if isinstance(m, NeuronLayer)
             }
             self._recording = Dataflow(layers, [f.parameter for f in followers(module)])
             self._recording.__enter__()
@@ -221,15 +223,26 @@ def _set_flat_weights(module: nn.Module, weights: list[Tensor]) -> None:
     module.__dict__["_flat_weights"] = weights
 
 
-@cache
-def following_class(kind: Any, names: tuple[str, ...]) -> type[nn.Module]:
-    """``kind``, whose parameters of these names follow."""
+_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
+def following_class(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """``kind``, whose parameters of these names follow: made once."""
+    if (kind, names) not in _CLASSES:
+        _CLASSES[kind, names] = _following_class(kind, names)
+    return _CLASSES[kind, names]
+
+
+def _following_class(kind: Any, names: tuple[str, ...]) -> type[nn.Module]:
 
     def reduce(module: nn.Module, protocol: Any) -> Any:
-        how = kind.__reduce_ex__(module, protocol)
-        if how[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
-            return _new, (kind, names), *how[2:]
-        return how
+        """By the original class: this one cannot be imported."""
+        module.__class__ = kind
+        try:
+            function, arguments, *rest = module.__reduce_ex__(max(int(protocol), 2))
+        finally:
+            module.__class__ = made
+        return _new, (names, function, arguments), *rest
 
     if issubclass(kind, nn.RNNBase):
         body: dict[str, Any] = {"_flat_weights": property(_flat_weights, _set_flat_weights)}
@@ -246,9 +259,10 @@ def following_class(kind: Any, names: tuple[str, ...]) -> type[nn.Module]:
     return made
 
 
-def _new(kind: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    following = following_class(kind, names)
-    return following.__new__(following)
+def _new(names: tuple[str, ...], function: Any, arguments: Any) -> nn.Module:
+    module: nn.Module = function(*arguments)
+    module.__class__ = following_class(type(module), names)
+    return module
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
