@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from neq_kernels.autograd.call_state import transformed
+from neq_kernels.autograd.call_state import unplanned
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.layers.anchor import ParameterAnchor
 from neq_kernels.layers.base import NeuronLayer
@@ -84,7 +84,7 @@ class Following:
             return self.specialized and not in_process_group() and follower.stops(self.active())
         if self._running is None and torch._C._current_graph_task_id() == -1:
             return False  # user code outside a forward, and no recomputation in a backward
-        return follower.stops(self._active) and not transformed()
+        return follower.stops(self._active) and not unplanned()
 
     def _enter(self, module: nn.Module, args: object) -> None:
         if torch.compiler.is_compiling():
@@ -100,7 +100,7 @@ class Following:
 
     def _enter_and_record(self, module: nn.Module, args: object) -> None:
         self._enter(module, args)
-        if torch.compiler.is_compiling() or self._running is not module or transformed():
+        if torch.compiler.is_compiling() or self._running is not module or unplanned():
             return
         self._stop_recording()
         missing = (1 << len(self._bit)) - 1 & ~self._called[module.training]
@@ -160,8 +160,10 @@ class Follower:
         """``parameter`` as a forward sees it: itself, or a constant while it has stopped."""
         if not parameter.requires_grad or not self.following.set_aside(self):
             return parameter
-        if not torch.compiler.is_compiling() and in_process_group():
-            self.following.anchor.add((self.parameter,))
+        if not torch.compiler.is_compiling():
+            self.following.anchor.stopped = True
+            if in_process_group():
+                self.following.anchor.add((self.parameter,))
         return parameter.detach()
 
     def belongs_to(self, block: int, outermost: bool) -> None:
@@ -213,8 +215,8 @@ def _flat_weights(module: Any) -> list[Tensor]:
     """The list from which a recurrent layer reads its weights."""
     own: list[Tensor] = module.__dict__["_flat_weights"]
     following = module.__dict__.get("neq_following", {})
-    names = zip(module._flat_weights_names, own, strict=True)
-    read = [following[name].read(w) if name in following else w for name, w in names]
+    names: list[str] = module._flat_weights_names
+    read = [following[n].read(w) if n in following else w for n, w in zip(names, own, strict=True)]
     # The layer writes into its own list.
     return own if all(map(operator.is_, read, own)) else read
 
@@ -239,9 +241,10 @@ def _following_class(kind: Any, names: tuple[str, ...]) -> type[nn.Module]:
         """By the original class: this one cannot be imported."""
         module.__class__ = kind
         try:
-            function, arguments, *rest = module.__reduce_ex__(max(int(protocol), 2))
+            reduced: Any = module.__reduce_ex__(max(int(protocol), 2))
         finally:
             module.__class__ = made
+        function, arguments, *rest = reduced
         return _new, (names, function, arguments), *rest
 
     if issubclass(kind, nn.RNNBase):
