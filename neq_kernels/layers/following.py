@@ -277,4 +277,5 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 def followers(model: nn.Module) -> list[Follower]:
     """The parameters of ``model`` that follow."""
     found = (f for m in model.modules() for f in m.__dict__.get("neq_following", {}).values())
-    return list(dict.fromkeys(found))
+    # A parametrization put on top has taken the parameter away.
+    return [f for f in dict.fromkeys(found) if f.module._parameters.get(f.name) is not None]
