@@ -12,7 +12,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
+_aten = torch.ops.aten
+_COPIES = (_aten._to_copy, _aten.to, _aten.clone, _aten.contiguous)
 
 
 class Dataflow(TorchDispatchMode):
@@ -81,7 +82,7 @@ class Dataflow(TorchDispatchMode):
         for key in {self._key(t) for t in _tensors(out) if t.is_floating_point() or t.is_complex()}:
             if key in self._parameters:
                 continue
-            if read and not carried and func in _COPIES:
+            if read and not carried and func.overloadpacket in _COPIES:
                 self._parameters[key] = read
                 continue
             while read:
