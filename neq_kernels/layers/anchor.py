@@ -17,6 +17,10 @@ class ParameterAnchor:
     need a gradient takes the waiting parameters along as extra inputs of a Function that returns
     None for them; the reducer then sees them and fills their gradient with zeros.
 
+    Attributes:
+        stopped: what has run last under a recording of gradients was stopped, and its output needs
+            none: backprop ends above it.
+
     Args:
         shared: by all layers of a converted model. False: it belongs to one constructed layer that
             :func:`neq_kernels.convert` has not adopted, and sees no other layer's output.
@@ -25,6 +29,7 @@ class ParameterAnchor:
     def __init__(self, shared: bool) -> None:
         self.shared = shared
         self.waiting: dict[int, Parameter] = {}
+        self.stopped = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParameterAnchor:
         return ParameterAnchor(shared=self.shared)

@@ -13,13 +13,9 @@ from torch.optim import Optimizer
 
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.layers.base import NeuronLayer
+from neq_kernels.layers.following import Following, followers
 from neq_kernels.layers.ties import check_ties
-from neq_kernels.layers.traversal import (
-    following_parameters,
-    named_neuron_layers,
-    neuron_owners,
-    unwrap,
-)
+from neq_kernels.layers.traversal import named_neuron_layers, neuron_owners, unwrap
 
 
 class OwnedParameter:
@@ -109,8 +105,8 @@ class Ownership:
             self.version += 1
         generations = [channels.generation for channels in self._deciding]
         if generations != self._generations:
-            for following in self._following:
-                _ = following.channels  # reading it brings it up to date
+            for follower in self._followers:
+                _ = follower.channels  # reading it brings it up to date
             for owned in self.parameters.values():
                 owned.refresh()
             self._generations = generations
@@ -119,15 +115,18 @@ class Ownership:
 
     def _watch_active_sets(self) -> None:
         layers = [layer for _, layer in named_neuron_layers(self._model)]
-        self._deciding = list({id(layer.channels): layer.channels for layer in layers}.values())
-        for channels in self._deciding:
+        self._followers = followers(self._model)
+        self._channels = list(dict.fromkeys(layer.channels for layer in layers))
+        for channels in self._channels:
             channels.holders.add(self)
-        self._following = list(following_parameters(self._model))
+        self._deciding: list[ActiveChannels | Following] = list(
+            dict.fromkeys([*self._channels, *(follower.following for follower in self._followers)])
+        )
         self._generations = []  # equal to no model's: the next refresh reads it
 
     def release(self) -> None:
         """The optimizer is not attached any more."""
-        for channels in self._deciding:
+        for channels in self._channels:
             channels.holders.discard(self)
 
     def names(self) -> dict[Parameter, str]:
