@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neq_kernels.backends.problem import ConvGeometry, Problem
-from neq_kernels.measure.recorder import CONVOLUTIONS, LayerCall, Recorder
+from neq_kernels.measure.products import CONVOLUTIONS
+from neq_kernels.measure.recorder import LayerCall, Recorder
 
 
 def problems_of(model: nn.Module, *inputs: Any) -> dict[str, Problem]:
