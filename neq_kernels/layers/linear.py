@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from neq_kernels import functional
 from neq_kernels.layers.base import NeuronLayer, constructible
@@ -16,6 +17,8 @@ class Linear(NeuronLayer, nn.Linear):
         return output.dim() - 1
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return self._traced(input)
         weight, bias = self._learned()
         out = functional.linear(input, weight, bias, self.channels, grad_input=self.grad_input)
         return self._anchored(out)
