@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from neq_kernels.autograd.arguments import GradInput
 from neq_kernels.channels import ActiveChannels, NeuronLayout
+from neq_kernels.conversion.bypass import stop_watching, watch_for_bypass
 from neq_kernels.conversion.eligibility import (
     Filter,
     reasons_against,
@@ -91,6 +92,7 @@ def convert(
         )
     if others == "follow" and next(traversal.following_parameters(inner), None) is None:
         _follow(inner, anchor)
+    watch_for_bypass(inner)
     return model
 
 
@@ -107,6 +109,7 @@ def revert(model: nn.Module) -> nn.Module:
                 f"{name}: expected the class that convert gave it, got {type(layer).__name__}; "
                 "remove what was put on top first, such as a parametrization"
             )
+    stop_watching(inner)
     for module in inner.modules():
         if isinstance(module, NeuronLayer):
             module.release()

@@ -135,7 +135,9 @@ class NeuronLayer(nn.Module):
     def _anchored(self, output: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return output
-        none_active = self.channels.none_active
+        channels = self.channels
+        channels.called = True
+        none_active = channels.none_active
         if not none_active and not self.anchor.waiting:
             return output
         if none_active and torch.is_grad_enabled() and in_process_group():
