@@ -25,7 +25,7 @@ ORDER = (
     ("layers",),
     ("nn", "conversion", "optim"),
     ("measure",),
-    ("controllers",),
+    ("controllers", "conversion.verify"),
     ("model_tuning", "doctor", "distributed", "integrations"),
     ("cli",),
 )

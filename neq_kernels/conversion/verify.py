@@ -65,23 +65,21 @@ def verify(model: nn.Module, example_input: Any) -> DenseGradients:
         ValueError: the model has no neuron layers, or its output needs no gradient.
     """
     inner = unwrap(model)
-    neuron_layers(inner)
+    layers = neuron_layers(inner)
     recorder = Recorder(inner)
     found: set[str] = set()
     with _left_as_found(inner):
-        owners = neuron_owners(inner)
-        for channels in {id(c): c for sharing in owners.values() for c, _ in sharing}.values():
+        for channels in {id(layer.channels): layer.channels for layer in layers}.values():
             channels.set(torch.arange((len(channels) + 1) // 2, device="cpu"))
         owners = neuron_owners(inner)
         for i, mode in enumerate(_modes(inner)):
             if mode is not None:
                 inner.train(mode)
             for _ in range(_PASSES):
-                watched = contextlib.nullcontext() if recorder.calls else recorder.watching(example_input)
                 # Some models refuse another mode than the one they are in.
                 with contextlib.suppress(Exception) if i else contextlib.nullcontext():
                     with _noise_on_parameters(inner):
-                        _backward_of_everything(inner, example_input, watched)
+                        _backward_of_everything(inner, example_input, recorder)
                     found.update(_dense(inner, owners))
     names = [name for name, _ in inner.named_parameters() if name in found]
     return DenseGradients(names, *_macs(inner, recorder.calls, owners))
@@ -107,9 +105,7 @@ def _dense(model: nn.Module, owners: Owners) -> Iterator[str]:
             yield name
 
 
-def _macs(
-    model: nn.Module, calls: list[LayerCall], owners: Owners
-) -> tuple[dict[str, int], int]:
+def _macs(model: nn.Module, calls: list[LayerCall], owners: Owners) -> tuple[dict[str, int], int]:
     """MACs by parameter, of calls whose weight gradient is dense; and of all products."""
     names = {p: name for name, p in model.named_parameters()}
     macs: dict[str, int] = {}
@@ -164,17 +160,17 @@ def _noise_on_parameters(model: nn.Module) -> Iterator[None]:
             parameter.data = value
 
 
-def _backward_of_everything(
-    model: nn.Module, example: Any, watched: contextlib.AbstractContextManager[None]
-) -> None:
+def _backward_of_everything(model: nn.Module, example: Any, recorder: Recorder) -> None:
+    """Recorded the first time."""
     args: tuple[Any, ...] = (example,)
     kwargs: dict[str, Any] = {}
     if isinstance(example, Mapping):
         args, kwargs = (), dict(example)
     elif isinstance(example, (tuple, list)):
         args = tuple(example)
+    seen = recorder.calls
     with torch.enable_grad():
-        with watched:
+        with contextlib.nullcontext() if seen else recorder.watching(example):
             leaves = tree_leaves(model(*args, **kwargs))
         outputs = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
         if not outputs:
