@@ -27,7 +27,7 @@ ORDER = (
     ("measure",),
     ("controllers", "conversion.verify"),
     ("model_tuning", "doctor", "distributed", "integrations"),
-    ("cli",),
+    ("cli", "cli_arguments"),
 )
 # The backends that a backend derives from.
 BASES = {

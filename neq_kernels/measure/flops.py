@@ -231,7 +231,7 @@ def frozen_fraction(model: nn.Module, flop_count: FlopCount) -> float:
             continue
         total += row.macs
         sharing = owners.get(parameter, []) if parameter is not None else []
-        active += row.macs * row.share_if(_active_share(sharing))
+        active += row.macs * row.share_if(active_share(sharing))
     return 1 - active / total if total else 0.0
 
 
@@ -294,7 +294,8 @@ def _neurons(call: LayerCall, owners: Owners) -> tuple[int, int]:
     return neurons, neurons if weight.requires_grad else 0
 
 
-def _active_share(sharing: Iterable[tuple[ActiveChannels, NeuronLayout]]) -> float:
+def active_share(sharing: Iterable[tuple[ActiveChannels, NeuronLayout]]) -> float:
+    """Of a parameter's neurons, by their owners; 1 without any."""
     return max((channels.n_active / len(channels) for channels, _ in sharing), default=1.0)
 
 

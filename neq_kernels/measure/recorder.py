@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -50,6 +51,7 @@ class LayerCall:
         parameter: what the weight is or came from; None for none of the model's.
         bypasses: a neuron layer owns the parameter, and this is no call of it: frozen neurons get
             a dense gradient.
+        sequence: autograd's sequence number at the call: nodes made before have smaller ones.
     """
 
     name: str
@@ -61,6 +63,7 @@ class LayerCall:
     input_needs_grad: bool
     parameter: Parameter | None = None
     bypasses: bool = False
+    sequence: int = 0
 
 
 OnCall = Callable[[LayerCall, Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], None]
@@ -120,6 +123,7 @@ class Recorder(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        self._sequence = torch._C._autograd._get_sequence_nr()
         output = func(*args, **kwargs)
         already = len(self.calls)
         if func in NORMS:
@@ -220,7 +224,11 @@ class Recorder(TorchFunctionMode):
             needs_grad = input.requires_grad or (owner is running and module_needs_grad)
         bypasses = isinstance(owner, NeuronLayer) and not self._calls_its_layer(owner, parameter)
         self.calls.append(
-            LayerCall(name, kind, owner, weight, macs, bias_macs, needs_grad, parameter, bypasses)
+            LayerCall(
+                *(name, kind, owner, weight, macs, bias_macs, needs_grad, parameter),
+                bypasses=bypasses,
+                sequence=self._sequence,
+            )
         )
 
     def _owner(self, weight: Tensor | None) -> tuple[nn.Module | None, Parameter | None, str]:
