@@ -8,6 +8,7 @@ from torch import nn
 
 from neq_kernels.autograd.arguments import GradInput
 from neq_kernels.channels import ActiveChannels
+from neq_kernels.conversion.bypass import stop_watching, watch_for_bypass
 from neq_kernels.conversion.eligibility import (
     Filter,
     reasons_against,
@@ -94,6 +95,7 @@ def convert(
     prepare_readers(inner)
     if others == "follow" or followed:
         follow(inner, anchor)
+    watch_for_bypass(inner)
     return model
 
 
@@ -110,6 +112,7 @@ def revert(model: nn.Module) -> nn.Module:
                 f"{name}: expected the class that convert gave it, got {type(layer).__name__}; "
                 "remove what was put on top first, such as a parametrization"
             )
+    stop_watching(inner)
     unfollow(inner)
     for module in inner.modules():
         if isinstance(module, NeuronLayer):

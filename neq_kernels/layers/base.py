@@ -163,7 +163,9 @@ class NeuronLayer(nn.Module):
     def _anchored(self, output: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return output
-        none_active = self.channels.none_active
+        channels = self.channels
+        channels.called = True
+        none_active = channels.none_active
         if not none_active and not self.anchor.waiting and not self.anchor.stopped:
             return output
         if torch.is_grad_enabled():
