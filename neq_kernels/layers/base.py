@@ -94,8 +94,11 @@ class NeuronLayer(nn.Module):
         none_active = self.channels.none_active
         if not none_active and not self.anchor.waiting:
             return output
-        if none_active and torch.is_grad_enabled() and in_process_group():
-            self.anchor.add(p for p, _ in self.neuron_parameters())
+        if none_active and torch.is_grad_enabled():
+            if in_process_group():
+                self.anchor.add(p for p, _ in self.neuron_parameters())
+            else:
+                self.anchor.add_stand_ins(self.channels)
         return self.anchor.tie(output) if self.anchor.waiting else output
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]

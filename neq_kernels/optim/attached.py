@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import LBFGS, Optimizer
 
+from neq_kernels.channels import ActiveChannels
+from neq_kernels.layers.traversal import neuron_layers
 from neq_kernels.optim.guard import Guard
 from neq_kernels.optim.invalidation import Watch
 from neq_kernels.optim.ownership import OwnedParameter, Ownership
@@ -78,6 +80,7 @@ class AttachedOptimizer:
         self._rows = None if row_steps is None else row_steps(optimizer, frozen_state)
         self._plan: _StepPlan | None = None
         restore_counts(optimizer, ownership.parameters)
+        self._register()
         # A step compiled by the user breaks its graph here: what is active is decided on the host.
         eager: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.compiler.disable
         self._step_first = eager(self._run_closure_and_rows)
@@ -113,7 +116,24 @@ class AttachedOptimizer:
         """Give the optimizer back to torch: from the next step on every neuron is updated."""
         for hook in self._hooks:
             hook.remove()
+        self._hooks = []
+        for anchor in self._ownership.anchors:
+            anchor.optimizers.discard(self)
         drop_counts(self._optimizer, self._ownership.parameters)
+
+    def stand_in(self, channels: ActiveChannels) -> Parameter | None:
+        """The smallest parameter, where nothing that the optimizer holds learns; None otherwise,
+        and for all wholly frozen layers but that of the first neurons it holds."""
+        owned = self._ownership.parameters
+        held = [p for _, p in self._parameters()]
+        first = next((owned[p] for p in held if p in owned), None)
+        if first is None or not any(channels is c for c, _ in first.owners):
+            return None
+        self._ownership.update_active_sets()
+        learning = [p for p in held if p.requires_grad]
+        if any(p not in owned or owned[p].channels.n_active for p in learning):
+            return None
+        return min(learning, key=Tensor.numel, default=None)
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -206,7 +226,13 @@ class AttachedOptimizer:
 
     def _refresh(self) -> None:
         released = self._ownership.refresh(self._optimizer)
+        if self._hooks:
+            self._register()
         drop_counts(self._optimizer, released)
+
+    def _register(self) -> None:
+        for anchor in self._ownership.anchors:
+            anchor.optimizers.add(self)
 
     def _parameters(self) -> Iterator[tuple[Group, Parameter]]:
         for group in self._optimizer.param_groups:
@@ -308,3 +334,12 @@ def attach(
             "them: make it from this model's parameters"
         )
     return AttachedOptimizer(optimizer, ownership, frozen_state)
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether an optimizer is attached to ``model``. (A copy of a model has none.)
+
+    Raises:
+        ValueError: a model without neuron layers.
+    """
+    return any(layer.anchor.optimizers for layer in neuron_layers(model))

@@ -26,6 +26,7 @@ class OwnedParameter:
 
     Attributes:
         name: the parameter's name in the model.
+        owners: the active sets, and where their neurons lie in the parameter.
         layout: where a neuron lies in the parameter.
         channels: the active set. With several owners a neuron is frozen only when it is frozen in
             all of them: the union of the active sets, as of the last :meth:`refresh`.
@@ -36,7 +37,8 @@ class OwnedParameter:
     ) -> None:
         self.name = name
         self.layout = owners[0][1]
-        self._owners = list({id(channels): channels for channels, _ in owners}.values())
+        self.owners = owners
+        self._deciding = list({id(channels): channels for channels, _ in owners}.values())
         k = self.layout.n_neurons(parameter)
         for channels, layout in owners:
             if layout != self.layout or len(channels) != k:
@@ -44,12 +46,12 @@ class OwnedParameter:
                     f"{name}: expected every layer that shares it to see the same neurons in it, "
                     f"got {k} at {self.layout} and {len(channels)} at {layout}"
                 )
-        self.channels = self._owners[0] if len(self._owners) == 1 else ActiveChannels(k)
+        self.channels = self._deciding[0] if len(self._deciding) == 1 else ActiveChannels(k)
 
     def refresh(self) -> None:
         """Bring ``channels`` up to date with the owners."""
-        if len(self._owners) > 1:
-            self.channels.set(torch.stack([c.mask for c in self._owners]).any(0))
+        if len(self._deciding) > 1:
+            self.channels.set(torch.stack([c.mask for c in self._deciding]).any(0))
 
     @property
     def all_active(self) -> bool:
@@ -65,6 +67,7 @@ class Ownership:
 
     Attributes:
         parameters: every owned parameter. Keys compare by identity.
+        anchors: of the neuron layers; one after ``convert``.
         version: grows whenever :meth:`refresh` finds the model or an active set changed.
 
     Args:
@@ -105,6 +108,11 @@ class Ownership:
             self._structure, self.parameters = structure, parameters
             self._watch_active_sets()
             self.version += 1
+        self.update_active_sets()
+        return released
+
+    def update_active_sets(self) -> None:
+        """Bring every active set up to date."""
         generations = [channels.generation for channels in self._deciding]
         if generations != self._generations:
             for following in self._following:
@@ -113,12 +121,12 @@ class Ownership:
                 owned.refresh()
             self._generations = generations
             self.version += 1
-        return released
 
     def _watch_active_sets(self) -> None:
         layers = [layer for _, layer in named_neuron_layers(self._model)]
         self._deciding = list({id(layer.channels): layer.channels for layer in layers}.values())
         self._following = list(following_parameters(self._model))
+        self.anchors = list({id(layer.anchor): layer.anchor for layer in layers}.values())
         self._generations = []  # equal to no model's: the next refresh reads it
 
     def names(self) -> dict[Parameter, str]:
@@ -159,6 +167,7 @@ class _Structure:
             map(type, self._modules),
             map(dict.get, self._attributes, itertools.repeat("neq_following")),
             map(dict.get, self._of_layers, itertools.repeat("channels")),
+            map(dict.get, self._of_layers, itertools.repeat("anchor")),
             map(dict.get, self._of_layers, itertools.repeat("_parameters")),
             itertools.chain.from_iterable(self._held),
         )
