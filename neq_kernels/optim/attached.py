@@ -15,6 +15,7 @@ from torch.optim import LBFGS, Optimizer
 
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.layers.traversal import neuron_layers
+from neq_kernels.optim.agreement import Agreement
 from neq_kernels.optim.guard import Guard
 from neq_kernels.optim.invalidation import Watch
 from neq_kernels.optim.ownership import OwnedParameter, Ownership
@@ -75,6 +76,7 @@ class AttachedOptimizer:
         self._optimizer = optimizer
         self._ownership = ownership
         self._guard = Guard(optimizer)
+        self._agreement = Agreement()
         self._logged: set[str] = set()
         row_steps = ROW_STEPS.get(type(optimizer))
         self._rows = None if row_steps is None else row_steps(optimizer, frozen_state)
@@ -139,6 +141,7 @@ class AttachedOptimizer:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._refuse_capture()
+        self._agreement.count(self._ownership.layers())
         if self._rows is None:
             self._refresh()
             self._guard.save(self._owned())

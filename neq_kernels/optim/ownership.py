@@ -129,6 +129,10 @@ class Ownership:
         self.anchors = list({id(layer.anchor): layer.anchor for layer in layers}.values())
         self._generations = []  # equal to no model's: the next refresh reads it
 
+    def layers(self) -> Iterator[tuple[str, NeuronLayer]]:
+        """The model's neuron layers by name."""
+        return named_neuron_layers(self._model)
+
     def names(self) -> dict[Parameter, str]:
         """The name of every parameter of the model."""
         return {p: name for name, p in self._model.named_parameters()}
