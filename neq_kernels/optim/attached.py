@@ -28,7 +28,7 @@ from neq_kernels.optim.row_steps import (
     group_refusal,
     parameter_refusal,
 )
-from neq_kernels.optim.step_counts import drop_counts, restore_counts, saved_counts_as_lists
+from neq_kernels.optim.step_counts import State, drop_counts, restore_counts
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ class AttachedOptimizer:
         row_steps = ROW_STEPS.get(type(optimizer))
         self._rows = None if row_steps is None else row_steps(optimizer, frozen_state)
         self._plan: _StepPlan | None = None
+        self._expects_load = False
         restore_counts(optimizer, ownership.parameters)
         self._register()
         # A step compiled by the user breaks its graph here: what is active is decided on the host.
@@ -92,7 +93,7 @@ class AttachedOptimizer:
         self._hooks = [
             optimizer.register_step_pre_hook(eager(self._before_step)),
             after_step,
-            optimizer.register_state_dict_post_hook(saved_counts_as_lists),
+            optimizer.register_state_dict_post_hook(self._after_state_dict),
             optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
         for group, p in self._parameters():
@@ -163,10 +164,23 @@ class AttachedOptimizer:
     def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self._guard.restore()
 
+    def _after_state_dict(self, optimizer: Optimizer, state_dict: State) -> State:
+        if self._rows is None:
+            return state_dict
+        saved = dict(state_dict["state"])
+        for i, (group, p) in enumerate(self._parameters()):
+            owned = self._ownership.parameters.get(p)
+            if owned is not None and not self._refusal(group, p):
+                state = self._rows.saved_state(group, p, owned)
+                if state:
+                    saved[i] = state
+        return {**state_dict, "state": saved}
+
     def _after_load(self, optimizer: Optimizer) -> None:
         self._refresh()
         restore_counts(optimizer, self._ownership.parameters)
         self._plan = None
+        self._expects_load = False
         if self._rows is not None:
             self._rows.forget()
 
@@ -174,6 +188,12 @@ class AttachedOptimizer:
         """Step the neuron-owned parameters; the groups that are left for torch."""
         assert self._rows is not None
         self._refresh()
+        if self._expects_load:  # and got none
+            some = self._owned()
+            drop_counts(self._optimizer, [p for p in some if some[p].all_active])
+        self._expects_load = self._only_makes_state()
+        if self._expects_load:
+            self._rows.make_all_state(self._ownership.parameters)
         plan, self._plan = self._plan, None
         if plan is None or plan.watch is None or not plan.watch.sees_no_change():
             plan = self._assign(self._rows)
@@ -213,6 +233,18 @@ class AttachedOptimizer:
                 plan.by_rows.append((group, own))
             plan.left.append(rest)
         return plan
+
+    def _only_makes_state(self) -> bool:
+        """Whether this is the step by which torch.distributed.checkpoint has state made that it can
+        load into: an optimizer's first, with no learning rate and gradients of zeros."""
+        if self._optimizer.state:
+            return False
+        groups = self._optimizer.param_groups
+        return all(float(group.get("lr", 1)) == 0 for group in groups) and all(
+            p.grad is not None and not bool(p.grad.any())
+            for _, p in self._parameters()
+            if p.requires_grad
+        )
 
     def _overflowed(self) -> bool:
         """What a GradScaler tells optimizers with fused kernels."""

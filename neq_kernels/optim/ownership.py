@@ -57,6 +57,10 @@ class OwnedParameter:
     def all_active(self) -> bool:
         return self.channels.n_active == len(self.channels)
 
+    @property
+    def none_active(self) -> bool:
+        return self.channels.n_active == 0
+
     def frozen(self, device: torch.device) -> Tensor:
         """The frozen neurons, int64 on ``device``."""
         return self.channels.order(device)[self.channels.n_active :]

@@ -20,7 +20,7 @@ from neq_kernels.dispatch.selection import selector
 from neq_kernels.optim import reference
 from neq_kernels.optim.multi_tensor import Batches, RowStep, ScalarSteps
 from neq_kernels.optim.ownership import OwnedParameter
-from neq_kernels.optim.step_counts import COUNTS, State, counts_from
+from neq_kernels.optim.step_counts import COUNTS, State, as_digits, counts_from
 
 FrozenState = Literal["reset", "keep", "reference"]
 Group = dict[str, Any]
@@ -82,6 +82,26 @@ class RowSteps:
         """The group's settings as numbers, as the row functions take them."""
         raise NotImplementedError
 
+    def make_all_state(self, parameters: Mapping[Parameter, OwnedParameter]) -> None:
+        """Make the state and the counts of all that row steps support, whatever is active."""
+        for group in self._optimizer.param_groups:
+            for p in group["params"]:
+                owned = parameters.get(p)
+                if owned is None or not p.requires_grad or not self.is_stateful(group):
+                    continue
+                if not group_refusal(group) and not parameter_refusal(p):
+                    self.prepare(group, p, owned, self._optimizer.state[p])
+
+    def saved_state(self, group: Group, p: Parameter, owned: OwnedParameter) -> State:
+        """The state as a checkpoint holds it: with the counts, if the group's steps count, and
+        with zeros for a wholly frozen parameter that has none."""
+        state = dict(self._optimizer.state.get(p, {}))
+        if not state and self.is_stateful(group) and p.requires_grad and owned.none_active:
+            self.prepare(group, p, owned, state)
+        if state and self.counts(group):
+            state[COUNTS] = as_digits(state.get(COUNTS), len(owned.channels), p.device)
+        return state
+
     def plan(self, group: Group, own: Mapping[Parameter, OwnedParameter]) -> GroupPlan:
         """How these parameters of a group are stepped, from now on until something changes. Makes
         the state that is missing and does to the state of frozen neurons what is due."""
@@ -90,7 +110,7 @@ class RowSteps:
         advancing = []
         scalars = {}
         for p, owned in own.items():
-            wholly_frozen = owned.channels.n_active == 0
+            wholly_frozen = owned.none_active
             state = self._optimizer.state.get(p, {})
             is_stepped = advances_frozen if wholly_frozen else p.grad is not None
             if not is_stepped and not state:
@@ -121,6 +141,10 @@ class RowSteps:
 
     def is_stateful(self, group: Group) -> bool:
         """Whether steps of this group keep state."""
+        raise NotImplementedError
+
+    def counts(self, group: Group) -> bool:
+        """Whether steps of this group are counted neuron by neuron."""
         raise NotImplementedError
 
     def prepare(self, group: Group, p: Parameter, owned: OwnedParameter, state: State) -> None:
@@ -216,6 +240,9 @@ class SGDRows(RowSteps):
     def is_stateful(self, group: Group) -> bool:
         return bool(group["momentum"])
 
+    def counts(self, group: Group) -> bool:
+        return bool(group["momentum"] and group["dampening"])
+
     def prepare(self, group: Group, p: Parameter, owned: OwnedParameter, state: State) -> None:
         had_buffer = isinstance(state.get("momentum_buffer"), Tensor)
         if not had_buffer:
@@ -246,6 +273,9 @@ class AdamRows(RowSteps):
         }
 
     def is_stateful(self, group: Group) -> bool:
+        return True
+
+    def counts(self, group: Group) -> bool:
         return True
 
     def prepare(self, group: Group, p: Parameter, owned: OwnedParameter, state: State) -> None:
