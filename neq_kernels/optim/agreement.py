@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -44,7 +44,7 @@ class Agreement:
         self._steps += 1
         if self._steps % INTERVAL or not in_process_group() or dist.get_world_size() == 1:
             return
-        store = dist.distributed_c10d._get_default_store()  # type: ignore[no-untyped-call]
+        store: Any = dist.distributed_c10d._get_default_store()
         rank, own = dist.get_rank(), _digests(layers)
         store.set(self._key(self._steps, rank), own)
         before = [step for step, _ in self._left]
@@ -56,7 +56,7 @@ class Agreement:
             del self._left[0]
         self._compare(store, before[-1])
 
-    def _compare(self, store: dist.Store, step: int) -> None:
+    def _compare(self, store: Any, step: int) -> None:
         own = dict(self._left)[step]
         ranks = range(dist.get_world_size())
         keys = {rank: self._key(step, rank) for rank in ranks}

@@ -281,7 +281,8 @@ class AttachedOptimizer:
     def _refusal(self, group: Group, p: Parameter) -> str | None:
         if self._rows is None:
             return f"{type(self._optimizer).__name__} has no row steps (SGD, Adam and AdamW have)"
-        return group_refusal(group) or parameter_refusal(p)
+        owned = self._ownership.parameters[p]
+        return group_refusal(group) or parameter_refusal(p) or owned.row_refusal(p)
 
     def _log_once(self, owned: OwnedParameter, reason: str) -> None:
         if reason not in self._logged:

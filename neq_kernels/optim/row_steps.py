@@ -20,6 +20,7 @@ from neq_kernels.dispatch.selection import selector
 from neq_kernels.optim import reference
 from neq_kernels.optim.multi_tensor import Batches, RowStep, ScalarSteps
 from neq_kernels.optim.ownership import OwnedParameter
+from neq_kernels.optim.sharding import is_sharded, local, placed_alike
 from neq_kernels.optim.step_counts import COUNTS, State, as_digits, counts_from
 
 FrozenState = Literal["reset", "keep", "reference"]
@@ -34,6 +35,8 @@ class GroupPlan:
     Attributes:
         group: its settings are read anew at every step.
         batches: the row steps of active neurons.
+        counted: of sharded parameters: the counts of all neurons, of which a row step sees a copy
+            of those in this process, and which of them are active.
         advancing: parameters whose frozen neurons' state goes on ("reference").
         scalars: the scalar ``step`` of each parameter that has one.
         waiting: parameters whose scalar does not advance yet.
@@ -42,6 +45,7 @@ class GroupPlan:
 
     group: Group
     batches: Batches
+    counted: list[tuple[Tensor, Tensor]]
     advancing: list[tuple[Parameter, OwnedParameter, State]]
     scalars: dict[Parameter, Tensor]
     waiting: list[Parameter] = field(default_factory=list)
@@ -107,6 +111,7 @@ class RowSteps:
         the state that is missing and does to the state of frozen neurons what is due."""
         advances_frozen = self._frozen_state == "reference"
         steps: list[RowStep] = []
+        counted: list[tuple[Tensor, Tensor]] = []
         advancing = []
         scalars = {}
         for p, owned in own.items():
@@ -122,18 +127,20 @@ class RowSteps:
             if not is_stepped:
                 continue
             if p.grad is not None and not wholly_frozen:
-                steps.append(self._row_step(group, p, p.grad, owned, state))
+                self._add_row_step(steps, counted, group, p, owned, state)
             if advances_frozen:
                 advancing.append((p, owned, state))
                 self._behind[p] = 0
             if "step" in state:
                 scalars[p] = state["step"]
-        return GroupPlan(group, Batches(self.function, steps), advancing, scalars)
+        return GroupPlan(group, Batches(self.function, steps), counted, advancing, scalars)
 
     def step(self, plan: GroupPlan) -> None:
         """One step of one group, in place."""
         flags = self.flags(plan.group)
         plan.batches.run(flags)
+        for counts, active in plan.counted:
+            counts[active] += 1
         for p, owned, state in plan.advancing:
             self._advance_frozen(flags, p, owned, state)
         if plan.scalars:
@@ -163,11 +170,12 @@ class RowSteps:
         seen = self._applied.get(p)
         if seen and seen[0] is channels and seen[1] == channels.generation and seen[2] is counts:
             return
-        frozen = owned.frozen(p.device)
+        frozen = owned.channels.order(p.device)[channels.n_active :]
+        here = owned.rows_here(p)
         zeroed = {"reset": self.reset, "reference": self.reference, "keep": ()}
         for key in zeroed[self._frozen_state]:
             if isinstance(state.get(key), Tensor):
-                owned.layout.fill_(state[key], frozen, 0)
+                here.layout.fill_(local(state[key]), here.frozen, 0)
         if counts is not None:
             if self._frozen_state == "reset":
                 counts[frozen] = 0
@@ -182,7 +190,7 @@ class RowSteps:
         self, flags: Flags, p: Parameter, owned: OwnedParameter, state: State
     ) -> None:
         if COUNTS in state:
-            state[COUNTS][owned.frozen(p.device)] += 1
+            state[COUNTS][owned.channels.order(p.device)[owned.channels.n_active :]] += 1
         self.decay(flags, p, owned, state)
 
     def _advance_scalars(self, plan: GroupPlan) -> None:
@@ -198,19 +206,27 @@ class RowSteps:
             if not self._behind[p]:
                 plan.scalar_steps = None
 
-    def _row_step(
-        self, group: Group, p: Parameter, grad: Tensor, owned: OwnedParameter, state: State
-    ) -> RowStep:
-        tensors = self.row_state(group, state)
-        alike = [t for t in tensors if t is not None and t is not state.get(COUNTS)]
-        return RowStep(
-            p,
-            tensors,
-            owned.channels.order(p.device),
-            owned.channels.n_active,
-            owned.layout,
-            _backend([p, grad, *alike], owned.layout),
-        )
+    def _add_row_step(
+        self,
+        steps: list[RowStep],
+        counted: list[tuple[Tensor, Tensor]],
+        group: Group,
+        p: Parameter,
+        owned: OwnedParameter,
+        state: State,
+    ) -> None:
+        here, counts = owned.rows_here(p), state.get(COUNTS)
+        tensors = [t if t is None else local(t) for t in self.row_state(group, state)]
+        if here.numbers is not None and counts is not None:
+            counted.append((counts, owned.channels.order(p.device)[: owned.channels.n_active]))
+            here_counts = counts[here.numbers.to(p.device)]
+            tensors = [here_counts if t is counts else t for t in tensors]
+        assert p.grad is not None
+        alike = [t for t in tensors if t is not None and t.dtype != torch.int64]
+        backend = None
+        if here.n and placed_alike(p.grad, p):
+            backend = _backend([local(p), local(p.grad), *alike], here.layout)
+        steps.append(RowStep(p, tuple(tensors), here.order, here.n, here.layout, backend))
 
 
 class SGDRows(RowSteps):
@@ -298,13 +314,9 @@ class AdamRows(RowSteps):
         return state["exp_avg"], state["exp_avg_sq"], largest, state[COUNTS]
 
     def decay(self, flags: Flags, p: Parameter, owned: OwnedParameter, state: State) -> None:
-        reference.decay_frozen_(
-            state["exp_avg_sq"],
-            owned.channels.order(p.device),
-            owned.channels.n_active,
-            owned.layout,
-            flags["beta2"],
-        )
+        here = owned.rows_here(p)
+        v = local(state["exp_avg_sq"])
+        reference.decay_frozen_(v, here.order, here.n, here.layout, flags["beta2"])
 
 
 ROW_STEPS: dict[type[Optimizer], type[RowSteps]] = {
@@ -327,7 +339,7 @@ def parameter_refusal(p: Parameter) -> str | None:
     """Why this parameter takes the guard, or None."""
     if not p.is_floating_point():
         return f"row steps support real floating-point parameters, got {p.dtype}"
-    if type(p) is not Parameter:
+    if type(p) is not Parameter and not is_sharded(p):
         return f"row steps support plain parameters, got {type(p).__name__}"
     if p.grad is None:
         return None

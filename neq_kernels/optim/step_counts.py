@@ -57,7 +57,7 @@ def restore_counts(optimizer: Optimizer, owned: Mapping[Parameter, OwnedParamete
             continue
         counts = _from_saved(state.pop(COUNTS), p.device)
         owner = owned.get(p) if isinstance(p, Parameter) else None
-        if owner is None or counts is None:
+        if owner is None or owner.mixed or counts is None:
             continue
         expected = len(owner.channels)
         if counts.shape != (expected,):
