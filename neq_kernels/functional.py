@@ -23,7 +23,8 @@ from neq_kernels.autograd.functions import (
     active_arguments,
     detached,
 )
-from neq_kernels.channels import ActiveChannels
+from neq_kernels.channels import ActiveChannels, NeuronLayout
+from neq_kernels.sharding import is_sharded, replicated_like
 
 
 def linear(
@@ -67,6 +68,9 @@ def linear(
         return F.linear(input, weight, bias)
     validate(input, weight, bias, channels, weight.shape[0], grad_input)
     if all_active(channels, weight):
+        return watched(F.linear(input, weight, bias), channels)
+    if is_sharded(weight):
+        weight, bias = _sharded_constants(weight, bias, channels, NeuronLayout())
         return watched(F.linear(input, weight, bias), channels)
     if none_active(channels, weight) and not input.requires_grad:
         return F.linear(input, weight.detach(), detached(bias))
@@ -129,6 +133,10 @@ def conv(
     validate(input, weight, bias, channels, k, grad_input)
     if all_active(channels, weight):
         return watched(convolve(input, weight, bias, *arguments), channels)
+    if is_sharded(weight):
+        layout = NeuronLayout(groups, axis=1) if transposed else NeuronLayout()
+        weight, bias = _sharded_constants(weight, bias, channels, layout)
+        return watched(convolve(input, weight, bias, *arguments), channels)
     if none_active(channels, weight) and not input.requires_grad:
         return convolve(input, weight.detach(), detached(bias), *arguments)
     batched = input.dim() == weight.dim()
@@ -169,7 +177,24 @@ def affine(
     if none_active(channels, parameters[0]):
         return detached(weight), detached(bias)
     mask = channels.mask_on(parameters[0].device)
+    if is_sharded(parameters[0]):
+        mask = replicated_like(parameters[0], mask)
     return _constant_where_frozen(weight, mask), _constant_where_frozen(bias, mask)
+
+
+def _sharded_constants(
+    weight: Tensor, bias: Tensor | None, channels: ActiveChannels, layout: NeuronLayout
+) -> tuple[Tensor, Tensor | None]:
+    """Tensor parallel: a weight and a bias whose gradients are dense, then masked."""
+    if channels.n_active == 0:
+        return weight.detach(), detached(bias)
+    mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
+    layout.fill_(mask, channels.order(weight.device)[: channels.n_active], True)
+    masked = torch.where(replicated_like(weight, mask), weight, weight.detach())
+    if bias is None or not is_sharded(bias):
+        return masked, _constant_where_frozen(bias, channels.mask_on(weight.device))
+    mask = replicated_like(bias, channels.mask_on(weight.device))
+    return masked, _constant_where_frozen(bias, mask)
 
 
 def _constant_where_frozen(parameter: Tensor | None, mask: Tensor) -> Tensor | None:

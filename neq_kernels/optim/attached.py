@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
@@ -358,6 +359,7 @@ def attach(
                 "optimizer: expected one that is not attached, got one that is: call remove() on "
                 "its handle first (for several models attach a torch.nn.ModuleList of them)"
             )
+    _refuse_flat_parameters(model)
     ownership = Ownership(model)
     if not ownership.parameters:
         raise ValueError(
@@ -370,6 +372,18 @@ def attach(
             "them: make it from this model's parameters"
         )
     return AttachedOptimizer(optimizer, ownership, frozen_state)
+
+
+def _refuse_flat_parameters(model: nn.Module) -> None:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(
+        isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()
+    ):
+        raise TypeError(
+            "model: expected parameters that neurons can be found in, got "
+            "FullyShardedDataParallel, which flattens those of many layers into one; use "
+            "torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
 
 
 def is_attached(model: nn.Module) -> bool:

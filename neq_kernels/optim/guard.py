@@ -19,7 +19,7 @@ from torch.optim import Muon, Optimizer
 
 from neq_kernels.optim.neurons_here import FrozenElements, FrozenRows
 from neq_kernels.optim.ownership import OwnedParameter
-from neq_kernels.optim.sharding import is_sharded, local
+from neq_kernels.sharding import is_sharded, local
 
 
 @dataclass(frozen=True)

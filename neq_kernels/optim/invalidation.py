@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from neq_kernels.dispatch.selection import selector
 from neq_kernels.optim.ownership import Ownership, remember, same_objects
-from neq_kernels.optim.sharding import is_sharded, local
+from neq_kernels.sharding import is_sharded, local
 
 # Of a group: what decides which steps its parameters get, not only how far they go.
 _DECIDING_FLAGS = ("differentiable", "capturable", "fused", "momentum", "dampening", "amsgrad")

@@ -11,7 +11,7 @@ from torch import Tensor
 from neq_kernels.backends.base import Backend
 from neq_kernels.channels import NeuronLayout
 from neq_kernels.optim import reference
-from neq_kernels.optim.sharding import is_sharded, local, local_grad
+from neq_kernels.sharding import is_sharded, local, local_grad
 
 
 class RowStep(NamedTuple):

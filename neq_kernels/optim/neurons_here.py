@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from neq_kernels.channels import ActiveChannels, NeuronLayout
-from neq_kernels.optim.sharding import is_sharded, part_of, positions
+from neq_kernels.sharding import is_sharded, part_of, positions
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from neq_kernels.optim.neurons_here import (
     frozen_elements,
     rows_here,
 )
-from neq_kernels.optim.sharding import is_sharded, local
+from neq_kernels.sharding import is_sharded, local
 
 
 class OwnedParameter:

@@ -20,7 +20,7 @@ from neq_kernels.dispatch.selection import selector
 from neq_kernels.optim import reference
 from neq_kernels.optim.multi_tensor import Batches, RowStep, ScalarSteps
 from neq_kernels.optim.ownership import OwnedParameter
-from neq_kernels.optim.sharding import is_sharded, local, placed_alike
+from neq_kernels.sharding import is_sharded, local, placed_alike
 from neq_kernels.optim.step_counts import COUNTS, State, as_digits, counts_from
 
 FrozenState = Literal["reset", "keep", "reference"]

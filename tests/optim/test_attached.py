@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import LBFGS, SGD, Adam, RMSprop
 
 from neq_kernels.conversion.convert import convert, revert
@@ -67,6 +68,20 @@ def test_no_optimizer():
     net = make_net()
     with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer, got Net"):
         attach(net, net)
+
+
+class Flat(FullyShardedDataParallel):
+    """Shaped as FSDP1, which starts on no CPU."""
+
+    def __init__(self, module):
+        nn.Module.__init__(self)
+        self._fsdp_wrapped_module = module
+
+
+def test_flat_parameters_are_refused_in_words():
+    inner = make_net()
+    with pytest.raises(TypeError, match="got FullyShardedDataParallel, which flattens .*FSDP2"):
+        attach(SGD(inner.parameters()), nn.Sequential(Flat(inner)))
 
 
 @pytest.mark.parametrize("optimizer_class", [SGD, RMSprop])

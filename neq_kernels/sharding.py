@@ -39,6 +39,14 @@ def placed_alike(a: Tensor, b: Tensor) -> bool:
     return next(places) == next(places)
 
 
+def replicated_like(parameter: Tensor, whole: Tensor) -> Tensor:
+    """A plain tensor, the same on every rank, as a ``DTensor`` that can meet ``parameter``."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = cast(Any, parameter).device_mesh
+    return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
 def part_of(parameter: Tensor, whole: Tensor) -> Tensor:
     """Of a plain tensor, the same on every rank and of as many dimensions as ``parameter``, the
     part that lies beside this process's part of ``parameter``. Dimensions of another size than the
