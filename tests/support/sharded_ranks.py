@@ -103,6 +103,9 @@ def beside_a_twin(name: str, state: str, net: nn.Module, twin: nn.Module, x: Ten
     for i in range(N_STEPS):
         if i:
             random_masks(net, generator)
+            if name != "RMSprop" and hasattr(net, "grouped_up"):
+                # In shards it takes the guard, which keeps its state and counts no neurons.
+                net.grouped_up.channels.reset()
             for ours, other in zip(layers(net).values(), layers(twin).values(), strict=True):
                 other.channels.set(ours.channels.mask)
         for model, optimizer in pair:
