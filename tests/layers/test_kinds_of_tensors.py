@@ -99,6 +99,16 @@ def test_a_symbolic_trace_keeps_the_layer(name):
     assert_masked(ours, plain)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
+def test_a_scripted_model_has_no_neurons():
+    model, x = frozen_net().eval(), torch.randn(2, 3, 5, 5)
+    with pytest.raises(RuntimeError, match=r"got the converted Conv2d.*revert\(copy.deepcopy"):
+        torch.jit.script(model)
+    assert model[0].channels.n_active == 2
+    plain = neq.revert(copy.deepcopy(model))
+    assert torch.equal(torch.jit.script(plain)(x), model(x))
+
+
 def test_torchvisions_feature_extractor_learns_what_is_active():
     from torchvision.models.feature_extraction import create_feature_extractor
 
