@@ -29,6 +29,7 @@ CONVERTED = (
     *("LazyConv3d", "LazyConvTranspose1d", "LazyConvTranspose2d", "LazyConvTranspose3d"),
     *("Linear", "GroupNorm", "LayerNorm", "TransformerEncoder", "TransformerEncoderLayer"),
     *("TransformerDecoderLayer", "Transformer", "Bilinear", "RMSNorm"),
+    *("Embedding", "MultiheadAttention"),
     *("InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"),
 )
 INFOS = {info.module_cls.__name__: info for info in module_db}

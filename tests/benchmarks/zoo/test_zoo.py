@@ -56,9 +56,7 @@ def listed(folder: Path, text: str) -> Path:
 
 
 def test_a_line_is_read(tmp_path: Path) -> None:
-    text = (
-        '# a comment\n[kind of model]\ntimm vgg vgg11 3x64x64 a.b=[1,2] a.c="x" d=true ci # why\n'
-    )
+    text = '# a comment\n[some kind]\ntimm vgg vgg11 3x64x64 a.b=[1,2] a.c="x" d=true ci # why\n'
     options = {"a": {"b": [1, 2], "c": "x"}, "d": True}
     assert entries(listed(tmp_path, text)) == [
         Entry("timm", "vgg", "vgg11", "3x64x64", options, True, "some kind")
