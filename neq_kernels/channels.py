@@ -6,6 +6,7 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -128,9 +129,15 @@ class ActiveChannels:
     - ``host_count``: int32[2] on the CPU, ``(n_active, start)``; ``start`` is the first active
       channel when the active ones form one contiguous run, else -1.
 
+    ``holders`` are the attached optimizers' books, as long as they live: somebody leaves the frozen
+    channels where they are.
+
     Args:
         n_channels: K, at least 1. All channels start active.
     """
+
+    # Whether eager code has computed with them: what they own is used by way of its layer.
+    called = False
 
     def __init__(self, n_channels: int) -> None:
         if isinstance(n_channels, bool) or not isinstance(n_channels, int):
@@ -146,6 +153,8 @@ class ActiveChannels:
         # What others have derived from the present set; emptied when it changes.
         self.plans: dict[Hashable, Any] = {}
         self._values: dict[torch.device, Active] = {}
+        self._parts: dict[tuple[int, int], ActiveChannels] = {}
+        self.holders: WeakSet[object] = WeakSet()
         cpu = torch.device("cpu")
         with torch.inference_mode(False):  # else set() could not refresh them outside it
             self._mask = {cpu: torch.ones(n_channels, dtype=torch.bool, device=cpu)}
@@ -157,7 +166,10 @@ class ActiveChannels:
         return self._n_channels
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plans": {}, "_values": {}}
+        return {**self.__dict__, "plans": {}, "_values": {}, "holders": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, holders=WeakSet())  # a copy is not attached to anything
 
     def __repr__(self) -> str:
         return f"ActiveChannels(active={self._n_active}/{len(self)})"
@@ -245,6 +257,19 @@ class ActiveChannels:
             self._mask[device] = self._mask[cpu].to(device)
             self._order[device] = self._order[cpu].to(device)
             self._count[device] = self._count[cpu].to(device)
+        for part in self._parts.values():
+            part.prepare(device)
+
+    def part(self, start: int, stop: int) -> ActiveChannels:
+        """The channels ``start`` to ``stop`` as a set of their own, for a product that computes
+        these alone. It follows this one: call ``set`` here, not there."""
+        if (start, stop) not in self._parts:
+            part = ActiveChannels(stop - start)
+            part.set(self.mask[start:stop])
+            for device in self._order:
+                part.prepare(device)
+            self._parts[start, stop] = part
+        return self._parts[start, stop]
 
     def set(self, mask_or_indices: Tensor | Sequence[bool] | Sequence[int]) -> None:
         """Choose the active channels.
@@ -277,6 +302,8 @@ class ActiveChannels:
             tensor.copy_(order)
         for tensor in self._count.values():
             tensor.fill_(n)
+        for (start, stop), part in self._parts.items():
+            part.set(mask[start:stop])
 
     def reset(self) -> None:
         """Make every channel active."""

@@ -27,9 +27,11 @@ from neq_kernels.autograd.call_state import (
     learns,
     left_to_pytorch,
     none_active,
+    recorded,
     watched,
 )
 from neq_kernels.autograd.dense import ROWS, constant_where_frozen
+from neq_kernels.autograd.embedding import EmbeddingFunction, Lookup, masked_lookup
 from neq_kernels.autograd.forward import convolve, detached
 from neq_kernels.autograd.functions import (
     ConvFunction,
@@ -175,6 +177,50 @@ def conv(
     return out if batched else out.squeeze(0)
 
 
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    channels: ActiveChannels,
+    *,
+    padding_idx: int | None = None,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """``F.embedding`` whose backward adds up the gradients of active rows (tokens) only.
+
+    Args:
+        input: int32 or int64 tokens, any shape.
+        weight: ``[K, D]``, floating point.
+        channels: the active rows; frozen ones get a gradient of exactly 0 (``sparse=True``: none).
+            With none active the weight gets no gradient at all.
+        padding_idx, scale_grad_by_freq, sparse: as in ``F.embedding``.
+
+    Returns:
+        ``[*input.shape, D]``.
+
+    Raises:
+        ValueError: ``channels`` does not fit ``weight``.
+        RuntimeError: in backward, when ``channels`` was changed after the forward.
+    """
+    lookup = Lookup(padding_idx, scale_grad_by_freq, sparse)
+    if not learns(weight, None):
+        return lookup(input, weight)
+    if len(channels) != len(weight):
+        raise ValueError(f"channels: expected {len(weight)} channels, got {len(channels)}")
+    if left_to_pytorch(input, weight):
+        constant = masked(weight, channels)
+        # A sparse gradient is for a leaf.
+        return lookup._replace(sparse=sparse and constant is weight)(input, constant)
+    if recorded(weight):
+        return masked_lookup(input, weight, channels, lookup)
+    if all_active(channels, weight):
+        return watched(lookup(input, weight), channels)
+    if none_active(channels, weight):
+        return lookup(input, weight.detach())
+    output: Tensor = EmbeddingFunction.apply(weight, input, channels, lookup)
+    return output
+
+
 def affine(
     weight: Tensor | None, bias: Tensor | None, channels: ActiveChannels
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -192,18 +238,19 @@ def affine(
         RuntimeError (in backward): ``channels`` was changed after the forward; autograd sees that
             the mask it saved was written over.
     """
-    return masked(weight, channels), masked(bias, channels)
+    return (
+        None if weight is None else masked(weight, channels),
+        None if bias is None else masked(bias, channels),
+    )
 
 
-def masked(
-    parameter: Tensor | None, channels: ActiveChannels, layout: NeuronLayout = ROWS
-) -> Tensor | None:
+def masked(parameter: Tensor, channels: ActiveChannels, layout: NeuronLayout = ROWS) -> Tensor:
     """A parameter, unchanged, through which only active neurons get a gradient, of any order.
 
     With everything active it is the parameter itself, with none active it is detached.
 
     Args:
-        parameter: what a layer computes with; None stays None.
+        parameter: what a layer computes with.
         channels: the active neurons.
         layout: where a neuron lies in ``parameter``.
 
@@ -211,7 +258,7 @@ def masked(
         ValueError: ``channels`` does not fit.
         RuntimeError (in backward): as :func:`affine`.
     """
-    if parameter is None or not learns(parameter, None):
+    if not learns(parameter, None):
         return parameter
     k = layout.n_neurons(parameter)
     if len(channels) != k:
@@ -234,9 +281,8 @@ def _left_to_pytorch(
     """The output of a layer whose gradients PyTorch's own graph computes."""
     input, weight, bias = operands
     check_grad_input(grad_input)
-    constant = masked(weight, channels, layout)
-    assert constant is not None
-    output = function(input, constant, masked(bias, channels))
+    constant_bias = None if bias is None else masked(bias, channels)
+    output = function(input, masked(weight, channels, layout), constant_bias)
     if grad_input == "exact" or all_active(channels, weight):
         return output
     neurons = NeuronLayout(axis=output.dim() + channel_dim)

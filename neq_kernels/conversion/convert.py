@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from neq_kernels.autograd.arguments import GradInput
-from neq_kernels.channels import ActiveChannels, NeuronLayout
+from neq_kernels.channels import ActiveChannels
+from neq_kernels.conversion.bypass import stop_watching, watch_for_bypass
 from neq_kernels.conversion.eligibility import (
     Filter,
     reasons_against,
-    replaced_blocks,
-    replacements,
 )
 from neq_kernels.conversion.followers import follow, unfollow
 from neq_kernels.conversion.neuron_classes import neuron_class
 from neq_kernels.conversion.report import conversion_report
+from neq_kernels.conversion.weight_readers import prepare_readers, remove_reads
 from neq_kernels.layers.anchor import ParameterAnchor
 from neq_kernels.layers.base import NeuronLayer, stock_class
 from neq_kernels.layers.following import followers, original_class
 from neq_kernels.layers.masked import FurtherNeurons
+from neq_kernels.layers.ties import share_channels
 from neq_kernels.layers.traversal import named_neuron_layers, neuron_layers, unwrap
 
 
@@ -41,8 +42,9 @@ def convert(
 
     Layers constructed from :mod:`neq_kernels.nn` have neurons already. They are adopted whatever
     ``filter`` and ``norms`` say: they get the other options, and keep their channels and masks.
-    Layers that share a weight, and see the same neurons in it, share one ``ActiveChannels``: a
-    channel is active if it was active in any of them.
+    Layers that share a parameter (an embedding and the head tied to it), and see the same neurons
+    in it, share one ``ActiveChannels``: a channel is active if it was active in any of them. Where
+    layers were tied, or a tie was broken, since, converting again puts that right.
 
     Args:
         model: any module.
@@ -72,9 +74,8 @@ def convert(
     inner = unwrap(model)
     followed = unfollow(inner)
     reasons = reasons_against(inner, filter, norms)
-    anchor, shared = _adopt_known(inner, grad_input)
-    for block, block_class in replaced_blocks(inner):
-        _become(block, block_class)
+    anchor = _adopt_known(inner, grad_input)
+    new = set()
     for name, layer in inner.named_modules():
         if isinstance(layer, NeuronLayer) or reasons[name] is not None:
             continue
@@ -82,16 +83,19 @@ def convert(
         assert ours is not None
         _become(layer, ours)
         assert isinstance(layer, NeuronLayer)
-        ((parameter, layout), *_) = layer.neuron_parameters()
-        channels = ActiveChannels(layout.n_neurons(parameter))
-        layer.adopt(shared.setdefault((parameter, layout), channels), grad_input, anchor)
+        channels = ActiveChannels(layer.n_neurons)
+        layer.adopt(channels, grad_input, anchor)
+        new.add(channels)
+    share_channels(inner, new)
     if next(named_neuron_layers(inner), None) is None:
         raise ValueError(
             "model: expected at least one layer that can be converted, got none:\n"
             f"{conversion_report(inner)}"
         )
+    prepare_readers(inner)
     if others == "follow" or followed:
         follow(inner, anchor)
+    watch_for_bypass(inner)
     return model
 
 
@@ -108,14 +112,13 @@ def revert(model: nn.Module) -> nn.Module:
                 f"{name}: expected the class that convert gave it, got {type(layer).__name__}; "
                 "remove what was put on top first, such as a parametrization"
             )
+    stop_watching(inner)
     unfollow(inner)
     for module in inner.modules():
         if isinstance(module, NeuronLayer):
             module.release()
             _become(module, stock_class(type(module)))
-        for stock, replacement in replacements().items():
-            if type(module) is replacement:
-                _become(module, stock)
+        remove_reads(module)
     return model
 
 
@@ -141,22 +144,15 @@ def specialize(model: nn.Module, enabled: bool = True) -> nn.Module:
     return model
 
 
-def _adopt_known(
-    model: nn.Module, grad_input: GradInput
-) -> tuple[ParameterAnchor, dict[tuple[Tensor, NeuronLayout], ActiveChannels]]:
-    """Let the neuron layers that ``model`` has share one anchor, and their channels where they
-    share their neurons. Returns both."""
+def _adopt_known(model: nn.Module, grad_input: GradInput) -> ParameterAnchor:
+    """Let the neuron layers that ``model`` has share one anchor, and return it."""
     known = [layer for _, layer in named_neuron_layers(model)]
     anchors = [layer.anchor for layer in known if layer.anchor.shared]
     anchor = anchors[0] if anchors else ParameterAnchor(shared=True)
-    shared: dict[tuple[Tensor, NeuronLayout], ActiveChannels] = {}
     for layer in known:
-        owned = layer.neuron_parameters()
-        channels = shared.setdefault(owned[0], layer.channels) if owned else layer.channels
-        if channels is not layer.channels:
-            channels.set(channels.mask | layer.channels.mask)
-        layer.adopt(channels, layer.grad_input if layer.anchor.shared else grad_input, anchor)
-    return anchor, shared
+        options = layer.grad_input if layer.anchor.shared else grad_input
+        layer.adopt(layer.channels, options, anchor)
+    return anchor
 
 
 def _is_made_by_convert(layer: NeuronLayer) -> bool:

@@ -113,6 +113,7 @@ class AttachedOptimizer:
         """Give the optimizer back to torch: from the next step on every neuron is updated."""
         for hook in self._hooks:
             hook.remove()
+        self._ownership.release()
         drop_counts(self._optimizer, self._ownership.parameters)
 
     def _before_step(

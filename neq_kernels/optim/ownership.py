@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.layers.base import NeuronLayer
 from neq_kernels.layers.following import Following, followers
+from neq_kernels.layers.ties import check_ties
 from neq_kernels.layers.traversal import named_neuron_layers, neuron_owners, unwrap
 
 
@@ -67,7 +68,8 @@ class Ownership:
         model: a converted model; wrappers (data parallel, compiled) are seen through.
 
     Raises:
-        ValueError: layers share a parameter but see different neurons in it.
+        ValueError: layers share a parameter but see different neurons in it, or were tied, or
+            separated, after ``convert``.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -114,17 +116,25 @@ class Ownership:
     def _watch_active_sets(self) -> None:
         layers = [layer for _, layer in named_neuron_layers(self._model)]
         self._followers = followers(self._model)
-        deciding = [layer.channels for layer in layers]
+        self._channels = list(dict.fromkeys(layer.channels for layer in layers))
+        for channels in self._channels:
+            channels.holders.add(self)
         self._deciding: list[ActiveChannels | Following] = list(
-            dict.fromkeys([*deciding, *(follower.following for follower in self._followers)])
+            dict.fromkeys([*self._channels, *(follower.following for follower in self._followers)])
         )
         self._generations = []  # equal to no model's: the next refresh reads it
+
+    def release(self) -> None:
+        """The optimizer is not attached any more."""
+        for channels in self._channels:
+            channels.holders.discard(self)
 
     def names(self) -> dict[Parameter, str]:
         """The name of every parameter of the model."""
         return {p: name for name, p in self._model.named_parameters()}
 
     def _read(self) -> dict[Parameter, OwnedParameter]:
+        check_ties(self._model)
         names = self.names()
         return {
             p: OwnedParameter(names[p], p, who) for p, who in neuron_owners(self._model).items()
