@@ -6,7 +6,6 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -129,9 +128,6 @@ class ActiveChannels:
     - ``host_count``: int32[2] on the CPU, ``(n_active, start)``; ``start`` is the first active
       channel when the active ones form one contiguous run, else -1.
 
-    ``holders`` are the attached optimizers' books, as long as they live: somebody leaves the frozen
-    channels where they are.
-
     Args:
         n_channels: K, at least 1. All channels start active.
     """
@@ -154,7 +150,6 @@ class ActiveChannels:
         self.plans: dict[Hashable, Any] = {}
         self._values: dict[torch.device, Active] = {}
         self._parts: dict[tuple[int, int], ActiveChannels] = {}
-        self.holders: WeakSet[object] = WeakSet()
         cpu = torch.device("cpu")
         with torch.inference_mode(False):  # else set() could not refresh them outside it
             self._mask = {cpu: torch.ones(n_channels, dtype=torch.bool, device=cpu)}
@@ -166,10 +161,7 @@ class ActiveChannels:
         return self._n_channels
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plans": {}, "_values": {}, "holders": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, holders=WeakSet())  # a copy is not attached to anything
+        return {**self.__dict__, "plans": {}, "_values": {}}
 
     def __repr__(self) -> str:
         return f"ActiveChannels(active={self._n_active}/{len(self)})"
