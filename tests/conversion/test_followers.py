@@ -141,6 +141,14 @@ def test_a_tied_table_stops_with_its_last_use():
     assert len(followers(model)) == 2  # and the bias of the head
 
 
+def test_converting_again_keeps_what_was_recorded():
+    model = neq.convert(Wired(WIRINGS["stem"][0]), others="follow")
+    x = torch.randn(4, 3)
+    model(x)
+    neq.convert(model)
+    assert stops(model, "a", lambda: model(x))
+
+
 def test_converting_again_takes_new_layers_into_account():
     model = neq.convert(nn.Sequential(Wired(WIRINGS["end"][0])), others="follow")
     x = torch.randn(4, 3)
