@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +104,8 @@ class MultiheadAttention(NeuronLayer, nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         if any(isinstance(x, Proxy) for x in (query, key, value)):
             masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-            return self._traced(query, key, value, *masks)
+            traced: Any = self._traced(query, key, value, *masks)
+            return traced  # type: ignore[no-any-return]
         if query.is_nested or not (self._watchers or self._learns()):
             return super().forward(
                 query,
