@@ -177,7 +177,9 @@ class _Checked:
             del outputs
             self._compare_gradients(model, frozen)
             self.dense.zero_grad(set_to_none=True)
-            self._step("sgd", torch.optim.SGD, model, frozen, lr=0.1, momentum=0.9, weight_decay=5e-4)
+            self._step(
+                "sgd", torch.optim.SGD, model, frozen, lr=0.1, momentum=0.9, weight_decay=5e-4
+            )
             self._step("adamw", torch.optim.AdamW, model, frozen, lr=1e-2, weight_decay=0.1)
         model.zero_grad(set_to_none=True)
 
@@ -272,7 +274,9 @@ class _Checked:
             dense = count.input_gradient_macs
             self.cells["dgrad"] = ours / dense if dense else 0.0
             self.cells["dgrad_needed"] = needed / dense if dense else 0.0
-            self._check("stop", ours <= needed, f"{ours / max(dense, 1):.1%} of the input gradients")
+            self._check(
+                "stop", ours <= needed, f"{ours / max(dense, 1):.1%} of the input gradients"
+            )
 
     def _input_gradient_macs(self, model: nn.Module) -> int:
         with Products(model, (self.example.args, self.example.kwargs)) as count:
@@ -312,8 +316,10 @@ def freeze_half(model: nn.Module) -> dict[Parameter, Tensor]:
             chosen.setdefault(channels, active)
     for channels, active in chosen.items():
         channels.set(active)
-    return {p: (~torch.stack([c.mask for c, _ in known]).any(0)).nonzero().flatten()
-            for p, known in owners.items()}
+    return {
+        p: (~torch.stack([c.mask for c, _ in known]).any(0)).nonzero().flatten()
+        for p, known in owners.items()
+    }
 
 
 def gradient_faults(

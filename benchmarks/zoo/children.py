@@ -25,7 +25,9 @@ from benchmarks.zoo.entries import Entry
 _PERIOD = 0.05
 
 
-def rows(entries: Sequence[Entry], jobs: int, limit: float) -> Iterator[tuple[Entry, dict[str, Any]]]:
+def rows(
+    entries: Sequence[Entry], jobs: int, limit: float
+) -> Iterator[tuple[Entry, dict[str, Any]]]:
     """Check them, ``jobs`` at a time, and yield each as it ends.
 
     Args:

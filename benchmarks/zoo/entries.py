@@ -69,7 +69,9 @@ def chosen(names: Sequence[str] | None, ci: bool, everything: Sequence[Entry]) -
         return some
     missing = [name for name in names if not any(_fits(name, entry) for entry in some)]
     if missing:
-        raise ValueError(f"--only: expected models, families or libraries of the list, got {missing}")
+        raise ValueError(
+            f"--only: expected models, families or libraries of the list, got {missing}"
+        )
     return [entry for entry in some if any(_fits(name, entry) for name in names)]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 BATCH, TOKENS, VOCABULARY, IMAGE, SAMPLES, FRAMES = 2, 12, 128, 64, 3200, 64
 LAYERS = 4
@@ -52,9 +52,7 @@ SIZES: dict[str, Any] = {
         48,
     ),
     **dict.fromkeys(("vocab_size", "vocab_size_or_config_json_file"), VOCABULARY),
-    **dict.fromkeys(
-        ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4
-    ),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(
         ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k", "top_k_experts"), 2
     ),
