@@ -10,6 +10,7 @@ from neq_kernels import functional, measure, nn
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.controllers import Controller, FixedController, NEqController, StochasticController
 from neq_kernels.conversion.convert import convert, revert, specialize
+from neq_kernels.conversion.registration import register
 from neq_kernels.conversion.report import conversion_report
 from neq_kernels.conversion.verify import verify
 from neq_kernels.dispatch.selection import capturable
@@ -35,6 +36,7 @@ __all__ = [
     "load_tuning_state_dict",
     "measure",
     "nn",
+    "register",
     "revert",
     "specialize",
     "tune",

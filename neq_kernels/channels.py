@@ -36,7 +36,8 @@ class NeuronLayout:
             return tensor.unsqueeze(0)
         if self.groups == 1:
             return tensor.movedim(self.axis, 0)
-        parts: Tensor = tensor.unflatten(0, (self.groups, -1))
+        # Unlike unflatten, view has a rule for batched gradients.
+        parts = tensor.view(self.groups, tensor.shape[0] // self.groups, *tensor.shape[1:])
         return parts.movedim(self.axis + 1, 1)
 
     def gather(self, tensor: Tensor, neurons: Tensor) -> Tensor:
@@ -50,6 +51,18 @@ class NeuronLayout:
     def fill_(self, tensor: Tensor, neurons: Tensor, value: float) -> None:
         """Fill the given neurons with ``value``, in place."""
         self.rows(tensor)[self._index(tensor, neurons)] = value
+
+    def spread(self, mask: Tensor, tensor: Tensor) -> Tensor:
+        """A mask of neurons, bool[K], in a shape that broadcasts to ``tensor``: for each element
+        that of its neuron."""
+        if self.axis is None:
+            return mask.view((1,) * tensor.dim())
+        shape = [1] * tensor.dim()
+        shape[self.axis] = tensor.shape[self.axis]
+        if self.groups == 1:
+            return mask.view(shape)
+        parts = mask.view(self.groups, 1, *shape[1:])
+        return parts.expand(-1, tensor.shape[0] // self.groups, *shape[1:]).flatten(0, 1)
 
     def blocks(self, tensor: Tensor) -> tuple[int, int, int, int] | None:
         """``(groups, outer, per_group, inner)`` such that element ``i`` of part ``o`` of neuron

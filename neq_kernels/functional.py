@@ -6,7 +6,7 @@ PyTorch's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,17 +14,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neq_kernels.autograd import eager
-from neq_kernels.autograd.arguments import GradInput, expanded, string_padding, validate
-from neq_kernels.autograd.call_state import all_active, learns, none_active, watched
-from neq_kernels.autograd.forward import convolve
+from neq_kernels.autograd.amp import autocast_operands
+from neq_kernels.autograd.arguments import (
+    GradInput,
+    check_grad_input,
+    expanded,
+    string_padding,
+    validate,
+)
+from neq_kernels.autograd.call_state import (
+    all_active,
+    learns,
+    left_to_pytorch,
+    none_active,
+    watched,
+)
+from neq_kernels.autograd.dense import ROWS, constant_where_frozen
+from neq_kernels.autograd.forward import convolve, detached
 from neq_kernels.autograd.functions import (
     ConvFunction,
     LinearFunction,
     active_arguments,
-    detached,
 )
 from neq_kernels.channels import ActiveChannels, NeuronLayout
-from neq_kernels.sharding import is_sharded, replicated_like
 
 
 def linear(
@@ -66,16 +78,20 @@ def linear(
             return output
     if not learns(weight, bias):
         return F.linear(input, weight, bias)
+    if left_to_pytorch(input, weight):
+        operands = (input, weight, bias)
+        return _left_to_pytorch(F.linear, operands, channels, ROWS, -1, grad_input)
     validate(input, weight, bias, channels, weight.shape[0], grad_input)
     if all_active(channels, weight):
         return watched(F.linear(input, weight, bias), channels)
-    if is_sharded(weight):
-        weight, bias = _sharded_constants(weight, bias, channels, NeuronLayout())
-        return watched(F.linear(input, weight, bias), channels)
-    if none_active(channels, weight) and not input.requires_grad:
-        return F.linear(input, weight.detach(), detached(bias))
+    if none_active(channels, weight):
+        weight, bias = weight.detach(), detached(bias)
+        if not input.requires_grad:
+            return F.linear(input, weight, bias)
     out: Tensor = LinearFunction.apply(
-        input, weight, bias, *active_arguments(channels, weight), grad_input == "active"
+        *autocast_operands(input, weight, bias),
+        *active_arguments(channels, weight),
+        grad_input == "active",
     )
     return out
 
@@ -129,23 +145,32 @@ def conv(
     arguments = expanded(weight, arguments)
     if not learns(weight, bias):
         return convolve(input, weight, bias, *arguments)
-    k = weight.shape[1] * groups if transposed else weight.shape[0]
+    layout = NeuronLayout(groups, axis=1) if transposed else ROWS
+    if left_to_pytorch(input, weight):
+
+        def function(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return convolve(input, weight, bias, *arguments)
+
+        operands, channel_dim = (input, weight, bias), 1 - weight.dim()
+        return _left_to_pytorch(function, operands, channels, layout, channel_dim, grad_input)
+    k = layout.n_neurons(weight)
     validate(input, weight, bias, channels, k, grad_input)
     if all_active(channels, weight):
         return watched(convolve(input, weight, bias, *arguments), channels)
-    if is_sharded(weight):
-        layout = NeuronLayout(groups, axis=1) if transposed else NeuronLayout()
-        weight, bias = _sharded_constants(weight, bias, channels, layout)
-        return watched(convolve(input, weight, bias, *arguments), channels)
-    if none_active(channels, weight) and not input.requires_grad:
-        return convolve(input, weight.detach(), detached(bias), *arguments)
+    if none_active(channels, weight):
+        weight, bias = weight.detach(), detached(bias)
+        if not input.requires_grad:
+            return convolve(input, weight, bias, *arguments)
     batched = input.dim() == weight.dim()
     x = input if batched else input.unsqueeze(0)
     if isinstance(arguments[1], str):
         x, numbers = string_padding(x, weight, arguments[1], arguments[0], arguments[2])
         arguments = (arguments[0], numbers, *arguments[2:])
     out: Tensor = ConvFunction.apply(
-        x, weight, bias, *active_arguments(channels, weight), grad_input == "active", *arguments
+        *autocast_operands(x, weight, bias),
+        *active_arguments(channels, weight),
+        grad_input == "active",
+        *arguments,
     )
     return out if batched else out.squeeze(0)
 
@@ -167,38 +192,52 @@ def affine(
         RuntimeError (in backward): ``channels`` was changed after the forward; autograd sees that
             the mask it saved was written over.
     """
-    if not learns(weight, bias):
-        return weight, bias
-    parameters = [p for p in (weight, bias) if p is not None]
-    if len(channels) != len(parameters[0]):
-        raise ValueError(f"channels: expected {len(parameters[0])} channels, got {len(channels)}")
-    if all_active(channels, parameters[0]):
-        return weight, bias
-    if none_active(channels, parameters[0]):
-        return detached(weight), detached(bias)
-    mask = channels.mask_on(parameters[0].device)
-    if is_sharded(parameters[0]):
-        mask = replicated_like(parameters[0], mask)
-    return _constant_where_frozen(weight, mask), _constant_where_frozen(bias, mask)
+    return (
+        None if weight is None else masked(weight, channels),
+        None if bias is None else masked(bias, channels),
+    )
 
 
-def _sharded_constants(
-    weight: Tensor, bias: Tensor | None, channels: ActiveChannels, layout: NeuronLayout
-) -> tuple[Tensor, Tensor | None]:
-    """Tensor parallel: a weight and a bias whose gradients are dense, then masked."""
-    if channels.n_active == 0:
-        return weight.detach(), detached(bias)
-    mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
-    layout.fill_(mask, channels.order(weight.device)[: channels.n_active], True)
-    masked = torch.where(replicated_like(weight, mask), weight, weight.detach())
-    if bias is None or not is_sharded(bias):
-        return masked, _constant_where_frozen(bias, channels.mask_on(weight.device))
-    mask = replicated_like(bias, channels.mask_on(weight.device))
-    return masked, _constant_where_frozen(bias, mask)
+def masked(parameter: Tensor, channels: ActiveChannels, layout: NeuronLayout = ROWS) -> Tensor:
+    """A parameter, unchanged, through which only active neurons get a gradient, of any order.
 
+    With everything active it is the parameter itself, with none active it is detached.
 
-def _constant_where_frozen(parameter: Tensor | None, mask: Tensor) -> Tensor | None:
-    if parameter is None or not parameter.requires_grad:
+    Args:
+        parameter: what a layer computes with.
+        channels: the active neurons.
+        layout: where a neuron lies in ``parameter``.
+
+    Raises:
+        ValueError: ``channels`` does not fit.
+        RuntimeError (in backward): as :func:`affine`.
+    """
+    if not learns(parameter, None):
         return parameter
-    # Unlike a Function of ours, this keeps Python out of backward.
-    return torch.where(mask, parameter, parameter.detach())
+    k = layout.n_neurons(parameter)
+    if len(channels) != k:
+        raise ValueError(f"channels: expected {k} channels, got {len(channels)}")
+    if all_active(channels, parameter):
+        return parameter
+    if none_active(channels, parameter):
+        return parameter.detach()
+    return constant_where_frozen(parameter, channels.mask_on(parameter.device), layout)
+
+
+def _left_to_pytorch(
+    function: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    operands: tuple[Tensor, Tensor, Tensor | None],
+    channels: ActiveChannels,
+    layout: NeuronLayout,
+    channel_dim: int,
+    grad_input: GradInput,
+) -> Tensor:
+    """The output of a layer whose gradients PyTorch's own graph computes."""
+    input, weight, bias = operands
+    check_grad_input(grad_input)
+    constant_bias = None if bias is None else masked(bias, channels)
+    output = function(input, masked(weight, channels, layout), constant_bias)
+    if grad_input == "exact" or all_active(channels, weight):
+        return output
+    neurons = NeuronLayout(axis=output.dim() + channel_dim)
+    return constant_where_frozen(output, channels.mask_on(output.device), neurons)

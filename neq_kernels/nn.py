@@ -9,7 +9,8 @@ input gradients are exact.
 
 A model built of them needs :func:`neq_kernels.convert` only for data-parallel training, or for
 options: ``convert(model)`` adopts the layers. A layer without neurons that can be frozen raises
-ValueError: a norm layer without a weight, a LayerNorm over more than one dimension, an empty
+ValueError: a norm layer without a weight (InstanceNorm has none
+by default), a LayerNorm or RMSNorm over more than one dimension, an empty
 weight, a complex dtype.
 """
 
@@ -22,12 +23,27 @@ from neq_kernels.layers.conv import (
     ConvTranspose3d,
 )
 from neq_kernels.layers.linear import Linear
-from neq_kernels.layers.norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, GroupNorm, LayerNorm
+from neq_kernels.layers.masked import Bilinear
+from neq_kernels.layers.masked_norm import (
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    SyncBatchNorm,
+)
+from neq_kernels.layers.norm import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    GroupNorm,
+    LayerNorm,
+    RMSNorm,
+)
 
 __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "Bilinear",
     "Conv1d",
     "Conv2d",
     "Conv3d",
@@ -35,6 +51,11 @@ __all__ = [
     "ConvTranspose2d",
     "ConvTranspose3d",
     "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
     "LayerNorm",
     "Linear",
+    "RMSNorm",
+    "SyncBatchNorm",
 ]

@@ -7,6 +7,7 @@ import inspect
 import io
 import pickle
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, skip_init
 
 import neq_kernels as neq
-from neq_kernels.conversion.eligibility import NEURON_CLASSES
+from neq_kernels.conversion.neuron_classes import NEURON_CLASSES
 from neq_kernels.layers import conv, linear, norm
 from neq_kernels.layers.base import NeuronLayer
 from neq_kernels.layers.traversal import named_neuron_layers
@@ -37,7 +38,7 @@ from tests.support.constructed import (
 def test_every_layer_type_that_convert_knows_has_its_name():
     known = {kind.__name__: kind for kind in NEURON_CLASSES.values()}
     assert {name: getattr(neq.nn, name) for name in neq.nn.__all__} == known
-    assert sorted(LAYERS) == list(neq.nn.__all__)
+    assert sorted([*LAYERS, "Bilinear"]) == list(neq.nn.__all__)
     assert neq.nn.Linear is linear.Linear
     assert neq.nn.Conv2d is conv.Conv2d
     assert neq.nn.LayerNorm is norm.LayerNorm
@@ -179,7 +180,10 @@ def outcome_of(call, kind):
     ],
 )
 def test_bad_arguments_raise_what_torch_raises(name, call):
-    ours, torchs = (outcome_of(call, getattr(namespace, name)) for namespace in (neq.nn, nn))
+    kinds = [getattr(namespace, name) for namespace in (neq.nn, nn)]
+    if name.startswith("InstanceNorm"):
+        kinds = [partial(kind, affine=True) for kind in kinds]
+    ours, torchs = (outcome_of(call, kind) for kind in kinds)
     assert ours == torchs
 
 
@@ -189,11 +193,16 @@ WITHOUT_NEURONS = {
         ("BatchNorm2d", (6,), {"affine": False}),
         ("BatchNorm3d", (6,), {"affine": False}),
         ("GroupNorm", (2, 6), {"affine": False}),
+        ("InstanceNorm2d", (6,), {}),
     ],
     "it has no weight (elementwise_affine=False)": [
-        ("LayerNorm", (6,), {"elementwise_affine": False})
+        ("LayerNorm", (6,), {"elementwise_affine": False}),
+        ("RMSNorm", (6,), {"elementwise_affine": False}),
     ],
-    "it normalises over more than one dimension": [("LayerNorm", ((4, 6),), {})],
+    "it normalises over more than one dimension": [
+        ("LayerNorm", ((4, 6),), {}),
+        ("RMSNorm", ((4, 6),), {}),
+    ],
     "its weight is empty: (0, 4)": [("Linear", (4, 0), {})],
     "its weight is empty: (4, 0)": [("Linear", (0, 4), {})],
     "its weight is empty: (0,)": [("BatchNorm2d", (0,), {}), ("LayerNorm", (0,), {})],

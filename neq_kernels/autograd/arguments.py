@@ -63,6 +63,11 @@ def _expand(name: str, value: int | Sequence[int], spatial: int) -> tuple[int, .
     return values
 
 
+def check_grad_input(grad_input: str) -> None:
+    if grad_input not in ("exact", "active"):
+        raise ValueError(f"grad_input: expected 'exact' or 'active', got {grad_input!r}")
+
+
 def validate(
     input: Tensor,
     weight: Tensor,
@@ -71,8 +76,7 @@ def validate(
     k: int,
     grad_input: str,
 ) -> None:
-    if grad_input not in ("exact", "active"):
-        raise ValueError(f"grad_input: expected 'exact' or 'active', got {grad_input!r}")
+    check_grad_input(grad_input)
     if len(channels) != k:
         raise ValueError(f"channels: expected {k} channels, got {len(channels)}")
     if not input.is_floating_point():

@@ -1,5 +1,5 @@
-"""What an eager call depends on besides its arguments: recording, transforms, and the set of
-active channels that its backward has to find unchanged."""
+"""What a call depends on besides its arguments: recording, transforms, and the set of active
+channels that its backward has to find unchanged."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from torch._C import (
     _get_tracing_state,
     _len_torch_dispatch_stack,
 )
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.dispatch.selection import selector
+from neq_kernels.sharding import is_distributed
 
 PLAIN = (Tensor, Parameter)
 
@@ -47,21 +49,46 @@ def check_unchanged(channels: ActiveChannels, generation: int, grad: Tensor | No
 
 
 def transformed() -> bool:
-    """Whether this eager call is part of a trace or of a function transform."""
-    return _get_tracing_state() is not None or _are_functorch_transforms_active()
+    """Whether this eager call is part of a function transform or of forward-mode AD, which have
+    rules of their own for every operator."""
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def unplanned() -> bool:
+    """Whether this eager call is part of a trace, or :func:`transformed`."""
+    return (
+        _get_tracing_state() is not None
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def learns(weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether a parameter needs a gradient here, and ours would not be in the way: an exported
-    program is for any runtime, and functorch has rules of its own."""
+    """Whether a parameter may need a derivative here. Not in a program that is exported or traced:
+    it is for any runtime."""
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():
+            return False
+    elif _get_tracing_state() is not None:
+        return False
+    elif transformed():
+        return True
     needed = (weight is not None and weight.requires_grad) or (
         bias is not None and bias.requires_grad
     )
-    if not needed or not torch.is_grad_enabled():
-        return False
-    if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()
-    return not transformed()
+    return needed and torch.is_grad_enabled()
+
+
+def left_to_pytorch(input: Tensor, weight: Tensor) -> bool:
+    """Whether PyTorch's own graph computes the gradients, with frozen neurons as constants: the
+    call is :func:`transformed`, or no kernel of ours reads such tensors."""
+    return (
+        (not torch.compiler.is_compiling() and transformed())
+        or input.is_nested
+        or input.layout != torch.strided
+        or weight.is_complex()
+        or is_distributed(weight)
+    )
 
 
 def unobserved(weight: Tensor, grad_output: Tensor) -> bool:

@@ -15,20 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, get_num_threads, is_grad_enabled
 from torch._C import _is_any_autocast_enabled, _len_torch_dispatch_stack
-from torch.autograd.function import once_differentiable
 
 from neq_kernels import ops
+from neq_kernels.autograd import dense
 from neq_kernels.autograd.amp import no_autocast
 from neq_kernels.autograd.arguments import GradInput, expanded, validate
 from neq_kernels.autograd.call_state import (
     PLAIN,
     all_active,
     check_unchanged,
-    transformed,
+    left_to_pytorch,
+    unplanned,
     watched,
 )
-from neq_kernels.autograd.forward import convolution, linear_forward
-from neq_kernels.backends.base import BackwardCall, Grads, shape_only
+from neq_kernels.autograd.forward import convolution, detached, linear_forward
+from neq_kernels.backends.base import BackwardCall, Grads
 from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.dispatch import backward as dispatch
@@ -47,13 +48,13 @@ class LayerPlan:
         forward: PyTorch's.
         call: computes the gradients; None: PyTorch's own graph does.
         observed: does it by an operator that dispatch modes can see.
-        twice: computes gradients that can be differentiated again; None where that is not possible.
+        again: computes gradients that can be differentiated again.
         on_gpu: backward may be captured into a CUDA graph, though the forward was not.
     """
 
     __slots__ = (
-        *("call", "channels", "forward", "generation"),
-        *("none_active", "observed", "on_gpu", "twice"),
+        *("again", "call", "channels", "forward", "generation"),
+        *("none_active", "observed", "on_gpu"),
     )
 
     def __init__(
@@ -62,21 +63,24 @@ class LayerPlan:
         forward: Forward,
         call: BackwardCall | None = None,
         observed: BackwardCall | None = None,
-        twice: BackwardCall | None = None,
+        again: BackwardCall | None = None,
         on_gpu: bool = False,
     ) -> None:
         self.channels, self.generation = channels, channels.generation
         self.none_active = channels.n_active == 0
-        self.forward, self.call, self.observed, self.twice = forward, call, observed, twice
+        self.forward, self.call, self.observed, self.again = forward, call, observed, again
         self.on_gpu = on_gpu
 
     def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output."""
         if self.call is None:
             return watched(self.forward(input, weight, bias), self.channels)
-        if self.none_active and not input.requires_grad:
-            with torch.no_grad():
-                return self.forward(input, weight, bias)
+        if self.none_active:
+            if not input.requires_grad:
+                with torch.no_grad():
+                    return self.forward(input, weight, bias)
+            # As with requires_grad=False: their hooks do not run.
+            weight, bias = weight.detach(), detached(bias)
         output: Tensor = _PlannedFunction.apply(input, weight, bias, self)
         return output
 
@@ -91,23 +95,26 @@ def call_key(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, .
         or not (weight.requires_grad or (bias is not None and bias.requires_grad))
         or not is_grad_enabled()
         or _is_any_autocast_enabled()
-        or transformed()
+        or unplanned()
         or selector.rehearsal.is_running
         or not (on_cpu or _may_be_planned_on_a_gpu(input, weight))
     ):
         return None
-    return (
-        input.shape,
-        input.stride(),
-        input.dtype,
-        weight.shape,
-        weight.stride(),
-        weight.dtype,
-        None if on_cpu else weight.device,
-        None if bias is None else bias.dtype,
-        get_num_threads(),
-        selector.revision,
-    )
+    try:
+        return (
+            input.shape,
+            input.stride(),
+            input.dtype,
+            weight.shape,
+            weight.stride(),
+            weight.dtype,
+            None if on_cpu else weight.device,
+            None if bias is None else bias.dtype,
+            get_num_threads(),
+            selector.revision,
+        )
+    except RuntimeError:  # a nested or sparse tensor has no strides
+        return None
 
 
 def _may_be_planned_on_a_gpu(input: Tensor, weight: Tensor) -> bool:
@@ -128,7 +135,9 @@ def plan_linear(
     channels: ActiveChannels,
     grad_input: GradInput,
 ) -> LayerPlan | None:
-    """Returns None for the approximate input gradient."""
+    """Returns None for the approximate input gradient, and for tensors left to PyTorch."""
+    if left_to_pytorch(input, weight):
+        return None
     validate(input, weight, bias, channels, weight.shape[0], grad_input)
     # Raises where the backend that the user asked for cannot be used.
     on_gpu = selector.on_gpu(selector.context(weight.device.type))
@@ -144,7 +153,13 @@ def plan_linear(
         tensors = channels.tensors(weight.device)
         return ops.linear_backward(grad_output, input, size, weight, tensors, output_mask, False)
 
-    return LayerPlan(channels, linear_forward, call, observed, on_gpu=on_gpu)
+    def again(
+        grad_output: Tensor, input: Tensor | None, weight: Tensor, output_mask: Sequence[bool]
+    ) -> Grads:
+        mask = channels.mask_on(weight.device)
+        return dense.linear_backward(grad_output, input, size, weight, mask, output_mask, False)
+
+    return LayerPlan(channels, linear_forward, call, observed, again, on_gpu)
 
 
 def plan_conv(
@@ -155,7 +170,10 @@ def plan_conv(
     arguments: tuple[Any, ...],
     grad_input: GradInput,
 ) -> LayerPlan | None:
-    """Returns None for the approximate input gradient, unbatched input, and padding by name."""
+    """Returns None for the approximate input gradient, unbatched input, padding by name, and
+    tensors left to PyTorch."""
+    if left_to_pytorch(input, weight):
+        return None
     arguments = expanded(weight, arguments)
     stride, padding, dilation, groups, transposed, output_padding = arguments
     k = weight.shape[1] * groups if transposed else weight.shape[0]
@@ -191,13 +209,14 @@ def plan_conv(
             grad_output, input, size, weight, geometry, tensors, output_mask, False
         )
 
-    def twice(
+    def again(
         grad_output: Tensor, input: Tensor | None, weight: Tensor, output_mask: Sequence[bool]
     ) -> Grads:
-        x = shape_only(grad_output, input, size)
-        return geometry.backward(grad_output, x, weight, output_mask)
+        mask = channels.mask_on(weight.device)
+        return dense.conv_backward(
+            grad_output, input, size, weight, geometry, mask, output_mask, False
+        )
 
-    again = twice if everything else None
     return LayerPlan(channels, forward, call, observed, again, on_gpu)
 
 
@@ -222,8 +241,7 @@ class _PlannedFunction(torch.autograd.Function):
             or _is_any_autocast_enabled()  # it would change what PyTorch is called with
             or (plan.on_gpu and selector.rehearsal.captures(grad_output))
         ):
-            function = _gradients_once if plan.twice is None else _gradients
-            return function(ctx, grad_output)
+            return _gradients(ctx, grad_output)
         input, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad
         output_mask = (needed[0], False, False) if plan.none_active else needed[:3]
@@ -235,12 +253,9 @@ class _PlannedFunction(torch.autograd.Function):
 def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """Where somebody differentiates this backward, a mode or a subclass watches it, or a CUDA graph
     captures it."""
-    call = ctx.plan.twice if is_grad_enabled() else ctx.plan.observed
+    call = ctx.plan.again if is_grad_enabled() else ctx.plan.observed
     input, weight = ctx.saved_tensors
     needed = ctx.needs_input_grad
     output_mask = (needed[0], False, False) if ctx.plan.none_active else needed[:3]
     with no_autocast(grad_output):
         return *call(grad_output, input, weight, output_mask), None
-
-
-_gradients_once = once_differentiable(_gradients)

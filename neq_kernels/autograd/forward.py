@@ -12,6 +12,11 @@ _CONV = (F.conv1d, F.conv2d, F.conv3d)
 _CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
+def detached(tensor: Tensor | None) -> Tensor | None:
+    """Without a gradient; None stays None."""
+    return None if tensor is None else tensor.detach()
+
+
 def linear_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` in the forward of a Function."""
     out = F.linear(input, weight, bias)

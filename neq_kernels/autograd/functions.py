@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from neq_kernels import ops
-from neq_kernels.autograd.amp import autocast_operands, no_autocast
-from neq_kernels.autograd.call_state import check_unchanged, recorded, unobserved
+from neq_kernels.autograd import dense
+from neq_kernels.autograd.amp import no_autocast
+from neq_kernels.autograd.call_state import check_unchanged, recorded, transformed, unobserved
 from neq_kernels.autograd.forward import convolve, linear_forward
 from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.channels import ActiveChannels
@@ -33,19 +33,19 @@ class LinearFunction(torch.autograd.Function):
         channels: ActiveChannels | None,
         active_dgrad: bool,
     ) -> Tensor:
-        x, w, b = autocast_operands(input, weight, bias)
-        _save(ctx, x, w, order, count, host_count, channels, active_dgrad)
-        ctx.dtypes = (input.dtype, weight.dtype)
-        return linear_forward(x, w, b)
+        _save(ctx, input, weight, order, count, host_count, channels, active_dgrad)
+        return linear_forward(input, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        # With create_graph=True: what comes out refuses to be differentiated.
-        if torch.is_grad_enabled():
-            return once_differentiable(LinearFunction.backward)(ctx, grad_output)
         x, weight, tensors, output_mask = _restore(ctx)
         with no_autocast(grad_output):
-            if tensors is None and unobserved(weight, grad_output):
+            if _is_differentiated():
+                grads = dense.linear_backward(
+                    *(grad_output, x, ctx.input_size, weight),
+                    *(_mask(ctx, weight), output_mask, ctx.active_dgrad),
+                )
+            elif tensors is None and unobserved(weight, grad_output):
                 active = ctx.channels.on(weight.device)
                 grads = dispatch.linear_backward(
                     *(grad_output, x, ctx.input_size, weight),
@@ -57,7 +57,7 @@ class LinearFunction(torch.autograd.Function):
                     *(grad_output, x, ctx.input_size, weight),
                     *(tensors, output_mask, ctx.active_dgrad),
                 )
-        return *_cast(grads, ctx.dtypes), None, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 class ConvFunction(torch.autograd.Function):
@@ -79,9 +79,7 @@ class ConvFunction(torch.autograd.Function):
         transposed: bool,
         output_padding: Sequence[int],
     ) -> Tensor:
-        x, w, b = autocast_operands(input, weight, bias)
-        _save(ctx, x, w, order, count, host_count, channels, active_dgrad)
-        ctx.dtypes = (input.dtype, weight.dtype)
+        _save(ctx, input, weight, order, count, host_count, channels, active_dgrad)
         ctx.geometry = ConvGeometry(
             tuple(stride),
             tuple(padding),
@@ -90,16 +88,21 @@ class ConvFunction(torch.autograd.Function):
             tuple(output_padding),
             groups,
         )
-        return convolve(x, w, b, stride, padding, dilation, groups, transposed, output_padding)
+        return convolve(
+            *(input, weight, bias, stride, padding, dilation),
+            *(groups, transposed, output_padding),
+        )
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        # With create_graph=True: what comes out refuses to be differentiated.
-        if torch.is_grad_enabled():
-            return once_differentiable(ConvFunction.backward)(ctx, grad_output)
         x, weight, tensors, output_mask = _restore(ctx)
         with no_autocast(grad_output):
-            if tensors is None and unobserved(weight, grad_output):
+            if _is_differentiated():
+                grads = dense.conv_backward(
+                    *(grad_output, x, ctx.input_size, weight, ctx.geometry),
+                    *(_mask(ctx, weight), output_mask, ctx.active_dgrad),
+                )
+            elif tensors is None and unobserved(weight, grad_output):
                 active = ctx.channels.on(weight.device)
                 grads = dispatch.conv_backward(
                     *(grad_output, x, ctx.input_size, weight, ctx.geometry),
@@ -111,7 +114,7 @@ class ConvFunction(torch.autograd.Function):
                     *(grad_output, x, ctx.input_size, weight, ctx.geometry),
                     *(tensors, output_mask, ctx.active_dgrad),
                 )
-        return *_cast(grads, ctx.dtypes), *(None,) * 11
+        return *grads, *(None,) * 11
 
 
 def _save(
@@ -147,20 +150,19 @@ def _restore(ctx: Any) -> tuple[Tensor | None, Tensor, ops.ActiveTensors | None,
     return x, weight, None, output_mask
 
 
-def _cast(
-    grads: Sequence[Tensor | None], dtypes: tuple[torch.dtype, torch.dtype]
-) -> tuple[Tensor | None, ...]:
-    dx, dw, db = grads
-    return (
-        dx if dx is None or dx.dtype == dtypes[0] else dx.to(dtypes[0]),
-        dw if dw is None or dw.dtype == dtypes[1] else dw.to(dtypes[1]),
-        db if db is None or db.dtype == dtypes[1] else db.to(dtypes[1]),
-    )
+def _is_differentiated() -> bool:
+    """Whether somebody differentiates this backward, or transforms it (``is_grads_batched``)."""
+    return torch.is_grad_enabled() or (not torch.compiler.is_compiling() and transformed())
 
 
-def detached(tensor: Tensor | None) -> Tensor | None:
-    """Without a gradient; None stays None."""
-    return None if tensor is None else tensor.detach()
+def _mask(ctx: Any, weight: Tensor) -> Tensor:
+    """bool[K] on the weight's device, True where active."""
+    if ctx.channels is not None:
+        channels: ActiveChannels = ctx.channels
+        return channels.mask_on(weight.device)
+    _, _, order, count, _ = ctx.saved_tensors
+    is_active: Tensor = torch.arange(len(order), device=order.device) < count
+    return is_active.scatter(0, order, is_active)
 
 
 def active_arguments(

@@ -9,18 +9,18 @@ from torch import Tensor, nn
 from neq_kernels.autograd.arguments import GradInput
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.conversion.eligibility import (
-    NEURON_CLASSES,
     Filter,
     reasons_against,
     replaced_blocks,
     replacements,
-    stock_class,
 )
+from neq_kernels.conversion.neuron_classes import neuron_class
 from neq_kernels.conversion.report import conversion_report
 from neq_kernels.layers import traversal
 from neq_kernels.layers.anchor import ParameterAnchor
-from neq_kernels.layers.base import NeuronLayer
+from neq_kernels.layers.base import NeuronLayer, stock_class
 from neq_kernels.layers.following import FollowingParameters
+from neq_kernels.layers.masked import FurtherNeurons
 from neq_kernels.layers.traversal import named_neuron_layers, neuron_layers, unwrap
 
 
@@ -77,11 +77,13 @@ def convert(
     for name, layer in inner.named_modules():
         if isinstance(layer, NeuronLayer) or reasons[name] is not None:
             continue
-        _become(layer, NEURON_CLASSES[type(layer)])
+        ours = neuron_class(type(layer))
+        assert ours is not None
+        _become(layer, ours)
         assert isinstance(layer, NeuronLayer)
-        n = layer.layout.n_neurons(layer.weight)
-        channels = shared.setdefault((layer.weight, layer.layout), ActiveChannels(n))
-        layer.adopt(channels, grad_input, anchor)
+        ((parameter, layout), *_) = layer.neuron_parameters()
+        channels = ActiveChannels(layout.n_neurons(parameter))
+        layer.adopt(shared.setdefault((parameter, layout), channels), grad_input, anchor)
     if next(named_neuron_layers(inner), None) is None:
         raise ValueError(
             "model: expected at least one layer that can be converted, got none:\n"
@@ -100,7 +102,7 @@ def revert(model: nn.Module) -> nn.Module:
     """
     inner = unwrap(model)
     for name, layer in named_neuron_layers(inner):
-        if type(layer) not in NEURON_CLASSES.values():
+        if not _is_made_by_convert(layer):
             raise ValueError(
                 f"{name}: expected the class that convert gave it, got {type(layer).__name__}; "
                 "remove what was put on top first, such as a parametrization"
@@ -108,7 +110,7 @@ def revert(model: nn.Module) -> nn.Module:
     for module in inner.modules():
         if isinstance(module, NeuronLayer):
             module.release()
-            _become(module, stock_class(module))
+            _become(module, stock_class(type(module)))
         following = module.__dict__.pop("neq_following", None)
         if following is not None:
             following.remove()
@@ -148,13 +150,19 @@ def _adopt_known(
     anchor = anchors[0] if anchors else ParameterAnchor(shared=True)
     shared: dict[tuple[Tensor, NeuronLayout], ActiveChannels] = {}
     for layer in known:
-        channels = shared.setdefault((layer.weight, layer.layout), layer.channels)
+        owned = layer.neuron_parameters()
+        channels = shared.setdefault(owned[0], layer.channels) if owned else layer.channels
         if channels is not layer.channels:
             channels.set(channels.mask | layer.channels.mask)
         layer.adopt(channels, layer.grad_input if layer.anchor.shared else grad_input, anchor)
     for following in traversal.following_parameters(model):
         following.anchor = anchor
     return anchor, shared
+
+
+def _is_made_by_convert(layer: NeuronLayer) -> bool:
+    kind = type(layer)
+    return kind is FurtherNeurons or kind is neuron_class(stock_class(kind))
 
 
 def _become(module: nn.Module, kind: type[nn.Module]) -> None:

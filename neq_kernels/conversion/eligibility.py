@@ -2,52 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from neq_kernels.channels import NeuronLayout
-from neq_kernels.layers import conv, linear, norm
-from neq_kernels.layers.base import NeuronLayer, reason_against
+from neq_kernels.conversion.neuron_classes import known_base, neuron_class, redefined
+from neq_kernels.conversion.third_party.families import loaded_families
+from neq_kernels.layers.base import NeuronLayer
 
 Filter = Callable[[str, nn.Module], bool]
 
-NEURON_CLASSES: dict[type[nn.Module], type[NeuronLayer]] = {
-    nn.Linear: linear.Linear,
-    nn.Conv1d: conv.Conv1d,
-    nn.Conv2d: conv.Conv2d,
-    nn.Conv3d: conv.Conv3d,
-    nn.ConvTranspose1d: conv.ConvTranspose1d,
-    nn.ConvTranspose2d: conv.ConvTranspose2d,
-    nn.ConvTranspose3d: conv.ConvTranspose3d,
-    nn.BatchNorm1d: norm.BatchNorm1d,
-    nn.BatchNorm2d: norm.BatchNorm2d,
-    nn.BatchNorm3d: norm.BatchNorm3d,
-    nn.GroupNorm: norm.GroupNorm,
-    nn.LayerNorm: norm.LayerNorm,
-}
-
-
-def stock_class(module: nn.Module) -> type[nn.Module]:
-    """The torch.nn class of a neuron layer."""
-    return next(stock for stock, ours in NEURON_CLASSES.items() if isinstance(module, ours))
-
-
-def _torchvision() -> Any:
-    """The module for torchvision's Swin; returns None if its models were not imported."""
-    if "torchvision.models.swin_transformer" not in sys.modules:
-        return None
-    from neq_kernels.conversion import torchvision_swin
-
-    return torchvision_swin
-
 
 def replacements() -> dict[type[nn.Module], type[nn.Module]]:
-    support = _torchvision()
-    return support.REPLACEMENTS if support else {}
+    """What blocks that bypass their layers become."""
+    return {
+        kind: ours for known in loaded_families() for kind, ours in known.replacements().items()
+    }
 
 
 def replaced_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
@@ -59,21 +31,22 @@ def replaced_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Modul
 
 def reasons_against(model: nn.Module, filter: Filter | None, norms: bool) -> dict[str, str | None]:
     """For each module, why it is not converted; None if it can be."""
-    support = _torchvision()
-    bypassing: tuple[type, ...] = (nn.MultiheadAttention, *(support.BYPASSING if support else ()))
+    bypassing: dict[type[nn.Module], str] = {
+        nn.MultiheadAttention: "MultiheadAttention uses its weight without calling it"
+    }
+    for family in loaded_families():
+        bypassing.update(family.bypassing())
     bypassed = {
-        child: type(module).__name__
+        child: reason
         for module in model.modules()
-        if isinstance(module, bypassing)
+        for kind, reason in bypassing.items()
+        if isinstance(module, kind)
         for child in module.modules()
         if child is not module
     }
     reasons: dict[str, str | None] = {}
     for name, module in model.named_modules():
-        if module in bypassed:
-            reasons[name] = f"{bypassed[module]} uses its weight without calling it"
-        else:
-            reasons[name] = _own_reason(name, module, filter, norms)
+        reasons[name] = bypassed.get(module) or _own_reason(name, module, filter, norms)
     candidates = {
         id(m) for n, m in model.named_modules() if reasons[n] is None or isinstance(m, NeuronLayer)
     }
@@ -86,23 +59,35 @@ def reasons_against(model: nn.Module, filter: Filter | None, norms: bool) -> dic
     neurons: dict[int, set[NeuronLayout]] = {}
     for module in model.modules():
         if id(module) in candidates:
-            neurons.setdefault(id(module.weight), set()).add(_layout(module))
+            for parameter, layout in layouts(module):
+                neurons.setdefault(id(parameter), set()).add(layout)
     for name, module in model.named_modules():
         if reasons[name] is not None or isinstance(module, NeuronLayer):
             continue
-        weight = module.weight
-        if id(weight) in elsewhere:
-            reasons[name] = f"its weight is shared with {elsewhere[id(weight)] or 'the model'}"
-        elif len(neurons[id(weight)]) > 1:
-            reasons[name] = "its weight is shared with a layer that sees other neurons in it"
+        for parameter, _ in layouts(module):
+            if id(parameter) in elsewhere:
+                holder = elsewhere[id(parameter)] or "the model"
+                named = {id(p): n for n, p in module.named_parameters(recurse=False)}
+                reasons[name] = f"its {named[id(parameter)]} is shared with {holder}"
+            elif len(neurons[id(parameter)]) > 1:
+                reasons[name] = "its weight is shared with a layer that sees other neurons in it"
     return reasons
 
 
-def _layout(module: nn.Module) -> NeuronLayout:
-    """Where a neuron lies in the weight of a layer, converted or not."""
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return NeuronLayout(module.groups, axis=1)
-    return NeuronLayout()
+def layouts(module: nn.Module) -> list[tuple[nn.Parameter, NeuronLayout]]:
+    """The parameters that neurons of a layer own, converted or not yet, and where a neuron lies."""
+    if isinstance(module, NeuronLayer):
+        return module.neuron_parameters()
+    ours = neuron_class(type(module))
+    assert ours is not None
+    return [*ours.parameters_in(module)[:1], *ours.further_parameters_in(module)]
+
+
+def _taken(module: nn.Module, ours: type[NeuronLayer]) -> list[str]:
+    """Attributes of the layer itself that a neuron layer has another use for."""
+    lineage = [c for c in ours.__mro__ if issubclass(c, NeuronLayer)]
+    names = {name for c in lineage for name in vars(c) if not name.startswith("__")}
+    return sorted((names | {"channels", "grad_input", "anchor"}) & vars(module).keys())
 
 
 def _own_reason(name: str, module: nn.Module, filter: Filter | None, norms: bool) -> str | None:
@@ -111,13 +96,22 @@ def _own_reason(name: str, module: nn.Module, filter: Filter | None, norms: bool
     kind = type(module)
     if parametrize.is_parametrized(module):
         return "parametrized"
-    if kind not in NEURON_CLASSES:
-        base = next((c.__name__ for c in NEURON_CLASSES if isinstance(module, c)), None)
-        return f"a subclass of {base}" if base else "not a supported layer type"
-    unsupported = reason_against(module)
+    ours = neuron_class(kind)
+    if ours is None:
+        base, _ = known_base(kind)
+        if base is None:
+            return "not a supported layer type"
+        names = ", ".join(redefined(kind, base))
+        return f"a subclass of {base.__name__} with its own {names}; see neq.register"
+    taken = _taken(module, ours)
+    if taken == ["forward"]:
+        return "its forward was replaced on the layer itself"
+    if taken:
+        return f"it has an attribute of its own that neurons would take: {', '.join(taken)}"
+    unsupported = ours.reason_against(module)
     if unsupported is not None:
         return unsupported
-    if issubclass(NEURON_CLASSES[kind], norm._Norm) and not norms:
+    if ours.is_norm and not norms:
         return "norms=False"
     if filter is not None and not filter(name, module):
         return "left out by filter"

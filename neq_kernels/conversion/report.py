@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from neq_kernels.conversion.eligibility import reasons_against, stock_class
+from neq_kernels.conversion.eligibility import reasons_against
 from neq_kernels.layers import traversal
-from neq_kernels.layers.base import NeuronLayer
+from neq_kernels.layers.base import NeuronLayer, stock_class
 from neq_kernels.layers.traversal import unwrap
 
 
@@ -53,7 +53,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
         if not any(True for _ in module.parameters(recurse=False)):
             continue
         converted = isinstance(module, NeuronLayer)
-        kind = (stock_class(module) if converted else type(module)).__name__
+        kind = stock_class(type(module)).__name__
         reason = "" if converted else reasons[name] or "convert was not called, or left it out"
         modules.append(ReportEntry(name, kind, converted, reason))
     owners = traversal.neuron_owners(inner)

@@ -8,9 +8,12 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import Parameter
+from torch.nn.parameter import is_lazy
 
-from neq_kernels.autograd import arguments, functions
+from neq_kernels.autograd import arguments
+from neq_kernels.autograd.forward import detached
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.layers.anchor import ParameterAnchor
 from neq_kernels.process_group import in_process_group
@@ -44,7 +47,8 @@ class NeuronLayer(nn.Module):
         self, channels: ActiveChannels, grad_input: arguments.GradInput, anchor: ParameterAnchor
     ) -> None:
         """Give the layer its neurons."""
-        channels.prepare(self.weight.device)
+        for parameter, _ in self.neuron_parameters():
+            channels.prepare(parameter.device)
         self.channels, self.grad_input, self.anchor = channels, grad_input, anchor
 
     def release(self) -> None:
@@ -52,10 +56,41 @@ class NeuronLayer(nn.Module):
         for name in ("channels", "grad_input", "specialized", "anchor"):
             self.__dict__.pop(name, None)
 
+    @classmethod
+    def reason_against(cls, layer: nn.Module) -> str | None:
+        """Why a layer of the stock class has no neurons that can be frozen, else None."""
+        weight = layer._parameters.get("weight")
+        if not isinstance(weight, Parameter):
+            if "weight" in layer._parameters:
+                return "it has no weight (affine=False)"
+            return "its weight is computed (weight norm, spectral norm, pruning)"
+        return reason_against_parameter("weight", weight)
+
+    @classmethod
+    def layout_in(cls, layer: nn.Module) -> NeuronLayout:
+        """Where a neuron lies in the weight of a layer, converted or not."""
+        return NeuronLayout()
+
+    @classmethod
+    def parameters_in(cls, layer: nn.Module) -> list[tuple[Parameter, NeuronLayout]]:
+        """:meth:`neuron_parameters` of a layer, converted or not."""
+        owned = []
+        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+        if weight is not None:
+            owned.append((weight, cls.layout_in(layer)))
+        if bias is not None:
+            owned.append((bias, NeuronLayout()))
+        return owned
+
+    @classmethod
+    def further_parameters_in(cls, layer: nn.Module) -> list[tuple[Parameter, NeuronLayout]]:
+        """Those of more sets of neurons that a layer of this kind has."""
+        return []
+
     @property
     def layout(self) -> NeuronLayout:
         """Where a neuron lies in ``weight``."""
-        return NeuronLayout()
+        return self.layout_in(self)
 
     def channel_dim(self, output: Tensor) -> int:
         """The dimension of ``output`` that enumerates the neurons."""
@@ -63,15 +98,25 @@ class NeuronLayer(nn.Module):
 
     def neuron_parameters(self) -> list[tuple[Parameter, NeuronLayout]]:
         """The parameters the neurons own, with the layout of a neuron in each."""
-        owned = []
-        if isinstance(self.weight, Parameter):
-            owned.append((self.weight, self.layout))
-        if isinstance(self.bias, Parameter):
-            owned.append((self.bias, NeuronLayout()))
-        return owned
+        return self.parameters_in(self)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, active={self.channels.n_active}/{len(self.channels)}"
+        active = f"active={self.channels.n_active}/{len(self.channels)}"
+        return ", ".join(filter(None, (super().extra_repr(), active)))
+
+    def _traced(self, *args: Any, **kwargs: Any) -> Proxy:
+        """The call of this layer in a graph of ``torch.fx``, where it stays the layer it is, as
+        those of torch.nn do; an argument is a proxy."""
+        tracer = next(a for a in (*args, *kwargs.values()) if isinstance(a, Proxy)).tracer
+        name = tracer.path_of_module(self)  # type: ignore[attr-defined]
+        return tracer.create_proxy("call_module", name, args, kwargs)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        # PyTorch would put what this returns in the layer's place in the user's own model.
+        raise RuntimeError(
+            f"torch.jit.script: expected layers of torch.nn, got the converted {self}; script a "
+            "copy without neurons: torch.jit.script(neq_kernels.revert(copy.deepcopy(model)))"
+        )
 
     def _stops(self) -> bool:
         """Under compile: whether this graph is one in which the layer is wholly frozen."""
@@ -83,9 +128,9 @@ class NeuronLayer(nn.Module):
         if "weight" in own and "bias" in own:  # where Module.__getattr__, too, would find them
             weight, bias = own["weight"], own["bias"]
         else:
-            weight, bias = self.weight, self.bias
+            weight, bias = self.weight, getattr(self, "bias", None)
         if torch.compiler.is_compiling() and self._stops():
-            return functions.detached(weight), functions.detached(bias)
+            return detached(weight), detached(bias)
         return weight, bias
 
     def _anchored(self, output: Tensor) -> Tensor:
@@ -108,44 +153,51 @@ class NeuronLayer(nn.Module):
         return self
 
 
-def reason_against(layer: nn.Module) -> str | None:
-    """Why a layer of a supported torch.nn type has no neurons that can be frozen, else None."""
-    is_layer_norm = isinstance(layer, nn.LayerNorm)
-    weight = layer._parameters.get("weight")
-    if not isinstance(weight, Parameter):
-        if "weight" in layer._parameters:
-            return f"it has no weight ({'elementwise_affine' if is_layer_norm else 'affine'}=False)"
-        return "its weight is computed (weight norm, spectral norm, pruning)"
-    if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}"
-    if weight.numel() == 0:
-        return f"its weight is empty: {tuple(weight.shape)}"
-    if is_layer_norm and weight.dim() != 1:
-        return "it normalises over more than one dimension"
+def reason_against_parameter(name: str, parameter: Parameter) -> str | None:
+    """Why a parameter can hold no neurons, else None."""
+    if is_lazy(parameter):
+        return "it is lazy; convert it after its first forward"
+    if type(parameter).__module__.partition(".")[0] in _QUANTISING:
+        return f"its {name} is quantised ({type(parameter).__name__})"
+    if not parameter.is_floating_point():
+        return f"its {name} is {parameter.dtype}"
+    if parameter.numel() == 0:
+        return f"its {name} is empty: {tuple(parameter.shape)}"
     return None
+
+
+# Libraries whose tensor subclasses hold quantised values, whatever their dtype says.
+_QUANTISING = {"torchao", "bitsandbytes", "optimum", "quanto", "hqq"}
+
+
+def stock_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class that a layer of this class has without its neurons."""
+    lineage = (base for base in kind.__mro__ if issubclass(base, nn.Module))
+    return next(base for base in lineage if not issubclass(base, NeuronLayer))
 
 
 L = TypeVar("L", bound=NeuronLayer)
 
 
 def constructible(kind: type[L]) -> type[L]:
-    """Decorate a layer type: it is constructed as its torch.nn class is, with all neurons active.
+    """Decorate a layer type: it is constructed as its stock class is, with all neurons active.
 
     The constructor raises ValueError where :func:`neq_kernels.convert` would leave the layer alone.
     """
-    stock = kind.__init__
+    stock = stock_class(kind)
 
-    @wraps(stock)
+    @wraps(stock.__init__)
     def construct(layer: L, /, *args: Any, **kwargs: Any) -> None:
-        stock(layer, *args, **kwargs)
-        reason = reason_against(layer)
+        stock.__init__(layer, *args, **kwargs)
+        reason = kind.reason_against(layer)
         if reason is not None:
             name = kind.__name__
             raise ValueError(
                 f"neq.nn.{name}: expected neurons that can be frozen, got none: {reason}; "
-                f"use torch.nn.{name}"
+                f"use {stock.__module__.partition('.modules')[0]}.{name}"
             )
-        channels = ActiveChannels(layer.layout.n_neurons(layer.weight))
+        ((parameter, layout), *_) = layer.neuron_parameters()
+        channels = ActiveChannels(layout.n_neurons(parameter))
         layer.adopt(channels, "exact", ParameterAnchor(shared=False))
 
     kind.__init__ = construct  # type: ignore[method-assign, assignment]

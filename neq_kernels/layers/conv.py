@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from neq_kernels import functional
 from neq_kernels.channels import NeuronLayout
@@ -46,6 +47,8 @@ class _Conv(_AnyConv):
     _reversed_padding_repeated_twice: Any
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return self._traced(input)
         weight, bias = self._learned()
         if self.padding_mode == "zeros":
             return self._convolve(input, weight, bias, self.padding)
@@ -71,11 +74,13 @@ class Conv3d(_Conv, nn.Conv3d):
 class _ConvTranspose(_AnyConv):
     _output_padding: Any
 
-    @property
-    def layout(self) -> NeuronLayout:
-        return NeuronLayout(self.groups, axis=1)
+    @classmethod
+    def layout_in(cls, layer: nn.Module) -> NeuronLayout:
+        return NeuronLayout(layer.groups, axis=1)  # type: ignore[arg-type]
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if isinstance(input, Proxy):
+            return self._traced(input, output_size)
         output_padding = self._output_padding(
             input,
             output_size,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from neq_kernels import functional
-from neq_kernels.autograd.call_state import all_active, learns, watched
+from neq_kernels.autograd.call_state import all_active, learns, transformed, watched
 from neq_kernels.layers.base import NeuronLayer, constructible
 
 
@@ -18,11 +21,13 @@ class _Norm(NeuronLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Run PyTorch's norm on a scale and shift whose gradients are masked."""
+        if isinstance(input, Proxy):
+            return self._traced(input)
         channels = self.channels
         weight, bias = self._learned()
         if not learns(weight, bias):
             return self._anchored(self._normalize(input, weight, bias))
-        if all_active(channels, input):
+        if all_active(channels, input) and not transformed():
             return self._anchored(watched(self._normalize(input, weight, bias), channels))
         return self._anchored(self._normalize(input, *functional.affine(weight, bias, channels)))
 
@@ -30,15 +35,34 @@ class _Norm(NeuronLayer):
         raise NotImplementedError
 
 
-@constructible
-class LayerNorm(_Norm, nn.LayerNorm):
-    """``torch.nn.LayerNorm`` over one dimension: one neuron per normalised feature."""
-
+class _LastDimension(_Norm):
     def channel_dim(self, output: Tensor) -> int:
         return output.dim() - 1
 
+    @classmethod
+    def reason_against(cls, layer: nn.Module) -> str | None:
+        if "weight" in layer._parameters and layer.weight is None:
+            return "it has no weight (elementwise_affine=False)"
+        reason = super().reason_against(layer)
+        if reason is None and cast(Tensor, layer.weight).dim() != 1:
+            return "it normalises over more than one dimension"
+        return reason
+
+
+@constructible
+class LayerNorm(_LastDimension, nn.LayerNorm):
+    """``torch.nn.LayerNorm`` over one dimension: one neuron per normalised feature."""
+
     def _normalize(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+@constructible
+class RMSNorm(_LastDimension, nn.RMSNorm):
+    """``torch.nn.RMSNorm`` over one dimension: one neuron per normalised feature."""
+
+    def _normalize(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.rms_norm(input, self.normalized_shape, weight, self.eps)
 
 
 @constructible

@@ -19,7 +19,7 @@ from torch.optim import Muon, Optimizer
 
 from neq_kernels.optim.neurons_here import FrozenElements, FrozenRows
 from neq_kernels.optim.ownership import OwnedParameter
-from neq_kernels.sharding import is_sharded, local
+from neq_kernels.sharding import is_distributed, local
 
 
 @dataclass(frozen=True)
@@ -81,5 +81,7 @@ class Guard:
 
 def _has_rows(value: object, p: Parameter) -> bool:
     return (
-        isinstance(value, Tensor) and value.shape == p.shape and is_sharded(value) == is_sharded(p)
+        isinstance(value, Tensor)
+        and value.shape == p.shape
+        and is_distributed(value) == is_distributed(p)
     )

@@ -20,8 +20,8 @@ from neq_kernels.dispatch.selection import selector
 from neq_kernels.optim import reference
 from neq_kernels.optim.multi_tensor import Batches, RowStep, ScalarSteps
 from neq_kernels.optim.ownership import OwnedParameter
-from neq_kernels.sharding import is_sharded, local, placed_alike
 from neq_kernels.optim.step_counts import COUNTS, State, as_digits, counts_from
+from neq_kernels.sharding import is_distributed, local, placed_alike
 
 FrozenState = Literal["reset", "keep", "reference"]
 Group = dict[str, Any]
@@ -339,7 +339,7 @@ def parameter_refusal(p: Parameter) -> str | None:
     """Why this parameter takes the guard, or None."""
     if not p.is_floating_point():
         return f"row steps support real floating-point parameters, got {p.dtype}"
-    if type(p) is not Parameter and not is_sharded(p):
+    if type(p) is not Parameter and not is_distributed(p):
         return f"row steps support plain parameters, got {type(p).__name__}"
     if p.grad is None:
         return None

@@ -28,6 +28,12 @@ STOCK = [
     nn.BatchNorm3d(4),
     nn.GroupNorm(2, 4),
     nn.LayerNorm(4),
+    nn.RMSNorm(4),
+    nn.SyncBatchNorm(4),
+    nn.InstanceNorm1d(4, affine=True),
+    nn.InstanceNorm2d(4, affine=True),
+    nn.InstanceNorm3d(4, affine=True),
+    nn.Bilinear(2, 3, 4),
 ]
 
 
@@ -53,7 +59,7 @@ def test_each_stock_type_keeps_its_identity(layer):
         (
             lambda: neq.convert(nn.Sequential(OwnLinear(3, 4))),
             ValueError,
-            r"(?s)got none:.*0 +OwnLinear +not converted: a subclass of Linear",
+            r"(?s)got none:.*0 +OwnLinear +not converted: a subclass of Linear with its own forwa",
         ),
         (lambda: neq.convert(nn.Linear(3, 4), filter=lambda *_: False), ValueError, "got none"),
         (lambda: neq.convert(torch.ones(3)), TypeError, r"model: expected .*Module, got Tensor"),

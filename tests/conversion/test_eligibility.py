@@ -11,9 +11,15 @@ from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerB
 import neq_kernels as neq
 from tests.support.models import OwnLinear, converted, entries, tiny_swin
 
+
+def with_channels():
+    layer = nn.Linear(3, 4)
+    layer.channels = 4
+    return layer
+
+
 LEFT_ALONE = {
     "a subclass of Linear": lambda: OwnLinear(3, 4),
-    "a subclass of BatchNorm2d": lambda: type("OwnNorm", (nn.BatchNorm2d,), {})(3),
     "parametrized": lambda: parametrizations.weight_norm(nn.Linear(3, 4)),
     "parametrized by spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(3, 4)),
     "its weight is computed": lambda: prune.l1_unstructured(nn.Linear(3, 4), "weight", 2),
@@ -22,9 +28,9 @@ LEFT_ALONE = {
     "it normalises over more than one dimension": lambda: nn.LayerNorm([3, 4]),
     "its weight is torch.complex64": lambda: nn.Linear(3, 4, dtype=torch.complex64),
     "its weight is empty": lambda: nn.Linear(0, 4),
-    "not a supported layer type": lambda: nn.Bilinear(3, 3, 4),
+    "it has an attribute of its own that neurons would take: channels": with_channels,
+    "not a supported layer type": lambda: nn.LSTM(3, 4),
     "not a supported layer type: embeddings": lambda: nn.Embedding(3, 4),
-    "not a supported layer type: instance norm": lambda: nn.InstanceNorm2d(3, affine=True),
 }
 
 

@@ -130,8 +130,11 @@ def test_functorch_over_a_converted_model():
 
         return torch.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
 
-    for ours_grad, dense in zip(per_sample(ours).values(), per_sample(plain).values(), strict=True):
-        assert torch.equal(ours_grad, dense)
+    got, dense = per_sample(ours), per_sample(plain)
+    for name in ("0.weight", "0.bias"):
+        dense[name][:, [1, 2]] = 0
+    for name, expected in dense.items():
+        assert torch.equal(got[name], expected)
 
 
 @pytest.mark.parametrize("mask", [lambda k: [True] * k, oracle.half])

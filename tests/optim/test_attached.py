@@ -80,7 +80,7 @@ class Flat(FullyShardedDataParallel):
 
 def test_flat_parameters_are_refused_in_words():
     inner = make_net()
-    with pytest.raises(TypeError, match="got FullyShardedDataParallel, which flattens .*FSDP2"):
+    with pytest.raises(TypeError, match=r"got FullyShardedDataParallel, which flattens .*FSDP2"):
         attach(SGD(inner.parameters()), nn.Sequential(Flat(inner)))
 
 

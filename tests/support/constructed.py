@@ -22,6 +22,11 @@ LAYERS = {
     "BatchNorm2d": ((6, 1e-4), {}, (3, 6, 4, 4)),
     "BatchNorm3d": ((6,), {"track_running_stats": False}, (3, 6, 2, 3, 2)),
     "GroupNorm": ((3, 6), {"eps": 1e-4}, (3, 6, 4, 4)),
+    "InstanceNorm1d": ((6,), {"affine": True}, (5, 6, 4)),
+    "InstanceNorm2d": ((6,), {"affine": True, "track_running_stats": True}, (3, 6, 4, 4)),
+    "InstanceNorm3d": ((6,), {"affine": True}, (6, 2, 3, 2)),
+    "RMSNorm": ((6,), {}, (3, 4, 6)),
+    "SyncBatchNorm": ((6,), {}, (3, 6, 4, 4)),
     "LayerNorm": (([6],), {"bias": False}, (3, 4, 6)),
 }
 every_layer = pytest.mark.parametrize("name", LAYERS)

@@ -19,7 +19,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
-    
     parallelize_module,
 )
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop

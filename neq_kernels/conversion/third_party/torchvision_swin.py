@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.swin_transformer import (
     ShiftedWindowAttention as _ShiftedWindowAttention,
 )
@@ -71,7 +71,11 @@ def _shift_bias(
     return torch.zeros(apart.shape, dtype=like.dtype, device=like.device).masked_fill(apart, -100.0)
 
 
-REPLACEMENTS = {_ShiftedWindowAttention: ShiftedWindowAttention}
+REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
+    _ShiftedWindowAttention: ShiftedWindowAttention
+}
 
-# Reads its qkv weight functionally, with a bias altered on the way: its layers are left alone.
-BYPASSING = (ShiftedWindowAttentionV2,)
+# A bias is altered on the way from the layer to the product.
+BYPASSING: dict[type[nn.Module], str] = {
+    ShiftedWindowAttentionV2: "ShiftedWindowAttentionV2 uses its weight without calling it"
+}
