@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.layers.traversal import neuron_layers
@@ -30,6 +30,7 @@ from neq_kernels.optim.row_steps import (
     parameter_refusal,
 )
 from neq_kernels.optim.step_counts import State, drop_counts, restore_counts
+from neq_kernels.optim.wrappers import inner_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -322,7 +323,8 @@ def attach(
     outside ``step`` is out of reach.
 
     Args:
-        optimizer: the user's optimizer. Its parameters may belong to neurons or not.
+        optimizer: the user's optimizer, or a wrapper of accelerate, Fabric or Lightning around it.
+            Its parameters may belong to neurons or not.
         model: the converted model, also wrapped in data parallel or ``torch.compile``.
         frozen_state: what happens to the state of a frozen neuron. ``"reset"``: momentum, both
             moments, the largest second moment and its step count become 0 when it freezes.
@@ -334,21 +336,13 @@ def attach(
         A handle with ``report()`` and ``remove()``.
 
     Raises:
-        TypeError: ``optimizer`` is no ``torch.optim.Optimizer``, or it is ``LBFGS``, whose state
-            mixes all parameters.
+        TypeError: ``optimizer`` is no ``torch.optim.Optimizer``, is a wrapper that runs no step
+            hooks, or is ``LBFGS``, whose state mixes all parameters; ``model`` is wrapped in
+            FSDP1.
         ValueError: unknown ``frozen_state``; a model without neuron layers; an optimizer that
             holds none of their parameters, or is attached already.
     """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__} "
-            "(attach the optimizer inside a wrapper)"
-        )
-    if isinstance(optimizer, LBFGS):
-        raise TypeError(
-            "optimizer: expected one that updates every weight by itself, got LBFGS, whose "
-            "history mixes the weights of active and frozen neurons"
-        )
+    optimizer = inner_optimizer(optimizer)
     if frozen_state not in get_args(FrozenState):
         raise ValueError(
             f"frozen_state: expected one of {get_args(FrozenState)}, got {frozen_state!r}"
