@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from timm.optim.lookahead import Lookahead
 from torch import nn
 from torch.optim import SGD
@@ -38,6 +39,7 @@ def test_an_accelerated_optimizer_is_the_one_inside(attach_first):
     assert (model[0].weight.detach() != before).any(1).nonzero().flatten().tolist() == [1, 2]
     with pytest.raises(ValueError, match="call remove"):
         neq.attach(accelerated, model)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,7 @@ def test_wrappers_of_lightning_are_seen_through(monkeypatch, module, name):
 def test_a_wrapper_that_runs_no_hooks_is_refused():
     model = small()
     optimizer = Lookahead(SGD(model.parameters(), lr=0.1))
-    with pytest.raises(TypeError, match="runs step hooks, got Lookahead.*attach the optimizer ins"):
+    with pytest.raises(TypeError, match=r"runs step hooks, got Lookahead.*attach the"):
         neq.attach(optimizer, model)
 
 
