@@ -15,12 +15,14 @@ from neq_kernels.conversion.eligibility import (
     replacements,
 )
 from neq_kernels.conversion.neuron_classes import neuron_class
+from neq_kernels.conversion.repair import remember, repair, resize
 from neq_kernels.conversion.report import conversion_report
 from neq_kernels.layers import traversal
 from neq_kernels.layers.anchor import ParameterAnchor
-from neq_kernels.layers.base import NeuronLayer, stock_class
+from neq_kernels.layers.base import NeuronLayer, become, restorable, restore
 from neq_kernels.layers.following import FollowingParameters
 from neq_kernels.layers.masked import FurtherNeurons
+from neq_kernels.layers.replaced_forward import calls_its_class, replaced_forward
 from neq_kernels.layers.traversal import named_neuron_layers, neuron_layers, unwrap
 
 
@@ -70,53 +72,62 @@ def convert(
     if others not in ("train", "follow"):
         raise ValueError(f"others: expected 'train' or 'follow', got {others!r}")
     inner = unwrap(model)
+    repair(inner)
     reasons = reasons_against(inner, filter, norms)
     anchor, shared = _adopt_known(inner, grad_input)
     for block, block_class in replaced_blocks(inner):
-        _become(block, block_class)
-    for name, layer in inner.named_modules():
+        become(block, block_class)
+    for name, layer in list(inner.named_modules()):
         if isinstance(layer, NeuronLayer) or reasons[name] is not None:
             continue
         ours = neuron_class(type(layer))
         assert ours is not None
-        _become(layer, ours)
+        become(layer, ours)
         assert isinstance(layer, NeuronLayer)
-        ((parameter, layout), *_) = layer.neuron_parameters()
-        channels = ActiveChannels(layout.n_neurons(parameter))
-        layer.adopt(shared.setdefault((parameter, layout), channels), grad_input, anchor)
+        channels = ActiveChannels(layer.n_neurons())
+        place = layer.neuron_parameters()[0]
+        layer.adopt(shared.setdefault(place, channels), grad_input, anchor)
     if next(named_neuron_layers(inner), None) is None:
         raise ValueError(
             "model: expected at least one layer that can be converted, got none:\n"
             f"{conversion_report(inner)}"
         )
+    remember(inner)
     if others == "follow" and next(traversal.following_parameters(inner), None) is None:
         _follow(inner, anchor)
     return model
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Undo :func:`convert`: every layer has its torch.nn class back. Returns ``model``.
+    """Undo :func:`convert`: every layer has its own class back, under hooks and parametrizations
+    that were put on it since. Returns ``model``.
 
     Raises:
-        ValueError: a layer's class was changed again since, by a parametrization for example.
+        ValueError: a layer's class was changed again since, or its ``forward`` was wrapped.
     """
     inner = unwrap(model)
     for name, layer in named_neuron_layers(inner):
-        if not _is_made_by_convert(layer):
+        if isinstance(layer, FurtherNeurons):
+            continue
+        if not restorable(layer):
             raise ValueError(
                 f"{name}: expected the class that convert gave it, got {type(layer).__name__}; "
-                "remove what was put on top first, such as a parametrization"
+                "remove what was put on top first"
+            )
+        if replaced_forward(layer) and calls_its_class(layer):
+            raise ValueError(
+                f"{name}: expected the forward of its class, got one that was put on the layer "
+                f"after convert and calls it: {layer.forward}; delete it first: del layer.forward"
             )
     for module in inner.modules():
         if isinstance(module, NeuronLayer):
-            module.release()
-            _become(module, stock_class(type(module)))
+            restore(module)
         following = module.__dict__.pop("neq_following", None)
         if following is not None:
             following.remove()
         for stock, replacement in replacements().items():
             if type(module) is replacement:
-                _become(module, stock)
+                become(module, stock)
     return model
 
 
@@ -146,6 +157,8 @@ def _adopt_known(
     """Let the neuron layers that ``model`` has share one anchor, and their channels where they
     share their neurons. Returns both."""
     known = [layer for _, layer in named_neuron_layers(model)]
+    for name, layer in named_neuron_layers(model):
+        layer.channels = resize(name, layer)
     anchors = [layer.anchor for layer in known if layer.anchor.shared]
     anchor = anchors[0] if anchors else ParameterAnchor(shared=True)
     shared: dict[tuple[Tensor, NeuronLayout], ActiveChannels] = {}
@@ -158,15 +171,6 @@ def _adopt_known(
     for following in traversal.following_parameters(model):
         following.anchor = anchor
     return anchor, shared
-
-
-def _is_made_by_convert(layer: NeuronLayer) -> bool:
-    kind = type(layer)
-    return kind is FurtherNeurons or kind is neuron_class(stock_class(kind))
-
-
-def _become(module: nn.Module, kind: type[nn.Module]) -> None:
-    module.__class__ = kind
 
 
 def _follow(model: nn.Module, anchor: ParameterAnchor) -> None:

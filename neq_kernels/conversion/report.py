@@ -9,6 +9,8 @@ from torch import nn
 from neq_kernels.conversion.eligibility import reasons_against
 from neq_kernels.layers import traversal
 from neq_kernels.layers.base import NeuronLayer, stock_class
+from neq_kernels.layers.masked import FurtherNeurons
+from neq_kernels.layers.replaced_forward import calls_its_class
 from neq_kernels.layers.traversal import unwrap
 
 
@@ -47,16 +49,21 @@ class ConversionReport:
 def conversion_report(model: nn.Module) -> ConversionReport:
     """List every module and parameter: converted or not, and why."""
     inner = unwrap(model)
+    owners = traversal.neuron_owners(inner)  # first: it may take neurons away
     reasons = reasons_against(inner, None, norms=True)
     modules = []
     for name, module in inner.named_modules():
-        if not any(True for _ in module.parameters(recurse=False)):
+        own = list(module.parameters(recurse=False))
+        if not isinstance(module, NeuronLayer) and all(p in owners for p in own):
+            continue  # it has none, or they are a converted layer's
+        if isinstance(module, FurtherNeurons):
             continue
-        converted = isinstance(module, NeuronLayer)
+        converted = isinstance(module, NeuronLayer) and calls_its_class(module)
         kind = stock_class(type(module)).__name__
         reason = "" if converted else reasons[name] or "convert was not called, or left it out"
+        if isinstance(module, NeuronLayer) and not converted:
+            reason = "its forward was replaced after convert, by one that does not call it"
         modules.append(ReportEntry(name, kind, converted, reason))
-    owners = traversal.neuron_owners(inner)
     following = {id(p) for f in traversal.following_parameters(inner) for p in f.parameters}
     others = tuple(
         ReportEntry(name, "parameter", False, _other_reason(id(parameter) in following))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 class ParameterAnchor:
@@ -25,6 +26,8 @@ class ParameterAnchor:
     def __init__(self, shared: bool) -> None:
         self.shared = shared
         self.waiting: dict[int, Parameter] = {}
+        # Which channels belong to which parameter, should a tool build its layer anew.
+        self.channels_of: Any = WeakIdKeyDictionary()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParameterAnchor:
         return ParameterAnchor(shared=self.shared)

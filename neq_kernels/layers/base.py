@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import wraps
 from typing import Any, ClassVar, TypeVar
 
@@ -11,11 +12,14 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from neq_kernels.autograd import arguments
 from neq_kernels.autograd.forward import detached
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.layers.anchor import ParameterAnchor
+from neq_kernels.layers.computed_weights import is_computed, sources
+from neq_kernels.layers.replaced_forward import rebind
 from neq_kernels.process_group import in_process_group
 
 
@@ -34,6 +38,7 @@ class NeuronLayer(nn.Module):
     """
 
     is_norm: ClassVar[bool] = False
+    stock: ClassVar[type[nn.Module]]  # in the namespace of each class that convert makes or takes
     channels: ActiveChannels
     grad_input: arguments.GradInput
     specialized: bool = False
@@ -53,6 +58,8 @@ class NeuronLayer(nn.Module):
 
     def release(self) -> None:
         """Undo :meth:`adopt`."""
+        for parameter in self.parameters():
+            self.anchor.channels_of.pop(parameter, None)
         for name in ("channels", "grad_input", "specialized", "anchor"):
             self.__dict__.pop(name, None)
 
@@ -74,12 +81,14 @@ class NeuronLayer(nn.Module):
     @classmethod
     def parameters_in(cls, layer: nn.Module) -> list[tuple[Parameter, NeuronLayout]]:
         """:meth:`neuron_parameters` of a layer, converted or not."""
-        owned = []
-        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-        if weight is not None:
-            owned.append((weight, cls.layout_in(layer)))
-        if bias is not None:
-            owned.append((bias, NeuronLayout()))
+        owned: list[tuple[Parameter, NeuronLayout]] = []
+        for name in ("weight", "bias"):
+            parameter = layer._parameters.get(name)
+            layout = cls.layout_in(layer) if name == "weight" else NeuronLayout()
+            if parameter is not None:
+                owned.append((parameter, layout))
+            elif is_computed(layer, name):
+                owned += sources(layer, name, layout) or []
         return owned
 
     @classmethod
@@ -99,6 +108,40 @@ class NeuronLayer(nn.Module):
     def neuron_parameters(self) -> list[tuple[Parameter, NeuronLayout]]:
         """The parameters the neurons own, with the layout of a neuron in each."""
         return self.parameters_in(self)
+
+    def n_neurons(self) -> int:
+        """K, as the parameters have it now."""
+        ((parameter, layout), *_) = self.neuron_parameters()
+        return layout.n_neurons(parameter)
+
+    def computed(self) -> str | None:
+        """The name of a parameter that is computed now, several neurons from one another; None if
+        there is none, and frozen neurons can be held."""
+        for name in ("weight", "bias"):
+            layout = self.layout if name == "weight" else NeuronLayout()
+            if is_computed(self, name) and sources(self, name, layout) is None:
+                return name
+        return None
+
+    @property
+    def qconfig(self) -> Any:
+        """What ``torch.ao.quantization`` leaves on every module that it looks at."""
+        if "qconfig" not in self.__dict__:
+            raise AttributeError("qconfig")
+        return self.__dict__["qconfig"]
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        warnings.warn(
+            "quantisation knows the classes of torch.nn and leaves the layers of a converted model "
+            "as they are; call neq.revert(model) first",
+            stacklevel=3,
+        )
+        self.__dict__["qconfig"] = value
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        del self.__dict__["qconfig"]
 
     def extra_repr(self) -> str:
         active = f"active={self.channels.n_active}/{len(self.channels)}"
@@ -173,6 +216,31 @@ def stock_class(kind: type[nn.Module]) -> type[nn.Module]:
     return next(base for base in lineage if not issubclass(base, NeuronLayer))
 
 
+def become(layer: nn.Module, kind: type[nn.Module]) -> None:
+    """Change the class of a layer in place."""
+    rebind(layer, type(layer), kind)
+    layer.__class__ = kind
+
+
+def restore(layer: NeuronLayer) -> None:
+    """Give a layer its stock class back, under whatever parametrizations it has."""
+    kind = type(layer)
+    layer.release()
+    if "stock" in vars(kind):
+        become(layer, kind.stock)
+        return
+    stock = stock_class(kind)
+    own = {n: value for n, value in vars(kind).items() if n not in ("__dict__", "__weakref__")}
+    layer.__class__ = type(f"Parametrized{stock.__name__}", (stock,), own)
+
+
+def restorable(layer: NeuronLayer) -> bool:
+    """Whether the class is one that convert gives, or a parametrization of it."""
+    kind = type(layer)
+    made = kind.__bases__[0] if parametrize.is_parametrized(layer) else kind
+    return "stock" in vars(made)
+
+
 L = TypeVar("L", bound=NeuronLayer)
 
 
@@ -181,7 +249,7 @@ def constructible(kind: type[L]) -> type[L]:
 
     The constructor raises ValueError where :func:`neq_kernels.convert` would leave the layer alone.
     """
-    stock = stock_class(kind)
+    stock = kind.stock = stock_class(kind)
 
     @wraps(stock.__init__)
     def construct(layer: L, /, *args: Any, **kwargs: Any) -> None:
@@ -193,8 +261,7 @@ def constructible(kind: type[L]) -> type[L]:
                 f"neq.nn.{name}: expected neurons that can be frozen, got none: {reason}; "
                 f"use {stock.__module__.partition('.modules')[0]}.{name}"
             )
-        ((parameter, layout), *_) = layer.neuron_parameters()
-        channels = ActiveChannels(layout.n_neurons(parameter))
+        channels = ActiveChannels(layer.n_neurons())
         layer.adopt(channels, "exact", ParameterAnchor(shared=False))
 
     kind.__init__ = construct  # type: ignore[method-assign, assignment]
