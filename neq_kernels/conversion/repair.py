@@ -39,8 +39,8 @@ def repair(model: nn.Module) -> None:
             continue
         become(module, ours)
         assert isinstance(module, NeuronLayer)
-        if module.n_neurons() != len(channels):
-            channels = ActiveChannels(module.n_neurons())
+        if module.n_neurons != len(channels):
+            channels = ActiveChannels(module.n_neurons)
         module.adopt(channels, "exact", anchor)
         back.append(name)
     remember(model)
@@ -68,9 +68,9 @@ def remember(model: nn.Module) -> None:
 def resize(name: str, layer: NeuronLayer) -> ActiveChannels:
     """The layer's channels, or new ones, all active, where it has another number of neurons now."""
     owned: list[tuple[Parameter, object]] = list(layer.neuron_parameters())
-    if not owned or layer.n_neurons() == len(layer.channels):
+    if not owned or layer.n_neurons == len(layer.channels):
         return layer.channels
-    k = layer.n_neurons()
+    k = layer.n_neurons
     warnings.warn(
         f"{name or 'the model'}: it had {len(layer.channels)} neurons and has {k} now; all of them "
         "are active again",

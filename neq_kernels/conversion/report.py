@@ -9,6 +9,7 @@ from torch import nn
 from neq_kernels.conversion.eligibility import reasons_against
 from neq_kernels.layers import traversal
 from neq_kernels.layers.base import NeuronLayer, stock_class
+from neq_kernels.layers.following import followers
 from neq_kernels.layers.masked import FurtherNeurons
 from neq_kernels.layers.replaced_forward import calls_its_class
 from neq_kernels.layers.traversal import unwrap
@@ -64,7 +65,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
         if isinstance(module, NeuronLayer) and not converted:
             reason = "its forward was replaced after convert, by one that does not call it"
         modules.append(ReportEntry(name, kind, converted, reason))
-    following = {id(p) for f in traversal.following_parameters(inner) for p in f.parameters}
+    following = {id(follower.parameter) for follower in followers(inner)}
     others = tuple(
         ReportEntry(name, "parameter", False, _other_reason(id(parameter) in following))
         for name, parameter in inner.named_parameters()
@@ -75,5 +76,5 @@ def conversion_report(model: nn.Module) -> ConversionReport:
 
 def _other_reason(follows: bool) -> str:
     if follows:
-        return "owned by no neuron: follows its block"
+        return "owned by no neuron: stops with what lies below it, or with its block"
     return "owned by no neuron: always active, keeps backprop alive to where it sits"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import wraps
 from typing import Any, ClassVar, TypeVar
 
@@ -13,14 +14,18 @@ from torch.fx import Proxy
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from neq_kernels.autograd import arguments
 from neq_kernels.autograd.forward import detached
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.layers.anchor import ParameterAnchor
+from neq_kernels.layers.checkpoints import checkpointed
 from neq_kernels.layers.computed_weights import is_computed, sources
 from neq_kernels.layers.replaced_forward import rebind
 from neq_kernels.process_group import in_process_group
+
+Watcher = Callable[[Tensor], Tensor | None]
 
 
 class NeuronLayer(nn.Module):
@@ -38,7 +43,8 @@ class NeuronLayer(nn.Module):
     """
 
     is_norm: ClassVar[bool] = False
-    stock: ClassVar[type[nn.Module]]  # in the namespace of each class that convert makes or takes
+    stock: ClassVar[type[nn.Module]]  # in the namespace of every class that convert gives
+    is_embedding: ClassVar[bool] = False
     channels: ActiveChannels
     grad_input: arguments.GradInput
     specialized: bool = False
@@ -82,6 +88,7 @@ class NeuronLayer(nn.Module):
     def parameters_in(cls, layer: nn.Module) -> list[tuple[Parameter, NeuronLayout]]:
         """:meth:`neuron_parameters` of a layer, converted or not."""
         owned: list[tuple[Parameter, NeuronLayout]] = []
+        # Not the attributes, in whose place WeightReads may have put something else.
         for name in ("weight", "bias"):
             parameter = layer._parameters.get(name)
             layout = cls.layout_in(layer) if name == "weight" else NeuronLayout()
@@ -101,6 +108,12 @@ class NeuronLayer(nn.Module):
         """Where a neuron lies in ``weight``."""
         return self.layout_in(self)
 
+    @property
+    def n_neurons(self) -> int:
+        """How many neurons the layer has: the length of ``channels``."""
+        ((parameter, layout), *_) = self.neuron_parameters()
+        return layout.n_neurons(parameter)
+
     def channel_dim(self, output: Tensor) -> int:
         """The dimension of ``output`` that enumerates the neurons."""
         raise NotImplementedError
@@ -108,11 +121,6 @@ class NeuronLayer(nn.Module):
     def neuron_parameters(self) -> list[tuple[Parameter, NeuronLayout]]:
         """The parameters the neurons own, with the layout of a neuron in each."""
         return self.parameters_in(self)
-
-    def n_neurons(self) -> int:
-        """K, as the parameters have it now."""
-        ((parameter, layout), *_) = self.neuron_parameters()
-        return layout.n_neurons(parameter)
 
     def computed(self) -> str | None:
         """The name of a parameter that is computed now, several neurons from one another; None if
@@ -122,6 +130,20 @@ class NeuronLayer(nn.Module):
             if is_computed(self, name) and sources(self, name, layout) is None:
                 return name
         return None
+
+    def owners(self) -> list[tuple[Parameter, ActiveChannels, NeuronLayout]]:
+        """The parameters the neurons own, each with the channels that decide about it: all of the
+        layer's, or a part of them."""
+        return [(p, self.channels, layout) for p, layout in self.neuron_parameters()]
+
+    def watch(self, watcher: Watcher) -> RemovableHandle:
+        """Give every output to ``watcher``, which may replace it, until the handle is removed."""
+        return self.register_forward_hook(lambda layer, args, output: watcher(output))
+
+    @property
+    def learns(self) -> bool:
+        """Whether a parameter of its neurons requires a gradient."""
+        return any(parameter.requires_grad for parameter, _ in self.neuron_parameters())
 
     @property
     def qconfig(self) -> Any:
@@ -179,11 +201,20 @@ class NeuronLayer(nn.Module):
     def _anchored(self, output: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return output
-        none_active = self.channels.none_active
-        if not none_active and not self.anchor.waiting:
+        channels = self.channels
+        channels.called = True
+        none_active = channels.none_active
+        if not none_active and not self.anchor.waiting and not self.anchor.stopped:
             return output
-        if none_active and torch.is_grad_enabled() and in_process_group():
-            self.anchor.add(p for p, _ in self.neuron_parameters())
+        if torch.is_grad_enabled():
+            self.anchor.stopped = not output.requires_grad
+            if none_active and in_process_group():
+                self.anchor.add(p for p, _ in self.neuron_parameters())
+            elif none_active:
+                self.anchor.add_stand_ins(channels)
+        elif self.anchor.stopped:
+            learning = [] if none_active else [p for p, _ in self.neuron_parameters()]
+            self.anchor.stopped = checkpointed(learning)
         return self.anchor.tie(output) if self.anchor.waiting else output
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
@@ -236,7 +267,7 @@ def restore(layer: NeuronLayer) -> None:
 
 def restorable(layer: NeuronLayer) -> bool:
     """Whether the class is one that convert gives, or a parametrization of it."""
-    kind = type(layer)
+    kind = vars(type(layer)).get("neq_original_class", type(layer))  # if parameters follow
     made = kind.__bases__[0] if parametrize.is_parametrized(layer) else kind
     return "stock" in vars(made)
 
@@ -249,7 +280,7 @@ def constructible(kind: type[L]) -> type[L]:
 
     The constructor raises ValueError where :func:`neq_kernels.convert` would leave the layer alone.
     """
-    stock = kind.stock = stock_class(kind)
+    stock = stock_class(kind)
 
     @wraps(stock.__init__)
     def construct(layer: L, /, *args: Any, **kwargs: Any) -> None:
@@ -261,7 +292,7 @@ def constructible(kind: type[L]) -> type[L]:
                 f"neq.nn.{name}: expected neurons that can be frozen, got none: {reason}; "
                 f"use {stock.__module__.partition('.modules')[0]}.{name}"
             )
-        channels = ActiveChannels(layer.n_neurons())
+        channels = ActiveChannels(layer.n_neurons)
         layer.adopt(channels, "exact", ParameterAnchor(shared=False))
 
     kind.__init__ = construct  # type: ignore[method-assign, assignment]

@@ -113,7 +113,7 @@ class Masked(NeuronLayer):
                 self._modules[name] = FurtherNeurons(self, group)
                 child = self._modules[name]
                 assert isinstance(child, FurtherNeurons)
-                child.adopt(ActiveChannels(child.n_neurons()), grad_input, anchor)
+                child.adopt(ActiveChannels(child.n_neurons), grad_input, anchor)
 
     def computed(self) -> str | None:
         for group in (self.owned, *self.further):
@@ -140,7 +140,7 @@ class Masked(NeuronLayer):
                 parameter = place.get(owned.name)
                 if isinstance(parameter, Tensor) and learns(parameter, None):
                     learning[layer] = None
-                    stands_in = _held(layer, parameter, owned.layout(parameter))
+                    stands_in = held(layer, parameter, owned.layout(parameter))
                     if stands_in is not parameter:
                         replaced.append((place, owned.name, parameter, stands_in))
                         place[owned.name] = stands_in
@@ -222,7 +222,7 @@ def _parameters_of(
     return found
 
 
-def _held(layer: NeuronLayer, parameter: Tensor, layout: NeuronLayout) -> Tensor:
+def held(layer: NeuronLayer, parameter: Tensor, layout: NeuronLayout) -> Tensor:
     """``parameter`` with its frozen neurons as constants."""
     if torch.compiler.is_compiling() and layer._stops():
         return parameter.detach()
