@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 
 from neq_kernels.channels import NeuronLayout
 from neq_kernels.conversion.neuron_classes import known_base, neuron_class, redefined
+from neq_kernels.conversion.third_party.peft import adapted
 from neq_kernels.layers.base import NeuronLayer
 from neq_kernels.layers.replaced_forward import replaced_forward
 
@@ -17,8 +18,12 @@ Filter = Callable[[str, nn.Module], bool]
 
 def reasons_against(model: nn.Module, filter: Filter | None, norms: bool) -> dict[str, str | None]:
     """For each module, why it is not converted; None if it can be."""
+    inside_adapters = adapted(model)
     reasons = {
-        name: _own_reason(name, module, filter, norms) for name, module in model.named_modules()
+        name: "the base layer of an adapter (peft)"
+        if module in inside_adapters and not isinstance(module, NeuronLayer)
+        else _own_reason(name, module, filter, norms)
+        for name, module in model.named_modules()
     }
     candidates = {
         id(m) for n, m in model.named_modules() if reasons[n] is None or isinstance(m, NeuronLayer)

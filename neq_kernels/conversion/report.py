@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
 
-from neq_kernels.conversion.eligibility import reasons_against
+from neq_kernels.conversion.eligibility import Filter, reasons_against
 from neq_kernels.layers import traversal
 from neq_kernels.layers.base import NeuronLayer, stock_class
 from neq_kernels.layers.following import followers
@@ -72,6 +74,31 @@ def conversion_report(model: nn.Module) -> ConversionReport:
         if parameter.requires_grad and (parameter not in owners or id(parameter) in following)
     )
     return ConversionReport(tuple(modules), others)
+
+
+def warn_of_little(model: nn.Module, filter: Filter | None, norms: bool) -> None:
+    """Warn if less than half of what learns in matrices has neurons, though all of it may have."""
+    owners = traversal.neuron_owners(model)
+    matrices = {p for p in model.parameters() if p.dim() > 1 and p.requires_grad}
+    total = sum(p.numel() for p in matrices)
+    left = total - sum(p.numel() for p in matrices.intersection(owners))
+    if filter is not None or 2 * left <= total:
+        return
+    reasons = reasons_against(model, None, norms)
+    costs: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter in matrices and parameter not in owners:
+                costs[f"{type(module).__name__} ({reasons[name] or 'a parameter of its own'})"] += (
+                    parameter.numel()
+                )
+    shares = (f"{kind} {size / total:.0%}" for kind, size in costs.most_common(3))
+    warnings.warn(
+        f"convert: only {1 - left / total:.0%} of the elements of matrices have neurons; the rest "
+        f"learns on, whatever is frozen: {', '.join(shares)}; see neq.conversion_report(model), "
+        "and neq.register for layers of your own",
+        stacklevel=3,
+    )
 
 
 def _other_reason(follows: bool) -> str:

@@ -38,6 +38,8 @@ class NeuronLayer(nn.Module):
         channels: the active output channels. Layers that share a weight share this object.
         grad_input: ``"exact"`` or ``"active"`` (approximate), see :func:`neq_kernels.convert`.
         specialized: whether ``torch.compile`` may recompile when the layer stops or starts again.
+        hold_statistics: whether batch norm, while wholly frozen, normalises by its running
+            statistics and leaves them alone.
         anchor: where parameters of wholly frozen layers wait for a data-parallel reducer: the
             model's, or the layer's own until ``convert`` adopts a constructed layer.
     """
@@ -48,6 +50,7 @@ class NeuronLayer(nn.Module):
     channels: ActiveChannels
     grad_input: arguments.GradInput
     specialized: bool = False
+    hold_statistics: bool = False
     anchor: ParameterAnchor
 
     # torch.nn declares these differently from class to class.
@@ -66,7 +69,7 @@ class NeuronLayer(nn.Module):
         """Undo :meth:`adopt`."""
         for parameter in self.parameters():
             self.anchor.channels_of.pop(parameter, None)
-        for name in ("channels", "grad_input", "specialized", "anchor"):
+        for name in ("channels", "grad_input", "specialized", "hold_statistics", "anchor"):
             self.__dict__.pop(name, None)
 
     @classmethod
