@@ -35,6 +35,8 @@ NEURON_CLASSES: dict[type[nn.Module], type[NeuronLayer]] = {
     nn.RMSNorm: norm.RMSNorm,
     nn.MultiheadAttention: attention.MultiheadAttention,
 }
+for _stock, _ours in NEURON_CLASSES.items():
+    _ours.stock = _stock
 
 
 # Weak: a class made in a function is not kept by having been converted once.
@@ -146,7 +148,7 @@ def _make(recipe: Recipe, kind: type[nn.Module]) -> type[NeuronLayer]:
     made: type[NeuronLayer] = type(
         kind.__name__,
         (recipe.ours, kind),
-        {**namespace, **recipe.attributes, "__reduce_ex__": reduce},
+        {**namespace, **recipe.attributes, "stock": kind, "__reduce_ex__": reduce},
     )
     return constructible(made)
 
