@@ -192,18 +192,19 @@ def affine(
         RuntimeError (in backward): ``channels`` was changed after the forward; autograd sees that
             the mask it saved was written over.
     """
-    return masked(weight, channels), masked(bias, channels)
+    return (
+        None if weight is None else masked(weight, channels),
+        None if bias is None else masked(bias, channels),
+    )
 
 
-def masked(
-    parameter: Tensor | None, channels: ActiveChannels, layout: NeuronLayout = ROWS
-) -> Tensor | None:
+def masked(parameter: Tensor, channels: ActiveChannels, layout: NeuronLayout = ROWS) -> Tensor:
     """A parameter, unchanged, through which only active neurons get a gradient, of any order.
 
     With everything active it is the parameter itself, with none active it is detached.
 
     Args:
-        parameter: what a layer computes with; None stays None.
+        parameter: what a layer computes with.
         channels: the active neurons.
         layout: where a neuron lies in ``parameter``.
 
@@ -211,7 +212,7 @@ def masked(
         ValueError: ``channels`` does not fit.
         RuntimeError (in backward): as :func:`affine`.
     """
-    if parameter is None or not learns(parameter, None):
+    if not learns(parameter, None):
         return parameter
     k = layout.n_neurons(parameter)
     if len(channels) != k:
@@ -234,9 +235,8 @@ def _left_to_pytorch(
     """The output of a layer whose gradients PyTorch's own graph computes."""
     input, weight, bias = operands
     check_grad_input(grad_input)
-    constant = masked(weight, channels, layout)
-    assert constant is not None
-    output = function(input, constant, masked(bias, channels))
+    constant_bias = None if bias is None else masked(bias, channels)
+    output = function(input, masked(weight, channels, layout), constant_bias)
     if grad_input == "exact" or all_active(channels, weight):
         return output
     neurons = NeuronLayout(axis=output.dim() + channel_dim)

@@ -23,8 +23,8 @@ from neq_kernels.layers.conv import (
     ConvTranspose3d,
 )
 from neq_kernels.layers.linear import Linear
-from neq_kernels.layers.masked import (
-    Bilinear,
+from neq_kernels.layers.masked import Bilinear
+from neq_kernels.layers.masked_norm import (
     InstanceNorm1d,
     InstanceNorm2d,
     InstanceNorm3d,

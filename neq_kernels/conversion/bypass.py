@@ -70,10 +70,10 @@ class _FirstGradient:
             return
         self._looks += 1
         owners = [
-            (layer.channels, layout)
+            (channels, layout)
             for layer in self._layers
             if isinstance(layer, NeuronLayer)
-            for parameter, layout in layer.neuron_parameters()
+            for parameter, channels, layout in layer.owners()
             if parameter is self._parameter
         ]
         called = any(channels.called for channels, _ in owners)
@@ -106,7 +106,7 @@ def _tells(grad: Tensor, owners: list[tuple[ActiveChannels, NeuronLayout]]) -> b
 
 def _was_compiled() -> bool:
     dynamo: Any = sys.modules.get("torch._dynamo.utils")
-    return dynamo is not None and bool(dynamo.counters["frames"])
+    return dynamo is not None and dynamo.counters["stats"]["unique_graphs"] > 0
 
 
 class _Watch:

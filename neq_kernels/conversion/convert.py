@@ -12,11 +12,10 @@ from neq_kernels.conversion.bypass import stop_watching, watch_for_bypass
 from neq_kernels.conversion.eligibility import (
     Filter,
     reasons_against,
-    replaced_blocks,
-    replacements,
 )
 from neq_kernels.conversion.neuron_classes import neuron_class
 from neq_kernels.conversion.report import conversion_report
+from neq_kernels.conversion.weight_readers import prepare_readers, remove_reads
 from neq_kernels.layers import traversal
 from neq_kernels.layers.anchor import ParameterAnchor
 from neq_kernels.layers.base import NeuronLayer, stock_class
@@ -73,8 +72,6 @@ def convert(
     inner = unwrap(model)
     reasons = reasons_against(inner, filter, norms)
     anchor, shared = _adopt_known(inner, grad_input)
-    for block, block_class in replaced_blocks(inner):
-        _become(block, block_class)
     for name, layer in inner.named_modules():
         if isinstance(layer, NeuronLayer) or reasons[name] is not None:
             continue
@@ -82,14 +79,14 @@ def convert(
         assert ours is not None
         _become(layer, ours)
         assert isinstance(layer, NeuronLayer)
-        ((parameter, layout), *_) = layer.neuron_parameters()
-        channels = ActiveChannels(layout.n_neurons(parameter))
-        layer.adopt(shared.setdefault((parameter, layout), channels), grad_input, anchor)
+        first, channels = layer.neuron_parameters()[0], ActiveChannels(layer.n_neurons)
+        layer.adopt(shared.setdefault(first, channels), grad_input, anchor)
     if next(named_neuron_layers(inner), None) is None:
         raise ValueError(
             "model: expected at least one layer that can be converted, got none:\n"
             f"{conversion_report(inner)}"
         )
+    prepare_readers(inner)
     if others == "follow" and next(traversal.following_parameters(inner), None) is None:
         _follow(inner, anchor)
     watch_for_bypass(inner)
@@ -117,9 +114,7 @@ def revert(model: nn.Module) -> nn.Module:
         following = module.__dict__.pop("neq_following", None)
         if following is not None:
             following.remove()
-        for stock, replacement in replacements().items():
-            if type(module) is replacement:
-                _become(module, stock)
+        remove_reads(module)
     return model
 
 
