@@ -15,9 +15,9 @@ from torch._C import (
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from neq_kernels.autograd.dense import is_distributed
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.dispatch.selection import selector
+from neq_kernels.sharding import is_sharded
 
 PLAIN = (Tensor, Parameter)
 
@@ -90,7 +90,7 @@ def left_to_pytorch(input: Tensor, weight: Tensor) -> bool:
         or input.is_nested
         or input.layout != torch.strided
         or weight.is_complex()
-        or is_distributed(weight)
+        or is_sharded(weight)
     )
 
 

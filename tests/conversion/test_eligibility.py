@@ -30,7 +30,8 @@ LEFT_ALONE = {
     "its weight is empty": lambda: nn.Linear(0, 4),
     "it has an attribute of its own that neurons would take: channels": with_channels,
     "not a supported layer type": lambda: nn.LSTM(3, 4),
-    "not a supported layer type: embeddings": lambda: nn.Embedding(3, 4),
+    "max_norm": lambda: nn.Embedding(3, 4, max_norm=1.0),
+    "not a supported layer type: bags": lambda: nn.EmbeddingBag(3, 4),
 }
 
 
@@ -79,8 +80,9 @@ def test_filter_and_norms():
     assert type(model[1]) is nn.BatchNorm2d
 
 
-def test_a_weight_tied_to_an_embedding_stays_dense():
-    model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
+def test_a_weight_tied_to_a_layer_that_stays_dense_stays_dense():
+    table = nn.Embedding(7, 4, max_norm=1.0)
+    model = nn.ModuleDict({"embed": table, "head": nn.Linear(4, 7, bias=False)})
     model["head"].weight = model["embed"].weight
     model["other"] = nn.Linear(4, 4)
     neq.convert(model)
