@@ -59,8 +59,11 @@ def converted(module: nn.Module) -> nn.Module | None:
 
 def wanted(module: nn.Module, example: Example) -> list[torch.Tensor]:
     """Outputs, and the gradients of the inputs."""
-    given = [t for t in torch.utils._pytree.tree_leaves((example.args, example.kwargs))
-             if isinstance(t, torch.Tensor) and t.requires_grad]
+    given = [
+        t
+        for t in torch.utils._pytree.tree_leaves((example.args, example.kwargs))
+        if isinstance(t, torch.Tensor) and t.requires_grad
+    ]
     outputs = example.forward(module)
     gradients = torch.autograd.grad(
         weighted_sum(outputs), [*given, *learning(module)], allow_unused=True
