@@ -69,10 +69,10 @@ class _FirstGradient:
         if grad is None or torch.compiler.is_compiling():
             return
         owners = [
-            (layer.channels, layout)
+            (channels, layout)
             for layer in self._layers
             if isinstance(layer, NeuronLayer)
-            for parameter, layout in layer.neuron_parameters()
+            for parameter, channels, layout in layer.owners()
             if parameter is self._parameter
         ]
         called = any(channels.called for channels, _ in owners)
@@ -112,7 +112,7 @@ def _all_active(owners: list[tuple[ActiveChannels, NeuronLayout]]) -> bool:
 def _was_compiled() -> bool:
     """Whether anything was, in this process."""
     dynamo: Any = sys.modules.get("torch._dynamo.utils")
-    return dynamo is not None and bool(dynamo.counters["stats"])
+    return dynamo is not None and dynamo.counters["stats"]["unique_graphs"] > 0
 
 
 class _Watch:
