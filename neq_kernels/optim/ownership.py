@@ -114,6 +114,7 @@ class Ownership:
     """The owned parameters of a model, kept true by comparing the model with what was last read.
 
     Attributes:
+        model: the one inside the wrappers.
         parameters: every owned parameter. Keys compare by identity.
         anchors: of the neuron layers; one after ``convert``.
         version: grows whenever :meth:`refresh` finds the model or an active set changed.
@@ -126,9 +127,9 @@ class Ownership:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = unwrap(model)
+        self.model = unwrap(model)
         self._places = self._named()
-        self._structure = _Structure(self._model)
+        self._structure = _Structure(self.model)
         self.parameters = self._read()
         self.version = 0
         self._generations: list[int] = []
@@ -146,10 +147,10 @@ class Ownership:
         """
         released: list[Parameter] = []
         if self._structure.has_changed():
-            structure, parameters = _Structure(self._model), self._read()
+            structure, parameters = _Structure(self.model), self._read()
             released = [p for p in self.parameters if p not in parameters]
             optimized = {p for group in optimizer.param_groups for p in group["params"]}
-            for p in optimized.intersection(released).difference(self._model.parameters()):
+            for p in optimized.intersection(released).difference(self.model.parameters()):
                 raise RuntimeError(
                     f"{self.parameters[p].name}: the optimizer holds a parameter that the model "
                     "has replaced (by model.to or an assignment), so its steps would be lost: "
@@ -184,28 +185,26 @@ class Ownership:
             self.version += 1
 
     def _watch_active_sets(self) -> None:
-        layers = [layer for _, layer in named_neuron_layers(self._model)]
+        layers = [layer for _, layer in named_neuron_layers(self.model)]
         self._deciding = list({id(layer.channels): layer.channels for layer in layers}.values())
-        self._following = list(following_parameters(self._model))
+        self._following = list(following_parameters(self.model))
         self.anchors = list({id(layer.anchor): layer.anchor for layer in layers}.values())
         self._generations = []  # equal to no model's: the next refresh reads it
 
     def layers(self) -> Iterator[tuple[str, NeuronLayer]]:
         """The model's neuron layers by name."""
-        return named_neuron_layers(self._model)
+        return named_neuron_layers(self.model)
 
     def names(self) -> dict[Parameter, str]:
         """The name of every parameter of the model."""
-        return {p: name for name, p in self._model.named_parameters()}
+        return {p: name for name, p in self.model.named_parameters()}
 
     def _named(self) -> dict[str, Parameter]:
-        return dict(self._model.named_parameters(remove_duplicate=False))
+        return dict(self.model.named_parameters(remove_duplicate=False))
 
     def _read(self) -> dict[Parameter, OwnedParameter]:
         names = self.names()
-        return {
-            p: OwnedParameter(names[p], p, who) for p, who in neuron_owners(self._model).items()
-        }
+        return {p: OwnedParameter(names[p], p, who) for p, who in neuron_owners(self.model).items()}
 
 
 class _Structure:

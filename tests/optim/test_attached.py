@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 
 import pytest
@@ -145,16 +144,6 @@ def test_remove_gives_everything_back_to_torch():
     assert "neq_step" not in optimizer.state[net.linear.weight]
     assert optimizer.state[net.linear.weight]["step"] == 3
     assert not optimizer._optimizer_step_pre_hooks
-
-
-def test_a_copy_of_the_optimizer_is_a_plain_one():
-    net = make_net()
-    optimizer = Adam(net.parameters())
-    attach(optimizer, net)
-    clone = copy.deepcopy(optimizer)
-    for p in clone.param_groups[0]["params"]:
-        p.grad = torch.ones_like(p)
-    clone.step()
 
 
 # --- models that change --------------------------------------------------------------------------
