@@ -25,9 +25,9 @@ ORDER = (
     ("layers",),
     ("nn", "conversion", "optim"),
     ("measure",),
-    ("controllers",),
+    ("controllers", "conversion.verify"),
     ("model_tuning", "doctor", "distributed", "integrations"),
-    ("cli",),
+    ("cli", "cli_arguments"),
 )
 # The backends that a backend derives from.
 BASES = {

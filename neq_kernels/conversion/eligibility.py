@@ -2,51 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from neq_kernels.channels import NeuronLayout
 from neq_kernels.conversion.neuron_classes import known_base, neuron_class, redefined
-from neq_kernels.conversion.third_party.families import loaded_families
 from neq_kernels.layers.base import NeuronLayer
 
 Filter = Callable[[str, nn.Module], bool]
 
 
-def replacements() -> dict[type[nn.Module], type[nn.Module]]:
-    """What blocks that bypass their layers become."""
-    return {
-        kind: ours for known in loaded_families() for kind, ours in known.replacements().items()
-    }
-
-
-def replaced_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
-    table = replacements()
-    for module in model.modules():
-        if type(module) in table:
-            yield module, table[type(module)]
-
-
 def reasons_against(model: nn.Module, filter: Filter | None, norms: bool) -> dict[str, str | None]:
     """For each module, why it is not converted; None if it can be."""
-    bypassing: dict[type[nn.Module], str] = {
-        nn.MultiheadAttention: "MultiheadAttention uses its weight without calling it"
+    reasons = {
+        name: _own_reason(name, module, filter, norms) for name, module in model.named_modules()
     }
-    for family in loaded_families():
-        bypassing.update(family.bypassing())
-    bypassed = {
-        child: reason
-        for module in model.modules()
-        for kind, reason in bypassing.items()
-        if isinstance(module, kind)
-        for child in module.modules()
-        if child is not module
-    }
-    reasons: dict[str, str | None] = {}
-    for name, module in model.named_modules():
-        reasons[name] = bypassed.get(module) or _own_reason(name, module, filter, norms)
     candidates = {
         id(m) for n, m in model.named_modules() if reasons[n] is None or isinstance(m, NeuronLayer)
     }

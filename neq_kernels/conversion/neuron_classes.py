@@ -10,12 +10,13 @@ from torch import nn
 
 from neq_kernels.conversion.recipe import REGISTERED, Recipe
 from neq_kernels.conversion.third_party.families import recipe_for
-from neq_kernels.layers import conv, linear, masked, masked_norm, norm
+from neq_kernels.layers import attention, conv, embedding, linear, masked, masked_norm, norm
 from neq_kernels.layers.base import NeuronLayer, constructible
 
 NEURON_CLASSES: dict[type[nn.Module], type[NeuronLayer]] = {
     nn.Linear: linear.Linear,
     nn.Bilinear: masked.Bilinear,
+    nn.Embedding: embedding.Embedding,
     nn.Conv1d: conv.Conv1d,
     nn.Conv2d: conv.Conv2d,
     nn.Conv3d: conv.Conv3d,
@@ -32,6 +33,7 @@ NEURON_CLASSES: dict[type[nn.Module], type[NeuronLayer]] = {
     nn.GroupNorm: norm.GroupNorm,
     nn.LayerNorm: norm.LayerNorm,
     nn.RMSNorm: norm.RMSNorm,
+    nn.MultiheadAttention: attention.MultiheadAttention,
 }
 
 

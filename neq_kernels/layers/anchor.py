@@ -32,6 +32,8 @@ class ParameterAnchor:
 
     Attributes:
         optimizers: those attached to the model. A copy of the model has none.
+        stopped: what has run last under a recording of gradients was stopped, and its output needs
+            none: backprop ends above it.
 
     Args:
         shared: by all layers of a converted model. False: it belongs to one constructed layer that
@@ -41,6 +43,7 @@ class ParameterAnchor:
     def __init__(self, shared: bool) -> None:
         self.shared = shared
         self.waiting: dict[int, Parameter] = {}
+        self.stopped = False
         self.optimizers: WeakSet[Attached] = WeakSet()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParameterAnchor:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import wraps
 from typing import Any, ClassVar, TypeVar
 
@@ -11,12 +12,16 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 from neq_kernels.autograd import arguments
 from neq_kernels.autograd.forward import detached
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.layers.anchor import ParameterAnchor
+from neq_kernels.layers.checkpoints import checkpointed
 from neq_kernels.process_group import in_process_group
+
+Watcher = Callable[[Tensor], Tensor | None]
 
 
 class NeuronLayer(nn.Module):
@@ -34,6 +39,7 @@ class NeuronLayer(nn.Module):
     """
 
     is_norm: ClassVar[bool] = False
+    is_embedding: ClassVar[bool] = False
     channels: ActiveChannels
     grad_input: arguments.GradInput
     specialized: bool = False
@@ -75,6 +81,7 @@ class NeuronLayer(nn.Module):
     def parameters_in(cls, layer: nn.Module) -> list[tuple[Parameter, NeuronLayout]]:
         """:meth:`neuron_parameters` of a layer, converted or not."""
         owned = []
+        # Not the attributes, in whose place WeightReads may have put something else.
         weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
         if weight is not None:
             owned.append((weight, cls.layout_in(layer)))
@@ -92,6 +99,12 @@ class NeuronLayer(nn.Module):
         """Where a neuron lies in ``weight``."""
         return self.layout_in(self)
 
+    @property
+    def n_neurons(self) -> int:
+        """How many neurons the layer has: the length of ``channels``."""
+        ((parameter, layout), *_) = self.neuron_parameters()
+        return layout.n_neurons(parameter)
+
     def channel_dim(self, output: Tensor) -> int:
         """The dimension of ``output`` that enumerates the neurons."""
         raise NotImplementedError
@@ -99,6 +112,20 @@ class NeuronLayer(nn.Module):
     def neuron_parameters(self) -> list[tuple[Parameter, NeuronLayout]]:
         """The parameters the neurons own, with the layout of a neuron in each."""
         return self.parameters_in(self)
+
+    def owners(self) -> list[tuple[Parameter, ActiveChannels, NeuronLayout]]:
+        """The parameters the neurons own, each with the channels that decide about it: all of the
+        layer's, or a part of them."""
+        return [(p, self.channels, layout) for p, layout in self.neuron_parameters()]
+
+    def watch(self, watcher: Watcher) -> RemovableHandle:
+        """Give every output to ``watcher``, which may replace it, until the handle is removed."""
+        return self.register_forward_hook(lambda layer, args, output: watcher(output))
+
+    @property
+    def learns(self) -> bool:
+        """Whether a parameter of its neurons requires a gradient."""
+        return any(parameter.requires_grad for parameter, _ in self.neuron_parameters())
 
     def extra_repr(self) -> str:
         active = f"active={self.channels.n_active}/{len(self.channels)}"
@@ -136,14 +163,20 @@ class NeuronLayer(nn.Module):
     def _anchored(self, output: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return output
-        none_active = self.channels.none_active
-        if not none_active and not self.anchor.waiting:
+        channels = self.channels
+        channels.called = True
+        none_active = channels.none_active
+        if not none_active and not self.anchor.waiting and not self.anchor.stopped:
             return output
-        if none_active and torch.is_grad_enabled():
-            if in_process_group():
+        if torch.is_grad_enabled():
+            self.anchor.stopped = not output.requires_grad
+            if none_active and in_process_group():
                 self.anchor.add(p for p, _ in self.neuron_parameters())
-            else:
-                self.anchor.add_stand_ins(self.channels)
+            elif none_active:
+                self.anchor.add_stand_ins(channels)
+        elif self.anchor.stopped:
+            learning = [] if none_active else [p for p, _ in self.neuron_parameters()]
+            self.anchor.stopped = checkpointed(learning)
         return self.anchor.tie(output) if self.anchor.waiting else output
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
@@ -196,8 +229,7 @@ def constructible(kind: type[L]) -> type[L]:
                 f"neq.nn.{name}: expected neurons that can be frozen, got none: {reason}; "
                 f"use {stock.__module__.partition('.modules')[0]}.{name}"
             )
-        ((parameter, layout), *_) = layer.neuron_parameters()
-        channels = ActiveChannels(layout.n_neurons(parameter))
+        channels = ActiveChannels(layer.n_neurons)
         layer.adopt(channels, "exact", ParameterAnchor(shared=False))
 
     kind.__init__ = construct  # type: ignore[method-assign, assignment]

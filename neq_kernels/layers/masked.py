@@ -133,7 +133,7 @@ class Masked(NeuronLayer):
                 parameter = place.get(owned.name)
                 if isinstance(parameter, Tensor) and learns(parameter, None):
                     learning[layer] = None
-                    stands_in = _held(layer, parameter, owned.layout(parameter))
+                    stands_in = held(layer, parameter, owned.layout(parameter))
                     if stands_in is not parameter:
                         replaced.append((place, owned.name, parameter, stands_in))
                         place[owned.name] = stands_in
@@ -205,7 +205,7 @@ def _parameters_of(
     return [(p, owned.layout(p)) for owned, p in parameters if isinstance(p, Parameter)]
 
 
-def _held(layer: NeuronLayer, parameter: Tensor, layout: NeuronLayout) -> Tensor:
+def held(layer: NeuronLayer, parameter: Tensor, layout: NeuronLayout) -> Tensor:
     """``parameter`` with its frozen neurons as constants."""
     if torch.compiler.is_compiling() and layer._stops():
         return parameter.detach()

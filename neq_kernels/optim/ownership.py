@@ -13,12 +13,9 @@ from torch.optim import Optimizer
 
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.layers.base import NeuronLayer
-from neq_kernels.layers.traversal import (
-    following_parameters,
-    named_neuron_layers,
-    neuron_owners,
-    unwrap,
-)
+from neq_kernels.layers.following import Following, followers
+from neq_kernels.layers.ties import check_ties
+from neq_kernels.layers.traversal import named_neuron_layers, neuron_owners, unwrap
 from neq_kernels.optim.neurons_here import (
     FrozenElements,
     FrozenRows,
@@ -123,7 +120,8 @@ class Ownership:
         model: a converted model; wrappers (data parallel, compiled) are seen through.
 
     Raises:
-        ValueError: a parameter's shape is not the one that was converted.
+        ValueError: a parameter's shape is not the one that was converted, or layers were tied, or
+            separated, after ``convert``.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -177,8 +175,8 @@ class Ownership:
         """Bring every active set up to date."""
         generations = [channels.generation for channels in self._deciding]
         if generations != self._generations:
-            for following in self._following:
-                _ = following.channels  # reading it brings it up to date
+            for follower in self._followers:
+                _ = follower.channels  # reading it brings it up to date
             for owned in self.parameters.values():
                 owned.refresh()
             self._generations = generations
@@ -186,8 +184,15 @@ class Ownership:
 
     def _watch_active_sets(self) -> None:
         layers = [layer for _, layer in named_neuron_layers(self.model)]
-        self._deciding = list({id(layer.channels): layer.channels for layer in layers}.values())
-        self._following = list(following_parameters(self.model))
+        self._followers = followers(self.model)
+        self._deciding: list[ActiveChannels | Following] = list(
+            dict.fromkeys(
+                [
+                    *(layer.channels for layer in layers),
+                    *(follower.following for follower in self._followers),
+                ]
+            )
+        )
         self.anchors = list({id(layer.anchor): layer.anchor for layer in layers}.values())
         self._generations = []  # equal to no model's: the next refresh reads it
 
@@ -203,6 +208,7 @@ class Ownership:
         return dict(self.model.named_parameters(remove_duplicate=False))
 
     def _read(self) -> dict[Parameter, OwnedParameter]:
+        check_ties(self.model)
         names = self.names()
         return {p: OwnedParameter(names[p], p, who) for p, who in neuron_owners(self.model).items()}
 

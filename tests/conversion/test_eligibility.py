@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
-from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
 import neq_kernels as neq
-from tests.support.models import OwnLinear, converted, entries, tiny_swin
+from tests.support.models import OwnLinear, converted, entries
 
 
 def with_channels():
@@ -30,7 +29,8 @@ LEFT_ALONE = {
     "its weight is empty": lambda: nn.Linear(0, 4),
     "it has an attribute of its own that neurons would take: channels": with_channels,
     "not a supported layer type": lambda: nn.LSTM(3, 4),
-    "not a supported layer type: embeddings": lambda: nn.Embedding(3, 4),
+    "max_norm": lambda: nn.Embedding(3, 4, max_norm=1.0),
+    "not a supported layer type: bags": lambda: nn.EmbeddingBag(3, 4),
 }
 
 
@@ -79,8 +79,9 @@ def test_filter_and_norms():
     assert type(model[1]) is nn.BatchNorm2d
 
 
-def test_a_weight_tied_to_an_embedding_stays_dense():
-    model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
+def test_a_weight_tied_to_a_layer_that_stays_dense_stays_dense():
+    table = nn.Embedding(7, 4, max_norm=1.0)
+    model = nn.ModuleDict({"embed": table, "head": nn.Linear(4, 7, bias=False)})
     model["head"].weight = model["embed"].weight
     model["other"] = nn.Linear(4, 4)
     neq.convert(model)
@@ -112,14 +113,3 @@ def test_layers_that_see_the_same_neurons_may_differ_otherwise():
     model[1].weight = model[0].weight
     neq.convert(model)
     assert model[0].channels is model[1].channels
-
-
-def test_swin_v2_is_left_alone_and_says_so():
-    model = tiny_swin(block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2)
-    neq.convert(model)
-    reasons = {e.name: e.reason for e in neq.conversion_report(model).modules if not e.converted}
-    assert all("uses its weight without calling it" in r for n, r in reasons.items() if "qkv" in n)
-    assert any(n.endswith("attn.qkv") for n in reasons)
-    dense = neq.verify(model, torch.randn(2, 3, 32, 32))
-    assert any(name.endswith("attn.qkv.weight") for name in dense)
-    assert not any(".mlp." in name for name in dense)
