@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from neq_kernels.channels import ActiveChannels
 from neq_kernels.optim.agreement import Agreement
 from neq_kernels.optim.guard import Guard
 from neq_kernels.optim.invalidation import Watch
@@ -175,13 +174,13 @@ class AttachedOptimizer:
             anchor.optimizers.discard(self)
         drop_counts(self._optimizer, self._ownership.parameters)
 
-    def stand_in(self, channels: ActiveChannels) -> Parameter | None:
+    def stand_in(self, frozen: Collection[Parameter]) -> Parameter | None:
         """The smallest parameter, where nothing that the optimizer holds learns; None otherwise,
         and for all wholly frozen layers but that of the first neurons it holds."""
         owned = self._ownership.parameters
         held = [p for _, p in self._parameters()]
-        first = next((owned[p] for p in held if p in owned), None)
-        if first is None or not any(channels is c for c, _ in first.owners):
+        first = next((p for p in held if p in owned), None)
+        if not any(p is first for p in frozen):
             return None
         self._ownership.update_active_sets()
         learning = [p for p in held if p.requires_grad]
