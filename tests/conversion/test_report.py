@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
@@ -38,6 +39,21 @@ def test_multi_head_attention_is_reported_and_dense():
     for model in (plain, ours):
         model(x).square().sum().backward()
     assert_model_gradients(ours, plain)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+@pytest.mark.parametrize("others", ["train", "follow"])
+def test_recurrent_layers_are_reported_with_what_they_keep_alive(kind, others):
+    model = neq.convert(nn.ModuleList([nn.Linear(4, 4), kind(4, 4)]), others=others)
+    entry = entries(model)["1"]
+    assert entry.kind == kind.__name__
+    assert not entry.converted
+    assert "recurrent" in entry.reason
+    assert "keeps backprop alive" in entry.reason
+    listed = {e.name: e.reason for e in neq.conversion_report(model).others}
+    assert set(listed) == {f"1.{name}" for name, _ in model[1].named_parameters()}
+    words = "keeps backprop alive" if others == "train" else "stops with what lies below it"
+    assert all(words in reason for reason in listed.values())
 
 
 def test_without_follow_they_keep_backprop_alive():
