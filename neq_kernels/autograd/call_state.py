@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.dispatch.selection import selector
-from neq_kernels.sharding import is_sharded
+from neq_kernels.sharding import is_distributed
 
 PLAIN = (Tensor, Parameter)
 
@@ -90,7 +90,7 @@ def left_to_pytorch(input: Tensor, weight: Tensor) -> bool:
         or input.is_nested
         or input.layout != torch.strided
         or weight.is_complex()
-        or is_sharded(weight)
+        or is_distributed(weight)
     )
 
 

@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
-import copy
-
+import pytest
 import torch
 from torch import nn
 
 import neq_kernels as neq
 from neq_kernels.layers.following import followers
-from tests.support.models import Scaled, assert_model_gradients, converted, entries, freeze
+from tests.support.models import Scaled, entries, freeze
 
 
-class Attentive(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.head(self.attention(x, x, x)[0])
-
-
-def test_multi_head_attention_is_reported_and_dense():
-    plain = Attentive().double()
-    ours = neq.convert(copy.deepcopy(plain))
-    assert converted(ours) == ["head"]
-    inside = "attention."
-    names = [
-        inside + n for n in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
-    ]
-    assert "MultiheadAttention uses its weight" in entries(ours)["attention.out_proj"].reason
-    assert [e.name for e in neq.conversion_report(ours).others] == names
-    x = torch.randn(2, 5, 8, dtype=torch.float64)
-    assert neq.verify(ours, x) == names
-    ours.head.channels.set([1])
-    for model in (plain, ours):
-        model(x).square().sum().backward()
-    assert_model_gradients(ours, plain)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+@pytest.mark.parametrize("others", ["train", "follow"])
+def test_recurrent_layers_are_reported_with_what_they_keep_alive(kind, others):
+    model = neq.convert(nn.ModuleList([nn.Linear(4, 4), kind(4, 4)]), others=others)
+    entry = entries(model)["1"]
+    assert entry.kind == kind.__name__
+    assert not entry.converted
+    assert "recurrent" in entry.reason
+    assert "keeps backprop alive" in entry.reason
+    listed = {e.name: e.reason for e in neq.conversion_report(model).others}
+    assert set(listed) == {f"1.{name}" for name, _ in model[1].named_parameters()}
+    words = "keeps backprop alive" if others == "train" else "stops with what lies below it"
+    assert all(words in reason for reason in listed.values())
 
 
 def test_without_follow_they_keep_backprop_alive():
