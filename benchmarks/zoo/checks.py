@@ -154,13 +154,24 @@ class _Checked:
                 return {"reason": "not checked: its gradients are not finite"}
             types = [type(module) for module in self.dense.modules()]
             hooks = _hooks(self.dense)
-            model = neq.convert(_copy(self.dense))
+            model = self._converted()
+            if model is None:
+                return {"mac_share": 0.0, "reason": "no layer of it can be converted"}
             self._check("forward", same(self.outputs, self.example.forward(model)), "differs")
             self.cells["mac_share"] = count.share_of(_owned_shares(model))
             self._half_frozen(model)
             self._revert(model, types, hooks)
             self._stop(model, count)
         return self.cells | {"reason": "; ".join(self.reasons)}
+
+    def _converted(self) -> nn.Module | None:
+        model = _copy(self.dense)
+        try:
+            return neq.convert(model)
+        except ValueError as error:
+            if "expected at least one layer that can be converted" in str(error):
+                return None
+            raise
 
     def _dense_backward(self) -> Products | None:
         with Products(self.dense, (self.example.args, self.example.kwargs)) as count:

@@ -198,3 +198,19 @@ def test_models_that_keep_what_they_computed_can_be_copied() -> None:
     row = row_of(lambda: example(Keeps()))
     assert row["forward"], row
     assert copy.deepcopy(row) == row
+
+
+def test_a_model_without_neurons_has_no_share() -> None:
+    row = row_of(lambda: Example(nn.Sequential(nn.PReLU(), nn.PReLU()), (torch.randn(2, 3),)))
+    assert row["mac_share"] == 0
+    assert row["reason"] == "no layer of it can be converted"
+    assert "forward" not in row
+
+
+def test_gradients_that_are_not_finite_are_not_compared() -> None:
+    class Root(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).relu().sqrt()
+
+    row = row_of(lambda: example(Root()))
+    assert row["reason"] == "not checked: its gradients are not finite"
