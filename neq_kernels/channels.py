@@ -151,6 +151,7 @@ class ActiveChannels:
         self.plans: dict[Hashable, Any] = {}
         self._values: dict[torch.device, Active] = {}
         self.holders: WeakSet[object] = WeakSet()
+        self._parts: dict[tuple[int, int], ActiveChannels] = {}
         cpu = torch.device("cpu")
         with torch.inference_mode(False):  # else set() could not refresh them outside it
             self._mask = {cpu: torch.ones(n_channels, dtype=torch.bool, device=cpu)}
@@ -253,6 +254,19 @@ class ActiveChannels:
             self._mask[device] = self._mask[cpu].to(device)
             self._order[device] = self._order[cpu].to(device)
             self._count[device] = self._count[cpu].to(device)
+        for part in self._parts.values():
+            part.prepare(device)
+
+    def part(self, start: int, stop: int) -> ActiveChannels:
+        """The channels ``start`` to ``stop`` as a set of their own, for a product that computes
+        these alone. It follows this one: call ``set`` here, not there."""
+        if (start, stop) not in self._parts:
+            part = ActiveChannels(stop - start)
+            part.set(self.mask[start:stop])
+            for device in self._order:
+                part.prepare(device)
+            self._parts[start, stop] = part
+        return self._parts[start, stop]
 
     def set(self, mask_or_indices: Tensor | Sequence[bool] | Sequence[int]) -> None:
         """Choose the active channels.
@@ -285,6 +299,8 @@ class ActiveChannels:
             tensor.copy_(order)
         for tensor in self._count.values():
             tensor.fill_(n)
+        for (start, stop), part in self._parts.items():
+            part.set(mask[start:stop])
 
     def reset(self) -> None:
         """Make every channel active."""

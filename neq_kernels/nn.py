@@ -24,8 +24,8 @@ from neq_kernels.layers.conv import (
 )
 from neq_kernels.layers.embedding import Embedding
 from neq_kernels.layers.linear import Linear
-from neq_kernels.layers.masked import (
-    Bilinear,
+from neq_kernels.layers.masked import Bilinear
+from neq_kernels.layers.masked_norm import (
     InstanceNorm1d,
     InstanceNorm2d,
     InstanceNorm3d,

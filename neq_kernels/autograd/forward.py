@@ -19,8 +19,11 @@ def detached(tensor: Tensor | None) -> Tensor | None:
 
 def linear_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` in the forward of a Function."""
+    if not weight.requires_grad and not input.is_contiguous() and not torch.compiler.is_compiling():
+        # For a weight that needs no gradient PyTorch chooses many small products.
+        weight = weight.detach().requires_grad_()
     out = F.linear(input, weight, bias)
-    if not torch.compiler.is_compiling() and out._is_view():
+    if torch.compiler.is_compiling() or out._is_view():
         # Of PyTorch's own making; autograd would refuse in-place activations on it.
         out = torch.ops.aten._unsafe_view(out, out.shape)
     return out

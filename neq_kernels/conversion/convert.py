@@ -11,11 +11,10 @@ from neq_kernels.channels import ActiveChannels
 from neq_kernels.conversion.eligibility import (
     Filter,
     reasons_against,
-    replaced_blocks,
-    replacements,
 )
 from neq_kernels.conversion.neuron_classes import neuron_class
 from neq_kernels.conversion.report import conversion_report
+from neq_kernels.conversion.weight_readers import prepare_readers, remove_reads
 from neq_kernels.layers import traversal
 from neq_kernels.layers.anchor import ParameterAnchor
 from neq_kernels.layers.base import NeuronLayer, stock_class
@@ -74,8 +73,6 @@ def convert(
     inner = unwrap(model)
     reasons = reasons_against(inner, filter, norms)
     anchor = _adopt_known(inner, grad_input)
-    for block, block_class in replaced_blocks(inner):
-        _become(block, block_class)
     new = set()
     for name, layer in inner.named_modules():
         if isinstance(layer, NeuronLayer) or reasons[name] is not None:
@@ -84,8 +81,7 @@ def convert(
         assert ours is not None
         _become(layer, ours)
         assert isinstance(layer, NeuronLayer)
-        ((parameter, layout), *_) = layer.neuron_parameters()
-        channels = ActiveChannels(layout.n_neurons(parameter))
+        channels = ActiveChannels(layer.n_neurons)
         layer.adopt(channels, grad_input, anchor)
         new.add(channels)
     share_channels(inner, new)
@@ -94,6 +90,7 @@ def convert(
             "model: expected at least one layer that can be converted, got none:\n"
             f"{conversion_report(inner)}"
         )
+    prepare_readers(inner)
     if others == "follow" and next(traversal.following_parameters(inner), None) is None:
         _follow(inner, anchor)
     return model
@@ -119,9 +116,7 @@ def revert(model: nn.Module) -> nn.Module:
         following = module.__dict__.pop("neq_following", None)
         if following is not None:
             following.remove()
-        for stock, replacement in replacements().items():
-            if type(module) is replacement:
-                _become(module, stock)
+        remove_reads(module)
     return model
 
 

@@ -2,51 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from neq_kernels.channels import NeuronLayout
 from neq_kernels.conversion.neuron_classes import known_base, neuron_class, redefined
-from neq_kernels.conversion.third_party.families import loaded_families
 from neq_kernels.layers.base import NeuronLayer
 
 Filter = Callable[[str, nn.Module], bool]
 
 
-def replacements() -> dict[type[nn.Module], type[nn.Module]]:
-    """What blocks that bypass their layers become."""
-    return {
-        kind: ours for known in loaded_families() for kind, ours in known.replacements().items()
-    }
-
-
-def replaced_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
-    table = replacements()
-    for module in model.modules():
-        if type(module) in table:
-            yield module, table[type(module)]
-
-
 def reasons_against(model: nn.Module, filter: Filter | None, norms: bool) -> dict[str, str | None]:
     """For each module, why it is not converted; None if it can be."""
-    bypassing: dict[type[nn.Module], str] = {
-        nn.MultiheadAttention: "MultiheadAttention uses its weight without calling it"
+    reasons = {
+        name: _own_reason(name, module, filter, norms) for name, module in model.named_modules()
     }
-    for family in loaded_families():
-        bypassing.update(family.bypassing())
-    bypassed = {
-        child: reason
-        for module in model.modules()
-        for kind, reason in bypassing.items()
-        if isinstance(module, kind)
-        for child in module.modules()
-        if child is not module
-    }
-    reasons: dict[str, str | None] = {}
-    for name, module in model.named_modules():
-        reasons[name] = bypassed.get(module) or _own_reason(name, module, filter, norms)
     candidates = {
         id(m) for n, m in model.named_modules() if reasons[n] is None or isinstance(m, NeuronLayer)
     }
@@ -80,11 +52,14 @@ def layouts(module: nn.Module) -> list[tuple[nn.Parameter, NeuronLayout]]:
         return module.neuron_parameters()
     ours = neuron_class(type(module))
     assert ours is not None
-    return [*ours.parameters_in(module), *ours.further_parameters_in(module)]
+    return [*ours.parameters_in(module)[:1], *ours.further_parameters_in(module)]
 
 
-# Attributes that a neuron layer has besides those of its stock class.
-_TAKEN = {"channels", "grad_input", "specialized", "anchor", "layout", "learns", "owned", "further"}
+def _taken(module: nn.Module, ours: type[NeuronLayer]) -> list[str]:
+    """Attributes of the layer itself that a neuron layer has another use for."""
+    lineage = [c for c in ours.__mro__ if issubclass(c, NeuronLayer)]
+    names = {name for c in lineage for name in vars(c) if not name.startswith("__")}
+    return sorted((names | {"channels", "grad_input", "anchor"}) & vars(module).keys())
 
 
 def _own_reason(name: str, module: nn.Module, filter: Filter | None, norms: bool) -> str | None:
@@ -100,7 +75,9 @@ def _own_reason(name: str, module: nn.Module, filter: Filter | None, norms: bool
             return "not a supported layer type"
         names = ", ".join(redefined(kind, base))
         return f"a subclass of {base.__name__} with its own {names}; see neq.register"
-    taken = sorted(_TAKEN.intersection(vars(module)))
+    taken = _taken(module, ours)
+    if taken == ["forward"]:
+        return "its forward was replaced on the layer itself"
     if taken:
         return f"it has an attribute of its own that neurons would take: {', '.join(taken)}"
     unsupported = ours.reason_against(module)

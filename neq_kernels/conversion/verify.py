@@ -29,12 +29,12 @@ def verify(model: nn.Module, example_input: Any) -> list[str]:
     """
     inner = unwrap(model)
     owned = {
-        id(parameter): (layer.channels, layout)
+        id(parameter): (channels, layout)
         for layer in neuron_layers(inner)
-        for parameter, layout in layer.neuron_parameters()
+        for parameter, channels, layout in layer.owners()
     }
     with _left_as_found(inner):
-        for channels in {id(c): c for c, _ in owned.values()}.values():
+        for channels in {layer.channels for layer in neuron_layers(inner)}:
             channels.set(torch.arange((len(channels) + 1) // 2, device="cpu"))
         _backward_of_everything(inner, example_input)
         dense = []

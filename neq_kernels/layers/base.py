@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import wraps
 from typing import Any, ClassVar, TypeVar
 
@@ -11,12 +12,15 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 from neq_kernels.autograd import arguments
 from neq_kernels.autograd.forward import detached
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.layers.anchor import ParameterAnchor
 from neq_kernels.process_group import in_process_group
+
+Watcher = Callable[[Tensor], Tensor | None]
 
 
 class NeuronLayer(nn.Module):
@@ -65,13 +69,7 @@ class NeuronLayer(nn.Module):
             if "weight" in layer._parameters:
                 return "it has no weight (affine=False)"
             return "its weight is computed (weight norm, spectral norm, pruning)"
-        if is_lazy(weight):
-            return "it is lazy; convert it after its first forward"
-        if not weight.is_floating_point():
-            return f"its weight is {weight.dtype}"
-        if weight.numel() == 0:
-            return f"its weight is empty: {tuple(weight.shape)}"
-        return None
+        return reason_against_parameter("weight", weight)
 
     @classmethod
     def layout_in(cls, layer: nn.Module) -> NeuronLayout:
@@ -82,10 +80,11 @@ class NeuronLayer(nn.Module):
     def parameters_in(cls, layer: nn.Module) -> list[tuple[Parameter, NeuronLayout]]:
         """:meth:`neuron_parameters` of a layer, converted or not."""
         owned = []
-        weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
-        if isinstance(weight, Parameter):
+        # Not the attributes, in whose place WeightReads may have put something else.
+        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+        if weight is not None:
             owned.append((weight, cls.layout_in(layer)))
-        if isinstance(bias, Parameter):
+        if bias is not None:
             owned.append((bias, NeuronLayout()))
         return owned
 
@@ -99,6 +98,12 @@ class NeuronLayer(nn.Module):
         """Where a neuron lies in ``weight``."""
         return self.layout_in(self)
 
+    @property
+    def n_neurons(self) -> int:
+        """How many neurons the layer has: the length of ``channels``."""
+        ((parameter, layout), *_) = self.neuron_parameters()
+        return layout.n_neurons(parameter)
+
     def channel_dim(self, output: Tensor) -> int:
         """The dimension of ``output`` that enumerates the neurons."""
         raise NotImplementedError
@@ -106,6 +111,15 @@ class NeuronLayer(nn.Module):
     def neuron_parameters(self) -> list[tuple[Parameter, NeuronLayout]]:
         """The parameters the neurons own, with the layout of a neuron in each."""
         return self.parameters_in(self)
+
+    def owners(self) -> list[tuple[Parameter, ActiveChannels, NeuronLayout]]:
+        """The parameters the neurons own, each with the channels that decide about it: all of the
+        layer's, or a part of them."""
+        return [(p, self.channels, layout) for p, layout in self.neuron_parameters()]
+
+    def watch(self, watcher: Watcher) -> RemovableHandle:
+        """Give every output to ``watcher``, which may replace it, until the handle is removed."""
+        return self.register_forward_hook(lambda layer, args, output: watcher(output))
 
     @property
     def learns(self) -> bool:
@@ -162,6 +176,23 @@ class NeuronLayer(nn.Module):
         return self
 
 
+def reason_against_parameter(name: str, parameter: Parameter) -> str | None:
+    """Why a parameter can hold no neurons, else None."""
+    if is_lazy(parameter):
+        return "it is lazy; convert it after its first forward"
+    if type(parameter).__module__.partition(".")[0] in _QUANTISING:
+        return f"its {name} is quantised ({type(parameter).__name__})"
+    if not parameter.is_floating_point():
+        return f"its {name} is {parameter.dtype}"
+    if parameter.numel() == 0:
+        return f"its {name} is empty: {tuple(parameter.shape)}"
+    return None
+
+
+# Libraries whose tensor subclasses hold quantised values, whatever their dtype says.
+_QUANTISING = {"torchao", "bitsandbytes", "optimum", "quanto", "hqq"}
+
+
 def stock_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The class that a layer of this class has without its neurons."""
     lineage = (base for base in kind.__mro__ if issubclass(base, nn.Module))
@@ -188,8 +219,7 @@ def constructible(kind: type[L]) -> type[L]:
                 f"neq.nn.{name}: expected neurons that can be frozen, got none: {reason}; "
                 f"use {stock.__module__.partition('.modules')[0]}.{name}"
             )
-        ((parameter, layout), *_) = layer.neuron_parameters()
-        channels = ActiveChannels(layout.n_neurons(parameter))
+        channels = ActiveChannels(layer.n_neurons)
         layer.adopt(channels, "exact", ParameterAnchor(shared=False))
 
     kind.__init__ = construct  # type: ignore[method-assign, assignment]

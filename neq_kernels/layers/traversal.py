@@ -52,8 +52,8 @@ def neuron_owners(model: nn.Module) -> Owners:
     """Every parameter that neurons own: who decides about it, and where each neuron lies in it."""
     owners: Owners = {}
     for _, layer in named_neuron_layers(model):
-        for parameter, layout in layer.neuron_parameters():
-            owner = (layer.channels, layout)
+        for parameter, channels, layout in layer.owners():
+            owner = (channels, layout)
             known = owners.setdefault(parameter, [])
             if owner not in known:
                 known.append(owner)

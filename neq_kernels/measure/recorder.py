@@ -21,6 +21,8 @@ from torch.nn.modules.module import (
 )
 from torch.overrides import TorchFunctionMode
 
+from neq_kernels.layers.weight_reads import read_parameter
+
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 TRANSPOSED_CONVOLUTIONS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 PRODUCTS = (F.linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
@@ -156,6 +158,7 @@ class Recorder(TorchFunctionMode):
         bias_macs: int = 0,
         needs_grad: bool | None = None,
     ) -> None:
+        weight = read_parameter(weight)
         owner = self._owner(weight)
         name = self._module_names.get(owner, "") if owner is not None else kind
         name = ".".join(filter(None, (name, part))) or kind

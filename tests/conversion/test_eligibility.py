@@ -20,9 +20,6 @@ def with_channels():
 
 LEFT_ALONE = {
     "a subclass of Linear": lambda: OwnLinear(3, 4),
-    "a subclass of BatchNorm2d with its own _check_input_dim": lambda: type(
-        "OwnNorm", (nn.BatchNorm2d,), {"_check_input_dim": lambda *_: None}
-    )(3),
     "parametrized": lambda: parametrizations.weight_norm(nn.Linear(3, 4)),
     "parametrized by spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(3, 4)),
     "its weight is computed": lambda: prune.l1_unstructured(nn.Linear(3, 4), "weight", 2),

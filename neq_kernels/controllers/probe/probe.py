@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.backends.mha import get_fastpath_enabled, set_fastpath_enabled
 from torch.func import functional_call
 from torch.nn import Parameter
 
@@ -120,6 +121,9 @@ class Probe:
             stack.enter_context(_seeded(self._n_passes, self._generators()))
             stack.enter_context(torch.no_grad())
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+            # It passes by the layers of a Transformer, and the outputs to be watched.
+            stack.callback(set_fastpath_enabled, get_fastpath_enabled())
+            set_fastpath_enabled(False)
             try:
                 # Not model.eval(): overrides of train() may do more than set the flag.
                 for module, _ in modes:
@@ -144,15 +148,8 @@ def watching(layers: Mapping[str, NeuronLayer], watcher: Watcher) -> Iterator[No
     """Give every output of these layers to ``watcher(name, output)``, which may replace it."""
     with ExitStack() as stack:
         for name, layer in layers.items():
-            hook = partial(_hook, name, watcher)
-            stack.callback(layer.register_forward_hook(hook).remove)
+            stack.callback(layer.watch(partial(watcher, name)).remove)
         yield
-
-
-def _hook(
-    name: str, watcher: Watcher, module: nn.Module, args: object, output: Tensor
-) -> Tensor | None:
-    return watcher(name, output)
 
 
 class _Forward(nn.Module):

@@ -4,7 +4,6 @@ imported it; nothing of it is imported for that."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from importlib import import_module
 from typing import Protocol
 
@@ -13,32 +12,18 @@ from torch import nn
 from neq_kernels.conversion.recipe import Recipe
 
 # Each is a library, and neq_kernels.conversion.third_party.NAME what is known of it.
-FAMILIES = ("torchvision",)
+FAMILIES = ("timm", "transformers")
 
 
 class Family(Protocol):
     def recipe(self, kind: type[nn.Module]) -> Recipe | None:
         """How the neuron class of a layer type of this library is made, if it is known."""
 
-    def replacements(self) -> dict[type[nn.Module], type[nn.Module]]:
-        """For blocks that use their layers' weights functionally: a subclass that calls them."""
-
-    def bypassing(self) -> dict[type[nn.Module], str]:
-        """Blocks that use their layers' weights functionally and have no replacement, with the
-        reason that the report gives for their layers."""
-
 
 def recipe_for(kind: type[nn.Module]) -> Recipe | None:
     """The recipe that the library of this class has for it."""
     name = kind.__module__.partition(".")[0]
     return _family(name).recipe(kind) if name in FAMILIES and name in sys.modules else None
-
-
-def loaded_families() -> Iterator[Family]:
-    """Those whose libraries have been imported."""
-    for name in FAMILIES:
-        if name in sys.modules:
-            yield _family(name)
 
 
 def _family(name: str) -> Family:

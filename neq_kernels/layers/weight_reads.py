@@ -1,0 +1,172 @@
+"""Layers whose weight is read by the module around them, which does not call them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.utils._pytree import tree_map_only
+
+from neq_kernels.autograd.call_state import learns
+from neq_kernels.channels import NeuronLayout
+from neq_kernels.layers.base import NeuronLayer
+from neq_kernels.layers.linear import Linear
+from neq_kernels.layers.masked import held
+from neq_kernels.process_group import in_process_group
+
+# The parameters that readers see neurons in.
+READ = {"weight", "bias", "in_proj_weight", "in_proj_bias"}
+# Asked of a tensor without looking at its values.
+_ABOUT: set[Callable[..., Any]] = {Tensor.dim, Tensor.numel, Tensor.size, Tensor.stride}
+_ABOUT |= {getattr(Tensor, name).__get__ for name in ("data", "device", "dtype", "ndim", "shape")}
+
+
+class WeightReads:
+    """For the length of a module's forward, neurons in the weights that it reads of its layers.
+
+    ``F.linear(x, self.qkv.weight, bias)`` becomes a call of ``self.qkv`` with that bias. Whatever
+    else is computed from a weight or bias is computed from a tensor of the same values in which
+    frozen neurons are constants: exact gradients, at the dense cost.
+
+    Args:
+        reader: the module.
+        paths: the neuron layers whose weight it reads, by name.
+    """
+
+    def __init__(self, reader: nn.Module, paths: Iterable[str]) -> None:
+        self._layers = [(path, _owned_names(reader.get_submodule(path))) for path in paths]
+        self._hooks = [
+            reader.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            reader.register_forward_hook(self._after_forward, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """The module reads the parameters themselves again."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before_forward(
+        self, reader: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
+            return
+        replaced: list[tuple[dict[str, Any], str, Any]] = []
+        for path, names in self._layers:
+            layer = reader.get_submodule(path)
+            if isinstance(layer, NeuronLayer):
+                replaced += _replace(layer, names)
+        reader.__dict__.setdefault("neq_replaced", []).append(replaced)
+
+    def _after_forward(self, reader: nn.Module, args: object, output: object) -> None:
+        waiting = reader.__dict__.get("neq_replaced")
+        if waiting is None:  # of torch.fx, or a hook that ran before ours has failed
+            return
+        replaced = waiting.pop()
+        if not waiting:
+            del reader.__dict__["neq_replaced"]
+        for place, name, before in reversed(replaced):
+            if before is None:
+                del place[name]
+            else:
+                place[name] = before
+
+
+def _owned_names(layer: nn.Module) -> list[tuple[str, NeuronLayout]]:
+    assert isinstance(layer, NeuronLayer)
+    layouts = {parameter: layout for parameter, _, layout in layer.owners()}
+    return [(n, layouts[p]) for n, p in layer._parameters.items() if n in READ and p in layouts]
+
+
+def _replace(
+    layer: NeuronLayer, names: list[tuple[str, NeuronLayout]]
+) -> list[tuple[dict[str, Any], str, Any]]:
+    """Put what the reader is to see in place; returns (dictionary, name, what was there)."""
+    if in_process_group() and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        layer.anchor.add(p for p, channels, _ in layer.owners() if channels.none_active)
+    watched = bool(layer._forward_hooks or layer._forward_pre_hooks)
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
+    for name, layout in names:
+        # Plain attributes in DataParallel's replicas.
+        own: dict[str, Any] = layer._parameters
+        place = own if name in own else layer.__dict__
+        parameter = place.get(name)
+        if not isinstance(parameter, Tensor):
+            continue
+        learning = learns(parameter, None)
+        if torch.compiler.is_compiling() or place is layer.__dict__:
+            if learning:
+                replaced.append((place, name, parameter))
+                place[name] = held(layer, parameter, layout)
+        elif learning or watched:
+            # An attribute hides the parameter from readers, and from nobody else.
+            replaced.append((layer.__dict__, name, layer.__dict__.get(name)))
+            layer.__dict__[name] = _Read.of(layer, parameter, layout)
+    return replaced
+
+
+def read_parameter(tensor: Tensor | None) -> Tensor | None:
+    """The parameter, where ``tensor`` is what a reader sees of one; else ``tensor`` itself."""
+    return tensor.parameter if isinstance(tensor, _Read) else tensor
+
+
+class _Read(Tensor):
+    """A weight or bias of a neuron layer, as a module reads it."""
+
+    layer: NeuronLayer
+    parameter: Tensor
+    neuron_layout: NeuronLayout
+    stand_in: Tensor | None
+
+    @staticmethod
+    def of(layer: NeuronLayer, parameter: Tensor, layout: NeuronLayout) -> _Read:
+        read = parameter.detach().as_subclass(_Read)
+        read.layer, read.parameter = layer, parameter
+        read.neuron_layout, read.stand_in = layout, None
+        return read
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            called = _call(*args, **kwargs)
+            if called is not None:
+                return called
+        args, kwargs = tree_map_only(_Read, partial(_seen, func), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _call(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """The call of the layer that this product of its weight is; None if it is none."""
+    if not isinstance(weight, _Read) or not isinstance(weight.layer, Linear):
+        return None
+    layer = weight.layer
+    own = layer._parameters
+    if isinstance(bias, _Read):
+        bias = bias.parameter if bias.parameter is own["bias"] else _seen(F.linear, bias)
+    kept = own["bias"]
+    own["bias"] = bias  # type: ignore[assignment]
+    try:
+        output: Tensor = layer(input)
+    finally:
+        own["bias"] = kept
+    return output
+
+
+def _seen(func: Callable[..., Any], read: _Read) -> Tensor:
+    """What a function gets that is called with a weight."""
+    if func in _ABOUT or not learns(read.parameter, None):
+        return read.parameter
+    if read.stand_in is None:
+        read.stand_in = held(read.layer, read.parameter, read.neuron_layout)
+    return read.stand_in
