@@ -6,7 +6,6 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -129,12 +128,12 @@ class ActiveChannels:
     - ``host_count``: int32[2] on the CPU, ``(n_active, start)``; ``start`` is the first active
       channel when the active ones form one contiguous run, else -1.
 
-    ``holders`` are the attached optimizers' books, as long as they live: somebody leaves the frozen
-    channels where they are.
-
     Args:
         n_channels: K, at least 1. All channels start active.
     """
+
+    # Whether eager code has computed with them: what they own is used by way of its layer.
+    called = False
 
     def __init__(self, n_channels: int) -> None:
         if isinstance(n_channels, bool) or not isinstance(n_channels, int):
@@ -150,7 +149,6 @@ class ActiveChannels:
         # What others have derived from the present set; emptied when it changes.
         self.plans: dict[Hashable, Any] = {}
         self._values: dict[torch.device, Active] = {}
-        self.holders: WeakSet[object] = WeakSet()
         self._parts: dict[tuple[int, int], ActiveChannels] = {}
         cpu = torch.device("cpu")
         with torch.inference_mode(False):  # else set() could not refresh them outside it
@@ -163,10 +161,7 @@ class ActiveChannels:
         return self._n_channels
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plans": {}, "_values": {}, "holders": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, holders=WeakSet())  # a copy is not attached to anything
+        return {**self.__dict__, "plans": {}, "_values": {}}
 
     def __repr__(self) -> str:
         return f"ActiveChannels(active={self._n_active}/{len(self)})"

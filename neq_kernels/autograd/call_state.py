@@ -15,9 +15,9 @@ from torch._C import (
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from neq_kernels.autograd.dense import is_distributed
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.dispatch.selection import selector
+from neq_kernels.sharding import is_sharded
 
 PLAIN = (Tensor, Parameter)
 
@@ -30,7 +30,10 @@ def recorded(parameter: Tensor) -> bool:
 
 def all_active(channels: ActiveChannels, parameter: Tensor) -> bool:
     """Whether PyTorch's own graph is right: every channel is active, and will be."""
-    return not recorded(parameter) and channels.n_active == len(channels)
+    if recorded(parameter):
+        return False
+    channels.called = True
+    return channels.n_active == len(channels)
 
 
 def none_active(channels: ActiveChannels, parameter: Tensor) -> bool:
@@ -87,7 +90,7 @@ def left_to_pytorch(input: Tensor, weight: Tensor) -> bool:
         or input.is_nested
         or input.layout != torch.strided
         or weight.is_complex()
-        or is_distributed(weight)
+        or is_sharded(weight)
     )
 
 

@@ -37,7 +37,7 @@ class StillWatch:
     def check(self) -> None:
         """A controller's step begins."""
         self._steps += 1
-        if self._steps == 2 and not any(layer.channels.holders for layer in self._layers.values()):
+        if self._steps == 2 and not any(layer.anchor.optimizers for layer in self._layers.values()):
             warnings.warn(
                 "no optimizer is attached to the model of this controller: expected "
                 "neq.attach(optimizer, model) before training, or frozen neurons move; is a copy "

@@ -18,6 +18,7 @@ from neq_kernels.autograd import arguments
 from neq_kernels.autograd.forward import detached
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.layers.anchor import ParameterAnchor
+from neq_kernels.layers.checkpoints import checkpointed
 from neq_kernels.process_group import in_process_group
 
 Watcher = Callable[[Tensor], Tensor | None]
@@ -162,11 +163,20 @@ class NeuronLayer(nn.Module):
     def _anchored(self, output: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return output
-        none_active = self.channels.none_active
-        if not none_active and not self.anchor.waiting:
+        channels = self.channels
+        channels.called = True
+        none_active = channels.none_active
+        if not none_active and not self.anchor.waiting and not self.anchor.stopped:
             return output
-        if none_active and torch.is_grad_enabled() and in_process_group():
-            self.anchor.add(p for p, _ in self.neuron_parameters())
+        if torch.is_grad_enabled():
+            self.anchor.stopped = not output.requires_grad
+            if none_active and in_process_group():
+                self.anchor.add(p for p, _ in self.neuron_parameters())
+            elif none_active:
+                self.anchor.add_stand_ins(channels)
+        elif self.anchor.stopped:
+            learning = [] if none_active else [p for p, _ in self.neuron_parameters()]
+            self.anchor.stopped = checkpointed(learning)
         return self.anchor.tie(output) if self.anchor.waiting else output
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]

@@ -1,5 +1,5 @@
 """Optimizers that leave frozen neurons alone."""
 
-from neq_kernels.optim.attached import AttachedOptimizer, ParameterUpdate, attach
+from neq_kernels.optim.attached import AttachedOptimizer, ParameterUpdate, attach, is_attached
 
-__all__ = ["AttachedOptimizer", "ParameterUpdate", "attach"]
+__all__ = ["AttachedOptimizer", "ParameterUpdate", "attach", "is_attached"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import LBFGS, Optimizer
 
+from neq_kernels.channels import ActiveChannels
+from neq_kernels.layers.traversal import neuron_layers
+from neq_kernels.optim.agreement import Agreement
 from neq_kernels.optim.guard import Guard
 from neq_kernels.optim.invalidation import Watch
 from neq_kernels.optim.ownership import OwnedParameter, Ownership
@@ -25,7 +29,7 @@ from neq_kernels.optim.row_steps import (
     group_refusal,
     parameter_refusal,
 )
-from neq_kernels.optim.step_counts import drop_counts, restore_counts, saved_counts_as_lists
+from neq_kernels.optim.step_counts import State, drop_counts, restore_counts
 
 logger = logging.getLogger(__name__)
 
@@ -73,11 +77,14 @@ class AttachedOptimizer:
         self._optimizer = optimizer
         self._ownership = ownership
         self._guard = Guard(optimizer)
+        self._agreement = Agreement()
         self._logged: set[str] = set()
         row_steps = ROW_STEPS.get(type(optimizer))
         self._rows = None if row_steps is None else row_steps(optimizer, frozen_state)
         self._plan: _StepPlan | None = None
+        self._expects_load = False
         restore_counts(optimizer, ownership.parameters)
+        self._register()
         # A step compiled by the user breaks its graph here: what is active is decided on the host.
         eager: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.compiler.disable
         self._step_first = eager(self._run_closure_and_rows)
@@ -87,7 +94,7 @@ class AttachedOptimizer:
         self._hooks = [
             optimizer.register_step_pre_hook(eager(self._before_step)),
             after_step,
-            optimizer.register_state_dict_post_hook(saved_counts_as_lists),
+            optimizer.register_state_dict_post_hook(self._after_state_dict),
             optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
         for group, p in self._parameters():
@@ -113,13 +120,30 @@ class AttachedOptimizer:
         """Give the optimizer back to torch: from the next step on every neuron is updated."""
         for hook in self._hooks:
             hook.remove()
-        self._ownership.release()
+        self._hooks = []
+        for anchor in self._ownership.anchors:
+            anchor.optimizers.discard(self)
         drop_counts(self._optimizer, self._ownership.parameters)
+
+    def stand_in(self, channels: ActiveChannels) -> Parameter | None:
+        """The smallest parameter, where nothing that the optimizer holds learns; None otherwise,
+        and for all wholly frozen layers but that of the first neurons it holds."""
+        owned = self._ownership.parameters
+        held = [p for _, p in self._parameters()]
+        first = next((owned[p] for p in held if p in owned), None)
+        if first is None or not any(channels is c for c, _ in first.owners):
+            return None
+        self._ownership.update_active_sets()
+        learning = [p for p in held if p.requires_grad]
+        if any(p not in owned or owned[p].channels.n_active for p in learning):
+            return None
+        return min(learning, key=Tensor.numel, default=None)
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._refuse_capture()
+        self._agreement.count(self._ownership.layers())
         if self._rows is None:
             self._refresh()
             self._guard.save(self._owned())
@@ -141,10 +165,23 @@ class AttachedOptimizer:
     def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self._guard.restore()
 
+    def _after_state_dict(self, optimizer: Optimizer, state_dict: State) -> State:
+        if self._rows is None:
+            return state_dict
+        saved = dict(state_dict["state"])
+        for i, (group, p) in enumerate(self._parameters()):
+            owned = self._ownership.parameters.get(p)
+            if owned is not None and not self._refusal(group, p):
+                state = self._rows.saved_state(group, p, owned)
+                if state:
+                    saved[i] = state
+        return {**state_dict, "state": saved}
+
     def _after_load(self, optimizer: Optimizer) -> None:
         self._refresh()
         restore_counts(optimizer, self._ownership.parameters)
         self._plan = None
+        self._expects_load = False
         if self._rows is not None:
             self._rows.forget()
 
@@ -152,6 +189,12 @@ class AttachedOptimizer:
         """Step the neuron-owned parameters; the groups that are left for torch."""
         assert self._rows is not None
         self._refresh()
+        if self._expects_load:  # and got none
+            some = self._owned()
+            drop_counts(self._optimizer, [p for p in some if some[p].all_active])
+        self._expects_load = self._only_makes_state()
+        if self._expects_load:
+            self._rows.make_all_state(self._ownership.parameters)
         plan, self._plan = self._plan, None
         if plan is None or plan.watch is None or not plan.watch.sees_no_change():
             plan = self._assign(self._rows)
@@ -192,6 +235,18 @@ class AttachedOptimizer:
             plan.left.append(rest)
         return plan
 
+    def _only_makes_state(self) -> bool:
+        """Whether this is the step by which torch.distributed.checkpoint has state made that it can
+        load into: an optimizer's first, with no learning rate and gradients of zeros."""
+        if self._optimizer.state:
+            return False
+        groups = self._optimizer.param_groups
+        return all(float(group.get("lr", 1)) == 0 for group in groups) and all(
+            p.grad is not None and not bool(p.grad.any())
+            for _, p in self._parameters()
+            if p.requires_grad
+        )
+
     def _overflowed(self) -> bool:
         """What a GradScaler tells optimizers with fused kernels."""
         found_inf: Tensor | None = getattr(self._optimizer, "found_inf", None)
@@ -207,7 +262,13 @@ class AttachedOptimizer:
 
     def _refresh(self) -> None:
         released = self._ownership.refresh(self._optimizer)
+        if self._hooks:
+            self._register()
         drop_counts(self._optimizer, released)
+
+    def _register(self) -> None:
+        for anchor in self._ownership.anchors:
+            anchor.optimizers.add(self)
 
     def _parameters(self) -> Iterator[tuple[Group, Parameter]]:
         for group in self._optimizer.param_groups:
@@ -221,7 +282,8 @@ class AttachedOptimizer:
     def _refusal(self, group: Group, p: Parameter) -> str | None:
         if self._rows is None:
             return f"{type(self._optimizer).__name__} has no row steps (SGD, Adam and AdamW have)"
-        return group_refusal(group) or parameter_refusal(p)
+        owned = self._ownership.parameters[p]
+        return group_refusal(group) or parameter_refusal(p) or owned.row_refusal(p)
 
     def _log_once(self, owned: OwnedParameter, reason: str) -> None:
         if reason not in self._logged:
@@ -297,6 +359,7 @@ def attach(
                 "optimizer: expected one that is not attached, got one that is: call remove() on "
                 "its handle first (for several models attach a torch.nn.ModuleList of them)"
             )
+    _refuse_flat_parameters(model)
     ownership = Ownership(model)
     if not ownership.parameters:
         raise ValueError(
@@ -309,3 +372,24 @@ def attach(
             "them: make it from this model's parameters"
         )
     return AttachedOptimizer(optimizer, ownership, frozen_state)
+
+
+def _refuse_flat_parameters(model: nn.Module) -> None:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(
+        isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()
+    ):
+        raise TypeError(
+            "model: expected parameters that neurons can be found in, got "
+            "FullyShardedDataParallel, which flattens those of many layers into one; use "
+            "torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether an optimizer is attached to ``model``. (A copy of a model has none.)
+
+    Raises:
+        ValueError: a model without neuron layers.
+    """
+    return any(layer.anchor.optimizers for layer in neuron_layers(model))

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import Optimizer
+from torch.optim import Muon, Optimizer
 
-from neq_kernels.channels import NeuronLayout
+from neq_kernels.optim.neurons_here import FrozenElements, FrozenRows
 from neq_kernels.optim.ownership import OwnedParameter
+from neq_kernels.sharding import is_sharded, local
 
 
 @dataclass(frozen=True)
-class _FrozenRows:
+class _Held:
     parameter: Parameter
-    layout: NeuronLayout
-    frozen: Tensor
+    frozen: FrozenRows | FrozenElements
     weights: Tensor
     state: dict[Any, Tensor]
 
@@ -35,7 +35,9 @@ class Guard:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._held: list[_FrozenRows] = []
+        self._held: list[_Held] = []
+        # Momentum that frozen rows were left with would go into every update of the others.
+        self._mixes_rows = isinstance(optimizer, Muon)
         self._warned = False
 
     @torch.no_grad()
@@ -46,27 +48,27 @@ class Guard:
         for p, owned in guarded.items():
             if owned.all_active:
                 continue
-            frozen = owned.frozen(p.device).clone()
-            state = {
-                key: owned.layout.gather(value, frozen)
-                for key, value in self._optimizer.state.get(p, {}).items()
-                if _has_rows(value, p)
-            }
-            weights = owned.layout.gather(p, frozen)
-            self._held.append(_FrozenRows(p, owned.layout, frozen, weights, state))
+            frozen = owned.frozen_here(p)
+            state = {}
+            for key, value in self._optimizer.state.get(p, {}).items():
+                if _has_rows(value, p):
+                    if self._mixes_rows:
+                        frozen.clear(local(value))
+                    state[key] = frozen.read(local(value))
+            self._held.append(_Held(p, frozen, frozen.read(local(p)), state))
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put back what :meth:`save` copied."""
         shared: set[str] = set()
-        for rows in self._held:
-            p = rows.parameter
-            rows.layout.scatter_(p, rows.frozen, rows.weights)
+        for held in self._held:
+            p, frozen = held.parameter, held.frozen
+            frozen.write(local(p), held.weights)
             for key, value in self._optimizer.state.get(p, {}).items():
                 if not _has_rows(value, p):
                     shared.add(str(key))
-                elif key in rows.state:
-                    rows.layout.scatter_(value, rows.frozen, rows.state[key])
+                elif key in held.state:
+                    frozen.write(local(value), held.state[key])
         self._held.clear()
         if shared and not self._warned:
             self._warned = True
@@ -78,4 +80,6 @@ class Guard:
 
 
 def _has_rows(value: object, p: Parameter) -> bool:
-    return isinstance(value, Tensor) and value.shape == p.shape
+    return (
+        isinstance(value, Tensor) and value.shape == p.shape and is_sharded(value) == is_sharded(p)
+    )
