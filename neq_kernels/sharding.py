@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_distributed(tensor: Tensor) -> bool:
     """Whether ``tensor`` is a ``DTensor``."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -18,14 +18,14 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """What of it lies in this process, sharing memory; a plain tensor itself."""
-    return cast(Any, tensor).to_local() if is_sharded(tensor) else tensor
+    return cast(Any, tensor).to_local() if is_distributed(tensor) else tensor
 
 
 def local_grad(parameter: Tensor) -> Tensor | None:
     """The gradient of what lies in this process. Collective where the gradient of a replicated
     parameter is still to be summed over the ranks (tensor parallel)."""
     grad: Any = parameter.grad
-    if grad is None or not is_sharded(grad):
+    if grad is None or not is_distributed(grad):
         return cast(Tensor | None, grad)
     if not placed_alike(grad, parameter):
         grad = grad.redistribute(placements=cast(Any, parameter).placements)
@@ -35,7 +35,7 @@ def local_grad(parameter: Tensor) -> Tensor | None:
 
 def placed_alike(a: Tensor, b: Tensor) -> bool:
     """Whether the parts of both that lie in this process belong together."""
-    places = (cast(Any, t).placements if is_sharded(t) else None for t in (a, b))
+    places = (cast(Any, t).placements if is_distributed(t) else None for t in (a, b))
     return next(places) == next(places)
 
 

@@ -21,10 +21,9 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from benchmarks.common import cli
-from benchmarks.common.records import load_csv, write_csv
+from benchmarks.common.records import Row, load_csv, write_csv
 from benchmarks.zoo import children, page, summary
 from benchmarks.zoo.checks import CHECKS
 from benchmarks.zoo.entries import LIBRARIES, Entry, chosen, entries
@@ -32,7 +31,7 @@ from neq_kernels.machine import machine
 from neq_kernels.version import __version__
 
 COLUMNS = (
-    *("library", "family", "name", "parameters", "dtype", "built", *CHECKS),
+    *("library", "section", "family", "name", "parameters", "dtype", "built", *CHECKS),
     *("mac_share", "dgrad", "dgrad_needed", "seconds", "version", "reason"),
 )
 
@@ -42,43 +41,34 @@ class Sweep:
 
     def __init__(self, path: Path, everything: Sequence[Entry]) -> None:
         self.path = path
-        self._order = [(entry.library, entry.name) for entry in everything]
-        self._rows: dict[tuple[str, str], dict[str, Any]] = {}
+        self._order = [entry.id for entry in everything]
+        self._rows: dict[str, Row] = {}
         with suppress(FileNotFoundError):
             for row in load_csv(path)[1]:
-                self._rows[row["library"], row["name"]] = row
+                self._rows[f"{row['library']}/{row['name']}"] = row
 
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        return [self._rows[key] for key in self._order if key in self._rows]
+    def rows(self, wanted: Sequence[Entry]) -> list[Row]:
+        """Those of ``wanted`` that there are."""
+        return [self._rows[entry.id] for entry in wanted if entry.id in self._rows]
 
     def has(self, entry: Entry) -> bool:
         """Whether this version was asked already."""
-        row = self._rows.get((entry.library, entry.name))
-        return row is not None and row["version"] == __version__
+        return self._rows.get(entry.id, {}).get("version") == __version__
 
-    def add(self, entry: Entry, row: dict[str, Any]) -> dict[str, Any]:
-        known = {
-            "library": entry.library,
-            "family": entry.family,
-            "name": entry.name,
-            "version": __version__,
-        } | row
-        whole = {name: _rounded(known.get(name, "")) for name in COLUMNS}
-        self._rows[entry.library, entry.name] = whole
+    def add(self, entry: Entry, answer: Row) -> Row:
+        about = {name: getattr(entry, name) for name in ("library", "section", "family", "name")}
+        known = about | {"version": __version__} | answer
+        row = {
+            name: round(known[name], 4) if isinstance(known[name], float) else known[name]
+            for name in COLUMNS
+            if known.get(name, "") not in ("", None)
+        }
+        self._rows[entry.id] = row
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_csv(
-            self.path,
-            {"command": "python -m benchmarks.zoo", "machine": machine().to_dict()},
-            self.rows,
-        )
-        return whole
-
-
-def _rounded(value: Any) -> Any:
-    if value is None:
-        return ""
-    return round(value, 4) if isinstance(value, float) else value
+        table = [self._rows[id] for id in self._order if id in self._rows]
+        header = {"command": "python -m benchmarks.zoo", "machine": machine().to_dict()}
+        write_csv(self.path, header, [{name: r.get(name, "") for name in COLUMNS} for r in table])
+        return row
 
 
 def run(wanted: Sequence[Entry], sweep: Sweep, jobs: int, limit: float) -> None:
@@ -86,18 +76,17 @@ def run(wanted: Sequence[Entry], sweep: Sweep, jobs: int, limit: float) -> None:
     for library in LIBRARIES:  # once, not in every child
         if any(entry.library == library for entry in wanted):
             importlib.import_module(library)
-    table = cli.Table([("model", -44), ("s", 5), ("MACs", 6), ("dgrad", 13), ("", -1)])
+    table = cli.Table([("model", -50), ("s", 5), ("MACs", 6), ("dgrad, needed", 13), ("", -1)])
     for entry, answer in children.rows(wanted, jobs, limit):
         row = sweep.add(entry, answer)
-        share, dgrad = row["mac_share"], row["dgrad"]
-        wrong = [name for name in CHECKS if row[name] is False]
+        words = str(row.get("reason", ""))
         table.line(
             [
                 entry.id,
                 f"{row['seconds']:.0f}",
-                "" if share == "" else f"{share:.1%}",
-                "" if dgrad == "" else f"{dgrad:.0%} of {row['dgrad_needed']:.0%}",
-                cli.red(f"{' '.join(wrong)}: {row['reason']}") if wrong else row["reason"],
+                f"{row['mac_share']:.1%}" if "mac_share" in row else "",
+                f"{row['dgrad']:.0%}, {row['dgrad_needed']:.0%}" if "dgrad" in row else "",
+                cli.red(words) if summary.is_wrong(row) else words,
             ]
         )
 
@@ -125,10 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run(todo, sweep, given.jobs, given.seconds)
     except (OSError, ValueError) as error:
         return cli.user_error(error)
-    names = {(entry.library, entry.name) for entry in wanted}
-    rows = [row for row in sweep.rows if (row["library"], row["name"]) in names]
+    rows = sweep.rows(wanted)
     print("\n".join(summary.lines(rows)))
-    return cli.WRONG_RESULT if summary.wrong(rows) else 0
+    return cli.WRONG_RESULT if any(map(summary.is_wrong, rows)) else 0
 
 
 if __name__ == "__main__":

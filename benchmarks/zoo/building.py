@@ -68,9 +68,11 @@ def _transformers(entry: Entry) -> Example:
 
     kind: Any = getattr(transformers, entry.name)
     config = tiny.tiny(transformers.CONFIG_MAPPING[entry.family](), entry.options)
-    model: nn.Module = kind._from_config(config, attn_implementation="eager") if (
-        entry.input.endswith("!eager")
-    ) else kind(config)
+    model: nn.Module = (
+        kind._from_config(config, attn_implementation="eager")
+        if (entry.input.endswith("!eager"))
+        else kind(config)
+    )
     return Example(model, (), tiny.INPUTS[entry.input.removesuffix("!eager")](config))
 
 

@@ -28,6 +28,8 @@ CHECKS = ("forward", "gradients", "frozen", "sgd", "adamw", "revert", "stop")
 # Above it the parameters, gradients and both optimizers' states are kept in float32.
 MOST_IN_FLOAT64 = 60_000_000
 _NOISE = 0.02
+SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+ADAMW = {"lr": 1e-2, "weight_decay": 0.1}
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,9 @@ def _running(example: Example) -> tuple[Example, list[Tensor], str]:
     hide every gradient below it."""
     with torch.no_grad():
         for parameter in example.model.parameters():
-            if parameter.is_floating_point() and parameter.numel() > 1:
-                if parameter.min() == parameter.max():
-                    parameter.add_(_NOISE * torch.randn_like(parameter))
+            is_constant = parameter.numel() > 1 and bool(parameter.min() == parameter.max())
+            if is_constant and parameter.is_floating_point():
+                parameter.add_(_NOISE * torch.randn_like(parameter))
     example.model.train()
     plain = copy.deepcopy(example.model)
     if sum(p.numel() for p in plain.parameters()) <= MOST_IN_FLOAT64:
@@ -149,7 +151,7 @@ class _Checked:
             count = self._dense_backward()
             types = [type(module) for module in self.dense.modules()]
             hooks = _hooks(self.dense)
-            model = neq.convert(copy.deepcopy(self.dense))
+            model = neq.convert(_copy(self.dense))
             self._check("forward", same(self.outputs, self.example.forward(model)), "differs")
             self.cells["mac_share"] = count.share_of(_owned_shares(model))
             self._half_frozen(model)
@@ -177,8 +179,8 @@ class _Checked:
             del outputs
             self._compare_gradients(model, frozen)
             self.dense.zero_grad(set_to_none=True)
-            self._step("sgd", torch.optim.SGD, model, frozen, lr=0.1, momentum=0.9, weight_decay=5e-4)
-            self._step("adamw", torch.optim.AdamW, model, frozen, lr=1e-2, weight_decay=0.1)
+            self._step("sgd", torch.optim.SGD, SGD, model, frozen)
+            self._step("adamw", torch.optim.AdamW, ADAMW, model, frozen)
         model.zero_grad(set_to_none=True)
 
     def _compare_gradients(self, model: nn.Module, frozen: Mapping[Parameter, Tensor]) -> None:
@@ -190,9 +192,9 @@ class _Checked:
         self,
         cell: str,
         kind: Callable[..., Optimizer],
+        options: Mapping[str, float],
         model: nn.Module,
         frozen: Mapping[Parameter, Tensor],
-        **options: float,
     ) -> None:
         """From equal weights with equal gradients, so that only the step is compared."""
         with self._cell(cell):
@@ -247,7 +249,7 @@ class _Checked:
     def _stop(self, count: Products) -> None:
         """Freeze the first half of the neuron layers; count what backprop still computes."""
         with self._cell("stop"):
-            model = neq.convert(copy.deepcopy(self.dense), others="follow")
+            model = neq.convert(_copy(self.dense), others="follow")
             bottom, live = _halves(model, count.first_use)
             if not bottom:
                 self.reasons.append("stop: fewer than two neuron layers")
@@ -263,14 +265,16 @@ class _Checked:
                 or any(p is parameter for p in _stopped(model))
             }
             del model
-            plain = copy.deepcopy(self.dense)
+            plain = _copy(self.dense)
             for name, parameter in plain.named_parameters():
                 parameter.requires_grad_(parameter.requires_grad and name not in frozen)
             needed = self._input_gradient_macs(plain)
             dense = count.input_gradient_macs
             self.cells["dgrad"] = ours / dense if dense else 0.0
             self.cells["dgrad_needed"] = needed / dense if dense else 0.0
-            self._check("stop", ours <= needed, f"{ours / max(dense, 1):.1%} of the input gradients")
+            words = f"{self.cells['dgrad']:.0%} of the input gradients are computed, "
+            words += f"{self.cells['dgrad_needed']:.0%} needed"
+            self._check("stop", ours <= needed, words)
 
     def _input_gradient_macs(self, model: nn.Module) -> int:
         with Products(model, (self.example.args, self.example.kwargs)) as count:
@@ -310,8 +314,10 @@ def freeze_half(model: nn.Module) -> dict[Parameter, Tensor]:
             chosen.setdefault(channels, active)
     for channels, active in chosen.items():
         channels.set(active)
-    return {p: (~torch.stack([c.mask for c, _ in known]).any(0)).nonzero().flatten()
-            for p, known in owners.items()}
+    return {
+        p: (~torch.stack([c.mask for c, _ in known]).any(0)).nonzero().flatten()
+        for p, known in owners.items()
+    }
 
 
 def gradient_faults(
@@ -372,6 +378,15 @@ def _halves(
         if names[p] in first_use and not any(c in bottom for c, _ in owners[p])
     }
     return list(bottom), list(live)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """Of a model that has run, too: some keep what they computed, which cannot be copied."""
+    for module in model.modules():
+        for name, value in module.__dict__.items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                setattr(module, name, value.detach())
+    return copy.deepcopy(model)
 
 
 def _stopped(model: nn.Module) -> list[Parameter]:

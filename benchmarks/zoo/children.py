@@ -13,11 +13,11 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
-from typing import Any
 
 import torch
 
 from benchmarks.common.deadline import Deadline
+from benchmarks.common.records import Row
 from benchmarks.zoo import building
 from benchmarks.zoo.checks import check
 from benchmarks.zoo.entries import Entry
@@ -25,7 +25,7 @@ from benchmarks.zoo.entries import Entry
 _PERIOD = 0.05
 
 
-def rows(entries: Sequence[Entry], jobs: int, limit: float) -> Iterator[tuple[Entry, dict[str, Any]]]:
+def rows(entries: Sequence[Entry], jobs: int, limit: float) -> Iterator[tuple[Entry, Row]]:
     """Check them, ``jobs`` at a time, and yield each as it ends.
 
     Args:
@@ -54,7 +54,7 @@ class _Child:
         self._start, self._deadline = time.monotonic(), Deadline.after(limit)
         self._process.start()
         theirs.close()
-        self._row: dict[str, Any] | None = None
+        self._row: Row | None = None
 
     def has_ended(self) -> bool:
         if self._row is None and self._answer.poll():
@@ -62,7 +62,7 @@ class _Child:
                 self._row = self._answer.recv()
         return not self._process.is_alive() or self._deadline.passed
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> Row:
         self.has_ended()  # what it said last
         if self._row is None:
             late = self._process.is_alive()
@@ -85,6 +85,9 @@ class _Child:
 def _run(entry: Entry, answer: Connection) -> None:
     torch.set_num_threads(1)
     # What libraries print is of no use here.
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        with contextlib.redirect_stderr(nowhere):
-            answer.send(check(lambda: building.build(entry)))
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        answer.send(check(lambda: building.build(entry)))

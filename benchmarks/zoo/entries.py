@@ -23,6 +23,7 @@ class Entry:
         input: a shape, or the name of a kind of input.
         options: of its constructor or config; nested where a sub-config is meant.
         in_ci: whether it is one of those that CI runs.
+        section: the heading of the list that it stands below.
     """
 
     library: str
@@ -31,6 +32,7 @@ class Entry:
     input: str
     options: dict[str, Any]
     in_ci: bool = False
+    section: str = ""
 
     @property
     def id(self) -> str:
@@ -44,12 +46,16 @@ def entries(path: Path = LIST) -> list[Entry]:
         ValueError: a line that cannot be read, or a model that is there twice.
     """
     found: list[Entry] = []
+    section = ""
     for number, line in enumerate(path.read_text().splitlines(), 1):
         words = line.partition("#")[0].split()
         if not words:
             continue
+        if words[0].startswith("["):
+            section = " ".join(words).strip("[]")
+            continue
         try:
-            found.append(_entry(words))
+            found.append(_entry(words, section))
         except ValueError as error:
             raise ValueError(f"{path.name}:{number}: {error}") from error
     twice = {entry.id for entry in found if [each.id for each in found].count(entry.id) > 1}
@@ -69,7 +75,9 @@ def chosen(names: Sequence[str] | None, ci: bool, everything: Sequence[Entry]) -
         return some
     missing = [name for name in names if not any(_fits(name, entry) for entry in some)]
     if missing:
-        raise ValueError(f"--only: expected models, families or libraries of the list, got {missing}")
+        raise ValueError(
+            f"--only: expected models, families or libraries of the list, got {missing}"
+        )
     return [entry for entry in some if any(_fits(name, entry) for name in names)]
 
 
@@ -77,10 +85,10 @@ def _fits(name: str, entry: Entry) -> bool:
     return name in (entry.name, entry.family, entry.library, entry.id)
 
 
-def _entry(words: list[str]) -> Entry:
+def _entry(words: list[str], section: str) -> Entry:
     if len(words) < 4 or words[0] not in LIBRARIES:
         raise ValueError(
-            f"expected 'LIBRARY FAMILY NAME INPUT [KEY=VALUE ...]', library one of {LIBRARIES}, "
+            f"expected 'LIBRARY FAMILY NAME INPUT [KEY=VALUE ...] [ci]', library of {LIBRARIES}, "
             f"got {' '.join(words)!r}"
         )
     library, family, name, input, *rest = words
@@ -92,7 +100,7 @@ def _entry(words: list[str]) -> Entry:
         for part in path:
             place = place.setdefault(part, {})
         place[last] = value
-    return Entry(library, family, name, input, options, in_ci)
+    return Entry(library, family, name, input, options, in_ci, section)
 
 
 def _pairs(words: Iterator[str]) -> Iterator[tuple[str, Any]]:

@@ -1,19 +1,21 @@
-"""The table of ``docs/models.md``, from the committed rows."""
+"""The tables of ``docs/models.md``, from the committed rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks.common.files import RESULTS, ROOT
 from benchmarks.common.markdown import escape, table
 from benchmarks.common.readme_block import Block
 from benchmarks.common.records import Row, load_csv
 from benchmarks.zoo import summary
-from benchmarks.zoo.entries import LIBRARIES, Entry
+from benchmarks.zoo.entries import Entry
 
 TABLE = RESULTS / "zoo.csv"
 BLOCK = Block("zoo", "python -m benchmarks.zoo --publish", ROOT / "docs" / "models.md")
-MOST_LEFT = 0.80
+# One row for each family of these; of transformers, whose families are single models, one for each
+# kind.
+BY_FAMILY = ("torchvision", "timm")
 
 
 def publish(everything: Sequence[Entry]) -> None:
@@ -23,94 +25,85 @@ def publish(everything: Sequence[Entry]) -> None:
         FileNotFoundError: there is no table.
         ValueError: models of the list are missing from it, or the page has no place for it.
     """
-    header, rows = load_csv(TABLE)
-    have = {(row["library"], row["name"]) for row in rows}
+    have = {(row["library"], row["name"]) for row in load_csv(TABLE)[1]}
     missing = [entry.id for entry in everything if (entry.library, entry.name) not in have]
     if missing:
         raise ValueError(f"{TABLE.name}: expected a row of every model, got none of {missing}")
-    BLOCK.write(text(header, rows))
+    BLOCK.write(published())
 
 
-def text(header: Row, rows: Sequence[Row]) -> str:
-    """The block: Markdown."""
+def published() -> str:
+    """The block's text, from the committed table: Markdown."""
+    header, rows = load_csv(TABLE)
     about = header["machine"]
-    return "\n".join(
-        [
-            f"`{header['command']}`, {about['date'][:10]}, PyTorch {about['torch']}. "
-            f"Every row: [{TABLE.name}]({BLOCK.link(TABLE)}).",
-            "",
-            *_goals(rows),
-            "",
-            *_families(rows),
-            "",
-            *_exceptions(rows),
-            "",
-        ]
-    )
+    parts = [
+        f"`{header['command']}`, {about['date'][:10]}, PyTorch {about['torch']}: {len(rows)} "
+        f"models. Every row: [{TABLE.name}]({BLOCK.link(TABLE)}).",
+        *_goals(rows),
+        "### What is left",
+        "Models with a wrong result, with less than 80 % of their MACs in neurons, in which "
+        "backprop goes on, or that could not be checked:",
+        *_exceptions(rows),
+        "### By kind and family",
+        *_groups(rows),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def _goals(rows: Sequence[Row]) -> Iterator[str]:
-    yield from table(
+    lines = (goal.line(rows) for goal in summary.GOALS)
+    yield _table(
         ["what", "models", "goal", ""],
         [
             [name, count, least, "ok" if reached else "**short**"]
-            for name, count, least, reached in (goal.line(rows) for goal in summary.GOALS)
+            for name, count, least, reached in lines
         ],
     )
-
-
-def _families(rows: Sequence[Row]) -> Iterator[str]:
-    cells = []
-    for library in LIBRARIES:
-        own = [row for row in rows if row["library"] == library]
-        for family in dict.fromkeys(row["family"] for row in own):
-            some = [row for row in own if row["family"] == family]
-            shares = [row["mac_share"] for row in summary.checked(some)]
-            stops = [row["stop"] for row in some if row.get("stop", "") != ""]
-            cells.append(
-                [
-                    library,
-                    f"`{family}`",
-                    ", ".join(f"`{row['name']}`" for row in some),
-                    _right(some),
-                    _percent(shares),
-                    f"{sum(stops)} of {len(stops)}" if stops else "",
-                ]
-            )
-    yield from table(
-        ["library", "family", "models", "results", "MACs in neurons", "backprop stops"], cells
-    )
-
-
-def _right(rows: Sequence[Row]) -> str:
-    if not summary.checked(rows):
-        return "not checked"
-    return "**wrong**" if summary.wrong(rows) else "right"
-
-
-def _percent(shares: Sequence[float]) -> str:
-    if not shares:
-        return ""
-    return f"{min(shares):.1%}" if len(shares) == 1 else f"{min(shares):.1%}–{max(shares):.1%}"
 
 
 def _exceptions(rows: Sequence[Row]) -> Iterator[str]:
-    named = [row for row in rows if row.get("reason") or _share(row) < MOST_LEFT]
-    yield "Models of which something is to be said:"
-    yield ""
-    yield from table(
-        ["model", "MACs in neurons", "what"],
+    yield _table(
+        ["model", "MACs in neurons", "input gradients: computed, needed", "what"],
         [
             [
-                f"`{row['library']}/{row['name']}`",
-                f"{row['mac_share']:.1%}" if row.get("mac_share", "") != "" else "",
-                escape(str(row.get("reason", ""))[:200]),
+                f"{row['library']} `{row['name']}`",
+                _percent(row, "mac_share"),
+                f"{_percent(row, 'dgrad')}, {_percent(row, 'dgrad_needed')}".strip(", "),
+                escape(str(row.get("reason", ""))),
             ]
-            for row in named
+            for row in rows
+            if summary.is_exception(row)
         ],
     )
 
 
-def _share(row: Row) -> float:
-    share = row.get("mac_share", "")
-    return 1.0 if share == "" else float(share)
+def _groups(rows: Sequence[Row]) -> Iterator[str]:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        group = row["family"] if row["library"] in BY_FAMILY else row["section"]
+        groups.setdefault((row["library"], group), []).append(row)
+    yield _table(
+        ["library", "family or kind", "models", "right", "≥ 95 % in neurons", "≥ 80 %", "stops"],
+        [
+            [
+                library,
+                f"`{group}`" if library in BY_FAMILY else group,
+                str(len(some)),
+                *(_count(goal.count, some) for goal in summary.GOALS),
+            ]
+            for (library, group), some in groups.items()
+        ],
+    )
+
+
+def _count(count: Callable[[Sequence[Row]], tuple[int, int]], rows: Sequence[Row]) -> str:
+    some, all_ = count(rows)
+    return f"{some} of {all_}" if all_ else ""
+
+
+def _percent(row: Row, name: str) -> str:
+    return f"{row[name]:.1%}" if name in row else ""
+
+
+def _table(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    return "\n".join(table(titles, cells))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 BATCH, TOKENS, VOCABULARY, IMAGE, SAMPLES, FRAMES = 2, 12, 128, 64, 3200, 64
 LAYERS = 4
@@ -52,9 +52,7 @@ SIZES: dict[str, Any] = {
         48,
     ),
     **dict.fromkeys(("vocab_size", "vocab_size_or_config_json_file"), VOCABULARY),
-    **dict.fromkeys(
-        ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4
-    ),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(
         ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k", "top_k_experts"), 2
     ),
@@ -95,7 +93,10 @@ def tiny(default: Any, changes: Mapping[str, Any]) -> Any:
 def _arguments(default: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
     from transformers import PreTrainedConfig
 
-    aliases = type(default).attribute_map
+    # Some configs call a size by a name of their own.
+    called: dict[str, list[str]] = {}
+    for alias, name in type(default).attribute_map.items():
+        called.setdefault(name, []).append(alias)
     kept = changes.get("keep", ())
     arguments: dict[str, Any] = {}
     for name, value in default.__dict__.items():
@@ -103,15 +104,11 @@ def _arguments(default: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(change, Mapping) and "model_type" in change:
             arguments[name] = change
         elif isinstance(value, PreTrainedConfig):
-            own = _arguments(value, change or {})
-            arguments[name] = own | {"model_type": value.model_type}
-        elif name in SIZES and name not in kept and not isinstance(value, list | tuple):
-            arguments[name] = SIZES[name]
-    # Some configs call a size by a name of their own.
-    for alias, name in aliases.items():
-        if alias in SIZES and name not in SIZES and name not in kept and name in default.__dict__:
-            if not isinstance(default.__dict__[name], list | tuple):
-                arguments.setdefault(name, SIZES[alias])
+            arguments[name] = _arguments(value, change or {}) | {"model_type": value.model_type}
+        elif name not in kept and not isinstance(value, list | tuple):
+            names = [known for known in (name, *called.get(name, ())) if known in SIZES]
+            if names:
+                arguments[name] = SIZES[names[0]]
     inside = {name for name, value in arguments.items() if isinstance(value, Mapping)}
     return arguments | {
         name: value for name, value in changes.items() if name not in {"keep", *inside}

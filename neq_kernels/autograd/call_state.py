@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.dispatch.selection import selector
-from neq_kernels.sharding import is_sharded
+from neq_kernels.sharding import is_distributed
 
 PLAIN = (Tensor, Parameter)
 
@@ -30,10 +30,7 @@ def recorded(parameter: Tensor) -> bool:
 
 def all_active(channels: ActiveChannels, parameter: Tensor) -> bool:
     """Whether PyTorch's own graph is right: every channel is active, and will be."""
-    if recorded(parameter):
-        return False
-    channels.called = True
-    return channels.n_active == len(channels)
+    return not recorded(parameter) and channels.n_active == len(channels)
 
 
 def none_active(channels: ActiveChannels, parameter: Tensor) -> bool:
@@ -90,7 +87,7 @@ def left_to_pytorch(input: Tensor, weight: Tensor) -> bool:
         or input.is_nested
         or input.layout != torch.strided
         or weight.is_complex()
-        or is_sharded(weight)
+        or is_distributed(weight)
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from neq_kernels.backends.base import Grads, shape_only
 from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.channels import NeuronLayout
-from neq_kernels.sharding import is_sharded, replicated_like
+from neq_kernels.sharding import is_distributed, replicated_like
 
 ROWS = NeuronLayout()
 
@@ -26,10 +26,10 @@ def constant_where_frozen(parameter: Tensor, mask: Tensor, layout: NeuronLayout 
         mask: bool[K] on the parameter's device, True where active.
         layout: where a neuron lies in ``parameter``.
     """
-    elements = layout.spread(mask, parameter)
-    if is_sharded(parameter):
-        elements = replicated_like(parameter, elements)
-    return torch.where(elements, parameter, parameter.detach())
+    where = layout.spread(mask, parameter)
+    if is_distributed(parameter):
+        where = replicated_like(parameter, where)
+    return torch.where(where, parameter, parameter.detach())
 
 
 def linear_backward(

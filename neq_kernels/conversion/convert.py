@@ -94,7 +94,7 @@ def convert(
         )
     prepare_readers(inner)
     if others == "follow" or followed:
-        follow(inner, anchor)
+        follow(inner, anchor, followed)
     watch_for_bypass(inner)
     return model
 

@@ -98,23 +98,11 @@ def _read_by(function: FunctionType) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _path(node: ast.expr) -> list[str] | None:
-    """``["self", "a", "0", "weight"]`` of ``getattr(self.a, "0").weight``."""
+    """``["self", "a", "weight"]`` of ``self.a.weight``."""
     names = []
-    while True:
-        if isinstance(node, ast.Attribute):
-            names.append(node.attr)
-            node = node.value
-        elif (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Name)
-            and node.func.id == "getattr"
-            and len(node.args) == 2
-            and isinstance(node.args[1], ast.Constant)
-        ):
-            names.append(str(node.args[1].value))
-            node = node.args[0]
-        else:
-            break
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
     return [node.id, *reversed(names)] if isinstance(node, ast.Name) else None
 
 

@@ -31,6 +31,8 @@ class Dataflow(TorchDispatchMode):
         called: the bits of all layers that were called.
     """
 
+    supports_higher_order_operators = True  # flex attention
+
     def __init__(self, layers: Mapping[nn.Module, int], parameters: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.called = 0
@@ -57,6 +59,8 @@ class Dataflow(TorchDispatchMode):
                 layer.register_forward_pre_hook(self._before, with_kwargs=True),
                 layer.register_forward_hook(self._after),
             ]
+        # What is compiled runs as it is written: no mode sees into a compiled region.
+        self._eager = torch.compiler.set_stance("force_eager")
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -64,6 +68,7 @@ class Dataflow(TorchDispatchMode):
         for hook in self._hooks:
             hook.remove()
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        self._eager.__exit__(*exception)
 
     def below(self, parameter: Tensor) -> list[int | None]:
         """For each use of ``parameter``: the bits of the first layer that the use feeds, in the
@@ -82,7 +87,7 @@ class Dataflow(TorchDispatchMode):
         for key in {self._key(t) for t in _tensors(out) if t.is_floating_point() or t.is_complex()}:
             if key in self._parameters:
                 continue
-            if read and not carried and func.overloadpacket in _COPIES:
+            if read and not carried and getattr(func, "overloadpacket", None) in _COPIES:
                 self._parameters[key] = read
                 continue
             while read:

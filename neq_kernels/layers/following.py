@@ -62,6 +62,14 @@ class Following:
                 active |= bit
         return active
 
+    def same_layers(self, other: Following) -> bool:
+        """Whether the sets of both mean the same."""
+        return list(self._bit) == list(other._bit)
+
+    def keep(self, other: Following) -> None:
+        """Keep what forwards have shown to another."""
+        self._recorded, self._called = other._recorded, other._called
+
     def watch(self, module: nn.Module, whole: bool) -> list[Any]:
         """Let the forward of ``module`` be one in which parameters stop; ``whole``: it runs all
         layers of the model, so that it can be recorded. Returns hook handles."""
@@ -179,6 +187,10 @@ class Follower:
             self._feeds_output = True
         else:
             self._prefix |= below
+
+    def keep(self, other: Follower) -> None:
+        """Keep what forwards have shown to another."""
+        self._prefix, self._feeds_output = other._prefix, other._feeds_output
 
     def stops(self, active: int) -> bool:
         """Whether the parameter stops while the layers of ``active`` have active neurons."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.utils._pytree import tree_map_only
 
-from neq_kernels.autograd.call_state import learns
+from neq_kernels.autograd.call_state import learns, transformed
 from neq_kernels.channels import NeuronLayout
 from neq_kernels.layers.base import NeuronLayer
 from neq_kernels.layers.linear import Linear
@@ -148,19 +148,45 @@ class _Read(Tensor):
 
 def _call(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """The call of the layer that this product of its weight is; None if it is none."""
-    if not isinstance(weight, _Read) or not isinstance(weight.layer, Linear):
+    if not isinstance(weight, _Read) or not isinstance(weight.layer, Linear) or transformed():
         return None
     layer = weight.layer
     own = layer._parameters
+    if isinstance(input, _Read):
+        input = _seen(F.linear, input)
     if isinstance(bias, _Read):
         bias = bias.parameter if bias.parameter is own["bias"] else _seen(F.linear, bias)
+    # The layer would compute the gradient of active rows only, which a bias of others need not be.
+    of_others = (
+        bias is not None
+        and bias is not own["bias"]
+        and bias.requires_grad
+        and torch.is_grad_enabled()
+        and layer.channels.n_active < len(layer.channels)
+    )
     kept = own["bias"]
-    own["bias"] = bias  # type: ignore[assignment]
+    own["bias"] = bias.detach() if of_others else bias  # type: ignore[union-attr, assignment]
     try:
         output: Tensor = layer(input)
     finally:
         own["bias"] = kept
+    if of_others:
+        output = _Added.apply(output, bias)
     return output
+
+
+class _Added(torch.autograd.Function):
+    """An output to which a bias has been added already: the gradient of that bias."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, bias: Tensor) -> Tensor:
+        ctx.mark_dirty(output)
+        ctx.dtype = bias.dtype
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+        return grad_output, grad_output.reshape(-1, grad_output.shape[-1]).sum(0).to(ctx.dtype)
 
 
 def _seen(func: Callable[..., Any], read: _Read) -> Tensor:

@@ -120,13 +120,13 @@ def explain(model: nn.Module, example: Any) -> Explanation:
     neuron_layers(inner)
     images = flops.images_in(example)
     other = copy.deepcopy(inner)
+    convert(other, filter=lambda *_: False, others="follow")  # its first forward shows who follows
     masks = [layer.channels.mask for layer in neuron_layers(other)]
     for layer in neuron_layers(other):
         layer.channels.reset()
     dense = _Forward(other, example, images)
     for layer, mask in zip(neuron_layers(other), masks, strict=True):
         layer.channels.set(mask)
-    convert(other, filter=lambda *_: False, others="follow")
     following = _Forward(other, example, images)
     now = _Forward(inner, example, images)
     return Explanation(

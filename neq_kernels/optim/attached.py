@@ -1,21 +1,19 @@
-"""attach: make a torch optimizer leave frozen neurons alone."""
+"""A torch optimizer that leaves frozen neurons alone."""
 
 from __future__ import annotations
 
 import functools
 import logging
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from neq_kernels.channels import ActiveChannels
-from neq_kernels.layers.traversal import neuron_layers
 from neq_kernels.optim.agreement import Agreement
 from neq_kernels.optim.guard import Guard
 from neq_kernels.optim.invalidation import Watch
@@ -72,7 +70,11 @@ class AttachedOptimizer:
     """What :func:`attach` returns: how each parameter is updated, and the way back."""
 
     def __init__(
-        self, optimizer: Optimizer, ownership: Ownership, frozen_state: FrozenState
+        self,
+        optimizer: Optimizer,
+        ownership: Ownership,
+        frozen_state: FrozenState,
+        free_frozen_state: bool,
     ) -> None:
         self._optimizer = optimizer
         self._ownership = ownership
@@ -80,7 +82,9 @@ class AttachedOptimizer:
         self._agreement = Agreement()
         self._logged: set[str] = set()
         row_steps = ROW_STEPS.get(type(optimizer))
-        self._rows = None if row_steps is None else row_steps(optimizer, frozen_state)
+        self._rows: RowSteps | None = None
+        if row_steps is not None:
+            self._rows = row_steps(optimizer, frozen_state, free_frozen_state)
         self._plan: _StepPlan | None = None
         self._expects_load = False
         restore_counts(optimizer, ownership.parameters)
@@ -115,6 +119,12 @@ class AttachedOptimizer:
             else:
                 updates.append(ParameterUpdate(name, "rows", ""))
         return updates
+
+    @property
+    def freed_state_bytes(self) -> int:
+        """With ``free_frozen_state``: what the state of the wholly frozen parameters took in this
+        process, before it was freed."""
+        return 0 if self._rows is None else self._rows.freed_bytes()
 
     def remove(self) -> None:
         """Give the optimizer back to torch: from the next step on every neuron is updated."""
@@ -298,98 +308,3 @@ class AttachedOptimizer:
                 "optimizer.step cannot be captured in a CUDA graph once attached: the set of "
                 "active neurons would be baked into the graph"
             )
-
-
-def attach(
-    optimizer: Optimizer, model: nn.Module, frozen_state: FrozenState = "reset"
-) -> AttachedOptimizer:
-    """Make ``optimizer`` step only the active neurons of ``model``; frozen ones do not move.
-
-    Exact ``torch.optim.SGD``, ``Adam`` and ``AdamW`` get row steps: a frozen neuron costs no
-    optimizer time, and Adam counts the steps of each neuron (``state[p]["neq_step"]``, int64[K], a
-    list of ints in ``state_dict``; ``step`` is the largest count), so its bias correction is right
-    after a pause. While all neurons of a parameter are active and share one history, and for
-    parameters no neuron owns, torch's own step runs. ``state_dict`` can be loaded by the plain
-    optimizer and the other way round. ``optimizer.step``, closures, schedulers, ``GradScaler``,
-    parameter groups and ``add_param_group`` work as before.
-
-    Any other optimizer, and any parameter that row steps do not support (a ``differentiable`` or
-    ``capturable`` group, a sparse gradient, a tensor subclass), takes the guard: it steps
-    everything, then the frozen neurons' weights and their rows in state tensors of the parameter's
-    shape are put back (``"keep"``, whatever ``frozen_state`` says). That costs a copy of those rows
-    before and after each step. Other state goes on for all neurons alike: one warning names it. If
-    such a step raises, the frozen neurons are not put back; what an optimizer does to weights
-    outside ``step`` is out of reach.
-
-    Args:
-        optimizer: the user's optimizer. Its parameters may belong to neurons or not.
-        model: the converted model, also wrapped in data parallel or ``torch.compile``.
-        frozen_state: what happens to the state of a frozen neuron. ``"reset"``: momentum, both
-            moments, the largest second moment and its step count become 0 when it freezes.
-            ``"keep"``: all held. ``"reference"``: as in the published code of NEq
-            (arXiv:2207.09455): momentum and first moment become 0, the second moment decays at
-            every step and the count goes on.
-
-    Returns:
-        A handle with ``report()`` and ``remove()``.
-
-    Raises:
-        TypeError: ``optimizer`` is no ``torch.optim.Optimizer``, or it is ``LBFGS``, whose state
-            mixes all parameters.
-        ValueError: unknown ``frozen_state``; a model without neuron layers; an optimizer that
-            holds none of their parameters, or is attached already.
-    """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__} "
-            "(attach the optimizer inside a wrapper)"
-        )
-    if isinstance(optimizer, LBFGS):
-        raise TypeError(
-            "optimizer: expected one that updates every weight by itself, got LBFGS, whose "
-            "history mixes the weights of active and frozen neurons"
-        )
-    if frozen_state not in get_args(FrozenState):
-        raise ValueError(
-            f"frozen_state: expected one of {get_args(FrozenState)}, got {frozen_state!r}"
-        )
-    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
-        if isinstance(getattr(hook, "__self__", None), AttachedOptimizer):
-            raise ValueError(
-                "optimizer: expected one that is not attached, got one that is: call remove() on "
-                "its handle first (for several models attach a torch.nn.ModuleList of them)"
-            )
-    _refuse_flat_parameters(model)
-    ownership = Ownership(model)
-    if not ownership.parameters:
-        raise ValueError(
-            "model: expected neuron layers, got none: call neq_kernels.convert(model) before attach"
-        )
-    held = (p for group in optimizer.param_groups for p in group["params"])
-    if not any(p in ownership.parameters for p in held):
-        raise ValueError(
-            "optimizer: expected it to hold parameters of the model's neuron layers, got none of "
-            "them: make it from this model's parameters"
-        )
-    return AttachedOptimizer(optimizer, ownership, frozen_state)
-
-
-def _refuse_flat_parameters(model: nn.Module) -> None:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and any(
-        isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()
-    ):
-        raise TypeError(
-            "model: expected parameters that neurons can be found in, got "
-            "FullyShardedDataParallel, which flattens those of many layers into one; use "
-            "torch.distributed.fsdp.fully_shard (FSDP2)"
-        )
-
-
-def is_attached(model: nn.Module) -> bool:
-    """Whether an optimizer is attached to ``model``. (A copy of a model has none.)
-
-    Raises:
-        ValueError: a model without neuron layers.
-    """
-    return any(layer.anchor.optimizers for layer in neuron_layers(model))

@@ -1,8 +1,9 @@
 """The guard: lets any optimizer step, then puts the frozen neurons back.
 
 Weights are put back always. State tensors of the parameter's shape are held too; other state is
-out of reach and named in one warning. The cost is a copy of the frozen rows of the weights and of
-that state before each step, and one after it.
+out of reach and named in one warning. Muon updates each row with the momentum of all of them: there
+the momentum of frozen rows is cleared before the step instead. The cost is a copy of the frozen
+rows of the weights and of that state before each step, and one after it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.optim import Muon, Optimizer
 
 from neq_kernels.optim.neurons_here import FrozenElements, FrozenRows
 from neq_kernels.optim.ownership import OwnedParameter
-from neq_kernels.sharding import is_sharded, local
+from neq_kernels.sharding import is_distributed, local
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,15 @@ class Guard:
             self._warned = True
             warnings.warn(
                 f"{type(self._optimizer).__name__}: frozen neurons do not move, but this state "
-                f"has no row per neuron and goes on at every step: {', '.join(sorted(shared))}",
+                f"has no row per neuron and goes on at every step: {', '.join(sorted(shared))}; "
+                "a neuron that thaws is stepped as if it had not paused, which is approximate",
                 stacklevel=2,
             )
 
 
 def _has_rows(value: object, p: Parameter) -> bool:
     return (
-        isinstance(value, Tensor) and value.shape == p.shape and is_sharded(value) == is_sharded(p)
+        isinstance(value, Tensor)
+        and value.shape == p.shape
+        and is_distributed(value) == is_distributed(p)
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from neq_kernels.backends.base import Backend
 from neq_kernels.channels import NeuronLayout
 from neq_kernels.optim import reference
-from neq_kernels.sharding import is_sharded, local, local_grad
+from neq_kernels.sharding import is_distributed, local, local_grad
 
 
 class RowStep(NamedTuple):
@@ -44,7 +44,7 @@ class _Batch:
         assert backend is not None
         self._backend = backend
         self._holders = [step.parameter for step in steps]
-        self._sharded = any(map(is_sharded, self._holders))
+        self._sharded = any(map(is_distributed, self._holders))
         self._parameters = list(map(local, self._holders))
         # State that is missing for one is missing for all.
         self._state = [

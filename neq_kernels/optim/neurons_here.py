@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from neq_kernels.channels import ActiveChannels, NeuronLayout
-from neq_kernels.sharding import is_sharded, part_of, positions
+from neq_kernels.sharding import is_distributed, part_of, positions
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class RowsHere:
 
 def cut_between_neurons(parameter: Tensor, layout: NeuronLayout) -> bool:
     """Whether the part of ``parameter`` in this process has a layout of its own."""
-    return layout.groups == 1 or not is_sharded(parameter)
+    return layout.groups == 1 or not is_distributed(parameter)
 
 
 def rows_here(parameter: Tensor, layout: NeuronLayout, channels: ActiveChannels) -> RowsHere:
     """For a parameter that :func:`cut_between_neurons` accepts."""
     device = parameter.device
-    if not is_sharded(parameter):
+    if not is_distributed(parameter):
         return RowsHere(layout, channels.order(device), channels.n_active, None)
     numbers = torch.zeros(1, dtype=torch.int64, device="cpu")
     if layout.axis is not None:
@@ -88,7 +88,8 @@ def frozen_elements(
     parameter: Tensor, owners: list[tuple[ActiveChannels, NeuronLayout]]
 ) -> FrozenElements:
     """Those that no owner's active neuron contains."""
-    frozen = torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
+    active = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
     for channels, layout in owners:
-        layout.fill_(frozen, channels.order(frozen.device)[: channels.n_active], False)
-    return FrozenElements(part_of(parameter, frozen) if is_sharded(parameter) else frozen)
+        active |= layout.spread(channels.mask_on(active.device), active)
+    frozen = ~active
+    return FrozenElements(part_of(parameter, frozen) if is_distributed(parameter) else frozen)

@@ -24,7 +24,7 @@ from neq_kernels.optim.neurons_here import (
     frozen_elements,
     rows_here,
 )
-from neq_kernels.sharding import is_sharded, local
+from neq_kernels.sharding import is_distributed, local
 
 
 class OwnedParameter:
@@ -84,7 +84,7 @@ class OwnedParameter:
 
     def rows_here(self, parameter: Parameter) -> RowsHere:
         """Its neurons in this process; not where owners see different ones."""
-        if not is_sharded(parameter):
+        if not is_distributed(parameter):
             return rows_here(parameter, self.layout, self.channels)
         known = (self.channels.generation, local(parameter).shape)
         if self._here is None or self._here[0] != known:

@@ -21,7 +21,7 @@ from neq_kernels.optim import reference
 from neq_kernels.optim.multi_tensor import Batches, RowStep, ScalarSteps
 from neq_kernels.optim.ownership import OwnedParameter
 from neq_kernels.optim.step_counts import COUNTS, State, as_digits, counts_from
-from neq_kernels.sharding import is_sharded, local, placed_alike
+from neq_kernels.sharding import is_distributed, local, placed_alike
 
 FrozenState = Literal["reset", "keep", "reference"]
 Group = dict[str, Any]
@@ -58,6 +58,7 @@ class RowSteps:
     Args:
         optimizer: whose state and parameter groups are used.
         frozen_state: what happens to the state of a frozen neuron.
+        frees: whether the state of a wholly frozen parameter is freed (under "reset").
     """
 
     # The name of the row function.
@@ -66,8 +67,11 @@ class RowSteps:
     reset: tuple[str, ...]
     reference: tuple[str, ...]
 
-    def __init__(self, optimizer: Optimizer, frozen_state: FrozenState) -> None:
+    def __init__(self, optimizer: Optimizer, frozen_state: FrozenState, frees: bool) -> None:
         self._optimizer = optimizer
+        self._frees = frees
+        # The bytes of each parameter's state when it was freed.
+        self._freed: dict[Parameter, int] = {}
         self._frozen_state = frozen_state
         self._applied: dict[Parameter, tuple[ActiveChannels, int, Tensor | None]] = {}
         # How many steps the most advanced active neuron lies behind the most advanced of all.
@@ -77,6 +81,10 @@ class RowSteps:
         """The state was replaced: what was done to it has to be done again."""
         self._applied.clear()
         self._behind.clear()
+
+    def freed_bytes(self) -> int:
+        """Of the state that is not there now."""
+        return sum(n for p, n in self._freed.items() if not self._optimizer.state.get(p))
 
     def leaves_to_torch(self, group: Group, p: Parameter, owned: OwnedParameter) -> bool:
         """Whether torch's own step is the row step of this parameter."""
@@ -118,6 +126,12 @@ class RowSteps:
             wholly_frozen = owned.none_active
             state = self._optimizer.state.get(p, {})
             is_stepped = advances_frozen if wholly_frozen else p.grad is not None
+            if wholly_frozen and self._frees and state:
+                tensors = [local(t) for t in state.values() if isinstance(t, Tensor)]
+                self._freed[p] = sum(t.numel() * t.element_size() for t in tensors)
+                del self._optimizer.state[p]
+                self._applied.pop(p, None)
+                continue
             if not is_stepped and not state:
                 continue
             if self.is_stateful(group):
@@ -339,7 +353,7 @@ def parameter_refusal(p: Parameter) -> str | None:
     """Why this parameter takes the guard, or None."""
     if not p.is_floating_point():
         return f"row steps support real floating-point parameters, got {p.dtype}"
-    if type(p) is not Parameter and not is_sharded(p):
+    if type(p) is not Parameter and not is_distributed(p):
         return f"row steps support plain parameters, got {type(p).__name__}"
     if p.grad is None:
         return None

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
-from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
 import neq_kernels as neq
-from tests.support.models import OwnLinear, converted, entries, tiny_swin
+from tests.support.models import OwnLinear, converted, entries
 
 
 def with_channels():
@@ -114,14 +113,3 @@ def test_layers_that_see_the_same_neurons_may_differ_otherwise():
     model[1].weight = model[0].weight
     neq.convert(model)
     assert model[0].channels is model[1].channels
-
-
-def test_swin_v2_is_left_alone_and_says_so():
-    model = tiny_swin(block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2)
-    neq.convert(model)
-    reasons = {e.name: e.reason for e in neq.conversion_report(model).modules if not e.converted}
-    assert all("uses its weight without calling it" in r for n, r in reasons.items() if "qkv" in n)
-    assert any(n.endswith("attn.qkv") for n in reasons)
-    dense = neq.verify(model, torch.randn(2, 3, 32, 32))
-    assert any(name.endswith("attn.qkv.weight") for name in dense)
-    assert not any(".mlp." in name for name in dense)

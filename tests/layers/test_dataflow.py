@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 import neq_kernels as neq
@@ -57,11 +60,32 @@ def test_a_sparse_tensor_on_the_way():
     assert layers_below(model, torch.randn(3, 3)) == ["ab"]
 
 
-def test_a_compiled_function_on_the_way():
+def test_compiled_blocks_on_the_way():
     torch._dynamo.reset()
-    scale = torch.compile(lambda x, p: (x * p).relu(), backend="aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
+    scale = torch.compile(lambda x, p: (x * p).relu(), backend=counter, fullgraph=True)
     model = Wired(lambda m, x: m.b(scale(m.a(x), m.p)))
-    assert layers_below(model, torch.randn(3, 3)) == ["ab"]
+    model.a.compile(backend=counter, fullgraph=True)
+    x = torch.randn(3, 3)
+    for before in (0, 2):
+        assert counter.frame_count == before
+        assert layers_below(model, x) == ["ab"]
+        model(x)
+        assert counter.frame_count == 2
+    torch._dynamo.reset()
+
+
+def test_flex_attention_on_the_way():
+    """An operator that takes functions."""
+
+    def wiring(m, x):
+        q = (m.a(x) * m.p)[None, None]
+        return m.b(flex_attention(q, q, q)[0, 0])
+
+    torch._dynamo.reset()
+    model = Wired(wiring)
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+        assert layers_below(model, torch.randn(16, 3)) == ["ab"]
     torch._dynamo.reset()
 
 

@@ -108,8 +108,7 @@ def test_parameters_are_themselves_after_every_forward():
     [
         (tiny_vit, 16, "heads.head", "heads.head"),
         (tiny_swin, 32, "head", "head"),
-        # Its norm is a subclass, so no neuron owns it, and follows the head it sits beside.
-        (tiny_convnext, 32, "classifier.2", "classifier.0"),
+        (tiny_convnext, 32, "classifier.2", "classifier.2"),
     ],
 )
 def test_everything_frozen_but_the_head_stops_backprop_there(make, size, head, lowest):

@@ -1,4 +1,4 @@
-"""PyTorch's own database of optimizers: every setting of every optimizer, half of each layer frozen."""
+"""PyTorch's own database of optimizers: every setting of each, half of every layer frozen."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ class Snapshot:
         self._tensors = {name: t.detach().clone() for name, t in _named_tensors(model)}
 
     def start(self, probe: Probe, layers: Layers) -> tuple[list[str], set[str]]:
-        if in_process_group() and _is_sharded(self._model):
+        if in_process_group() and _is_distributed(self._model):
             raise ValueError(_unusable("its parameters are sharded"))
         fingerprints: list[str] = []
         ran: set[str] = set()
@@ -367,7 +367,7 @@ def _tensor_differences(
     return differences
 
 
-def _is_sharded(model: nn.Module) -> bool:
+def _is_distributed(model: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
     return any(isinstance(m, (FSDPModule, FullyShardedDataParallel)) for m in model.modules())

@@ -1,0 +1,236 @@
+"""Layers whose weight is read by the module around them and that are not called."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import neq_kernels as neq
+from neq_kernels.layers.traversal import named_neuron_layers
+from tests.support import oracle
+from tests.support.models import assert_model_gradients, freeze, set_ragged
+
+
+class Read(nn.Module):
+    """Reads every weight, calls no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.product, self.other_bias, self.plain = (nn.Linear(6, 6) for _ in range(3))
+        self.conv = nn.Conv1d(6, 6, 3, groups=6, bias=False)
+        self.norm = nn.LayerNorm(6)
+        self.shift = nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        x = F.linear(x, self.product.weight, self.product.bias)
+        x = F.linear(x, self.other_bias.weight, bias=self.other_bias.bias.clone() * 2 + self.shift)
+        x = torch.einsum("ni,oi->no", x, self.plain.weight) + torch.cat([self.plain.bias])
+        x = (x.T[None] * self.conv.weight.squeeze(1).sum(-1, keepdim=True))[0].T
+        return F.layer_norm(x, (6,), self.norm.weight, self.norm.bias)
+
+
+def both():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 6), Read(), nn.Linear(6, 3)).double()
+    return plain, neq.convert(copy.deepcopy(plain))
+
+
+def inputs():
+    return torch.randn(7, 6, dtype=torch.float64)
+
+
+def backward(model, x):
+    model.zero_grad()
+    model(x).square().sum().backward()
+
+
+def test_whatever_is_computed_from_a_weight_has_gradients_of_active_rows():
+    plain, ours = both()
+    x = inputs()
+    assert torch.equal(ours(x), plain(x))
+    assert neq.verify(ours, x) == ["1.shift"]
+    for shift in range(3):
+        set_ragged(ours, shift)
+        assert torch.equal(ours(x), plain(x))
+        for model in (plain, ours):
+            backward(model, x)
+        assert_model_gradients(ours, plain)
+
+
+def test_wholly_frozen_backprop_stops():
+    _, ours = both()
+    ours[1].shift.requires_grad_(False)
+    freeze(ours)
+    assert not ours(inputs()).requires_grad
+    ours[2].channels.reset()
+    backward(ours, inputs())
+    assert [n for n, p in ours.named_parameters() if p.grad is not None] == ["2.weight", "2.bias"]
+
+
+def test_a_product_with_a_weight_is_a_call_of_the_layer():
+    _, ours = both()
+    seen = []
+    for name in ("product", "other_bias", "plain"):
+        layer = getattr(ours[1], name)
+        layer.register_forward_hook(lambda *_, name=name: seen.append(name))
+    ours(inputs())
+    with torch.no_grad():
+        ours(inputs())
+    assert seen == ["product", "other_bias"] * 2
+    ours[1].product.channels.set([0])
+    with oracle.CalledOps() as called:
+        backward(ours, inputs())
+    assert called.names.count("linear_backward") <= 1
+    rows = {row.name: row for row in neq.flops.count(ours, inputs()).layers}
+    assert rows["1.product"].macs == rows["1.other_bias"].macs == 36
+    assert rows["1.product"].wgrad_macs == 6
+    assert {name for name in rows if "1." in name} >= {"1.product", "1.other_bias", "1.norm"}
+
+
+def test_parameters_are_themselves_for_everybody_else():
+    _, ours = both()
+    before = dict(ours.named_parameters())
+    seen = []
+    ours[1].product.register_forward_hook(
+        lambda layer, *_: seen.append((dict(ours.named_parameters()), layer.bias))
+    )
+    ours(inputs())
+    ((during, _),) = seen
+    assert during.keys() == before.keys()
+    assert all(during[n] is p for n, p in before.items())
+    assert ours[1].product.weight is before["1.product.weight"]
+    with pytest.raises(RuntimeError):
+        ours(torch.randn(7, 5, dtype=torch.float64))
+    assert ours[1].product.weight is before["1.product.weight"]
+    assert "neq_replaced" not in vars(ours[1])
+
+
+def test_copies_and_revert():
+    plain, ours = both()
+    set_ragged(ours)
+    x = inputs()
+    backward(ours, x)
+    grads = [p.grad for p in ours.parameters()]
+    buffer = io.BytesIO()
+    torch.save(ours, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(ours), torch.load(buffer, weights_only=False), neq.convert(ours)):
+        backward(other, x)
+        assert all(map(torch.equal, [p.grad for p in other.parameters()], grads))
+    assert len(ours[1]._forward_pre_hooks) == 1
+    neq.revert(ours)
+    assert vars(ours[1]).keys() == vars(plain[1]).keys()
+    assert not ours[1]._forward_pre_hooks
+    assert not ours[1]._forward_hooks
+    for model in (plain, ours):
+        backward(model, x)
+    assert all(map(torch.equal, *([p.grad for p in m.parameters()] for m in (plain, ours))))
+
+
+def test_what_changes_a_weight_in_forward_changes_the_parameter():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.linear.weight.copy_(F.normalize(self.linear.weight))
+            return F.linear(x, self.linear.weight)
+
+    ours = neq.convert(Normed())
+    ours.linear.channels.set([1])
+    backward(ours, torch.randn(3, 4))
+    assert torch.allclose(ours.linear.weight.norm(dim=1), torch.ones(4))
+    oracle.assert_frozen_are_zero(ours.linear.weight.grad, [False, True, False, False])
+
+
+def test_a_module_replaced_later_is_left_alone():
+    _, ours = both()
+    ours[1].product = nn.Linear(6, 6, dtype=torch.float64)
+    backward(ours, inputs())
+    assert ours[1].product.weight.grad.ne(0).all()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing(reentrant):
+    _, ours = both()
+    set_ragged(ours)
+    x = inputs()
+    backward(ours, x)
+    grads = [p.grad for p in ours.parameters()]
+    ours.zero_grad()
+    hidden = checkpoint(ours[1], ours[0](x), use_reentrant=reentrant)
+    ours[2](hidden).square().sum().backward()
+    assert all(map(torch.equal, [p.grad for p in ours.parameters()], grads))
+
+
+def test_one_graph_for_all_masks():
+    _, ours = both()
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    x = inputs()
+    for shift in range(3):
+        set_ragged(ours, shift)
+        grads = []
+        for model in (ours, compiled):
+            ours.zero_grad()
+            model(x).square().sum().backward()
+            grads.append([p.grad for p in ours.parameters()])
+        for found, expected in zip(*grads, strict=True):
+            oracle.assert_close64(found, expected, 1e-9)
+
+
+def test_exported_programs_are_plain():
+    _, ours = both()
+    set_ragged(ours)
+    x = inputs()
+    program = torch.export.export(ours, (x,))
+    assert not [node for node in program.graph.nodes if "neq" in str(node.target)]
+    oracle.assert_close64(program.module()(x), ours(x))
+
+
+def test_linear_cross_entropy():
+    torch.manual_seed(0)
+    plain = nn.LinearCrossEntropyLoss(6, 5).double()
+    ours = neq.convert(copy.deepcopy(plain))
+    ours.linear.channels.set([0, 3])
+    x, target = inputs(), torch.arange(7) % 5
+    for model in (plain, ours):
+        model(x, target).backward()
+    assert_model_gradients(ours, plain)
+    ours.zero_grad()
+    ours.linear.channels.set([])
+    assert not ours(x, target).requires_grad
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_stopped_and_started_in_data_parallel_training():
+    _, ours = both()
+    alone = copy.deepcopy(ours)
+    wrapped = DistributedDataParallel(ours)
+    x = inputs()
+    for names in ([], ["1.product"], ["1.product", "1.conv", "0"], ["1.plain", "0"], []):
+        for model in (ours, alone):
+            for name, layer in named_neuron_layers(model):
+                layer.channels.set([] if name in names else range(len(layer.channels)))
+        for model, run in ((ours, wrapped), (alone, alone)):
+            model.zero_grad()
+            run(x).square().sum().backward()
+        for found, expected in zip(ours.parameters(), alone.parameters(), strict=True):
+            zero = torch.zeros_like(expected)
+            assert torch.equal(found.grad, zero if expected.grad is None else expected.grad)
