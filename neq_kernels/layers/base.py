@@ -144,6 +144,11 @@ class NeuronLayer(nn.Module):
         return self.register_forward_hook(lambda layer, args, output: watcher(output))
 
     @property
+    def shows_neurons(self) -> bool:
+        """Whether a dimension of its output enumerates them, so that they can be watched."""
+        return not self.is_embedding
+
+    @property
     def learns(self) -> bool:
         """Whether a parameter of its neurons requires a gradient."""
         return any(parameter.requires_grad for parameter, _ in self.neuron_parameters())
