@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import Proxy
 from torch.utils._pytree import tree_map_only
 
 from neq_kernels.autograd.call_state import learns, transformed
@@ -41,20 +40,20 @@ class WeightReads:
     def __init__(self, reader: nn.Module, paths: Iterable[str]) -> None:
         self._layers = [(path, _owned_names(reader.get_submodule(path))) for path in paths]
         self._hooks = [
-            reader.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            reader.register_forward_pre_hook(self._before_forward),
             reader.register_forward_hook(self._after_forward, always_call=True),
         ]
+        # By this torch.fx knows modules that stay modules in a graph, which would else hold the
+        # weights without their layers.
+        reader.__dict__["__module__"] = "torch.nn"
 
-    def remove(self) -> None:
+    def remove(self, reader: nn.Module) -> None:
         """The module reads the parameters themselves again."""
+        reader.__dict__.pop("__module__", None)
         for hook in self._hooks:
             hook.remove()
 
-    def _before_forward(
-        self, reader: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        if any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
-            return
+    def _before_forward(self, reader: nn.Module, args: object) -> None:
         replaced: list[tuple[dict[str, Any], str, Any]] = []
         for path, names in self._layers:
             layer = reader.get_submodule(path)
@@ -64,7 +63,7 @@ class WeightReads:
 
     def _after_forward(self, reader: nn.Module, args: object, output: object) -> None:
         waiting = reader.__dict__.get("neq_replaced")
-        if waiting is None:  # of torch.fx, or a hook that ran before ours has failed
+        if waiting is None:  # a hook that ran before ours has failed
             return
         replaced = waiting.pop()
         if not waiting:
