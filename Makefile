@@ -1,6 +1,7 @@
 # Every target is complete on a fresh machine: it makes the environment it needs, and reuses it.
 #   make demo    trains five small networks and writes runs/demo/report.html
 #   make test    the whole test suite
+#   make zoo     every model of benchmarks/zoo/models.txt against its dense self: an hour or two
 #   make lint    ruff, mypy, clang-format
 #   make docs    the documentation's site in build/docs
 #   make dist    the source distribution and, built from it, the wheel: both in dist/, checked
@@ -19,7 +20,7 @@ STAMP := $(VENV)/.neq_kernels_installed.cuda_$(NEQ_BUILD_CUDA)
 JOBS ?= 2
 DOCS_EXTRA := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
 
-.PHONY: demo demo-quick test lint docs dist install clean
+.PHONY: demo demo-quick test zoo lint docs dist install clean
 
 demo: install
 	$(PY) -m benchmarks.training.demo
@@ -29,6 +30,9 @@ demo-quick: install
 
 test: install
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+zoo: install
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.zoo --jobs $(JOBS) $(ZOO_ARGS)
 
 lint: install
 	$(PY) -m ruff check .

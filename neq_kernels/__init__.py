@@ -15,6 +15,7 @@ from neq_kernels.conversion.report import conversion_report
 from neq_kernels.conversion.verify import verify
 from neq_kernels.dispatch.selection import capturable
 from neq_kernels.measure import flops
+from neq_kernels.measure.explain import explain
 from neq_kernels.model_tuning import load_tuning_state_dict, tune, tuning_state_dict
 from neq_kernels.optim import attach
 from neq_kernels.version import __version__
@@ -31,6 +32,7 @@ __all__ = [
     "capturable",
     "conversion_report",
     "convert",
+    "explain",
     "flops",
     "functional",
     "load_tuning_state_dict",

@@ -132,6 +132,9 @@ class ActiveChannels:
         n_channels: K, at least 1. All channels start active.
     """
 
+    # Whether eager code has computed with them: what they own is used by way of its layer.
+    called = False
+
     def __init__(self, n_channels: int) -> None:
         if isinstance(n_channels, bool) or not isinstance(n_channels, int):
             raise TypeError(f"n_channels: expected an int, got {type(n_channels).__name__}")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import sys
 from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,18 +14,28 @@ import torch
 import neq_kernels
 from neq_kernels.backends import cuda
 from neq_kernels.backends.problem import Strategy
+from neq_kernels.cli_arguments import (
+    UserError,
+    add_model_arguments,
+    image_of,
+    model_of,
+    positive,
+    seconds,
+    share,
+)
+from neq_kernels.conversion.convert import convert
 from neq_kernels.dispatch.selection import selector
 from neq_kernels.doctor import checks as doctor_checks
 from neq_kernels.doctor import runner
-from neq_kernels.integrations.named_models import named_model
+from neq_kernels.layers.traversal import neuron_layers
 from neq_kernels.machine import machine
 from neq_kernels.measure import EnergyMeter, flops
 from neq_kernels.measure.energy import NO_COUNTER
+from neq_kernels.measure.explain import explain
 from neq_kernels.measure.layer_times import LayerTime, layer_times
 
 FAILED_CHECK = 1
 USER_ERROR = 2
-DEFAULT_SIZE = (224, 224)
 SHOWN_FAILURES = 3
 LAYER_HEADER = ("layer", "kind", "MACs", "share", "dgrad MACs", "wgrad MACs")
 BENCH_HEADER = ("layer", "active", *(s.name.lower() for s in Strategy), "chosen", "over dense")
@@ -53,10 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-class UserError(Exception):
-    """Told to the user in one line, without a traceback."""
-
-
 def doctor(args: argparse.Namespace) -> int:
     """Print what this machine runs and why; check every kernel."""
     print("Machine")
@@ -78,9 +82,8 @@ def doctor(args: argparse.Namespace) -> int:
 
 def count_flops(args: argparse.Namespace) -> int:
     """Print the FLOPs of one image through a model."""
-    model = _model(args)
-    height, width = args.size
-    image = torch.zeros(1, args.in_channels or 3, height, width)
+    model = model_of(args)
+    image = image_of(args)
     try:
         count = flops.count(model, image)
     except Exception as error:  # whatever a stranger's forward raises
@@ -99,12 +102,29 @@ def count_flops(args: argparse.Namespace) -> int:
     return 0
 
 
+def tell(args: argparse.Namespace) -> int:
+    """Convert a model and print what freezing saves in it."""
+    model = model_of(args)
+    try:
+        layers = neuron_layers(convert(model))
+        for layer in layers[: round((args.freeze or 0) * len(layers))]:
+            layer.channels.set([])
+        explanation = explain(model, image_of(args))
+    except Exception as error:  # whatever a stranger's forward raises
+        raise UserError(f"{args.model} cannot be explained: {error}") from error
+    if args.json:
+        print(json.dumps({"model": args.model, "size": list(args.size)} | explanation.to_dict()))
+    else:
+        print(explanation)
+    return 0
+
+
 def bench(args: argparse.Namespace) -> int:
     """Time the weight gradients of a model's layers."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    model = _model(args)
-    images = torch.zeros(args.batch, args.in_channels or 3, *args.size)
+    model = model_of(args)
+    images = image_of(args, args.batch)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
         images = images.to(memory_format=torch.channels_last)
@@ -150,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="examples: neq flops swin_b; neq flops benchmarks.common.models:resnet32 --size 32 "
         "--classes 10; neq flops deeplabv3_resnet50 --size 480 --classes 21 --option aux_loss=True",
     )
-    _add_model_arguments(command)
+    add_model_arguments(command)
     command.add_argument(
         "--convention",
         choices=flops.CONVENTIONS,
@@ -162,6 +182,24 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=count_flops)
 
     command = commands.add_parser(
+        "explain",
+        help="what of a model is in neurons, where backprop stops, and what keeps it alive",
+        description="What of a model is in neurons once it is converted, where backprop stops, "
+        "which parameters keep it alive, and the most that freezing saves, by FLOPs, for one "
+        "image.",
+        epilog="example: neq explain vit_b_16 --freeze 0.5",
+    )
+    add_model_arguments(command)
+    command.add_argument(
+        "--freeze",
+        type=share,
+        metavar="SHARE",
+        help="freeze this share of the layers wholly, from the first one on (none)",
+    )
+    command.add_argument("--json", action="store_true", help="everything, as JSON")
+    command.set_defaults(run=tell)
+
+    command = commands.add_parser(
         "bench",
         help="milliseconds of the weight gradient of each layer of a model",
         description="Milliseconds of the weight gradient of each distinct layer of a model on this "
@@ -169,99 +207,23 @@ def _parser() -> argparse.ArgumentParser:
         "than PyTorch's kernel for all channels.",
         epilog="example: neq bench resnet18 --batch 16 --size 128 --channels-last",
     )
-    _add_model_arguments(command)
-    command.add_argument("--batch", type=_positive, default=8, metavar="N", help="images (8)")
+    add_model_arguments(command)
+    command.add_argument("--batch", type=positive, default=8, metavar="N", help="images (8)")
     command.add_argument(
         "--shares",
-        type=_share,
+        type=share,
         nargs="+",
         default=[0.5, 0.1],
         metavar="SHARE",
         help="of active channels (0.5 0.1)",
     )
     command.add_argument(
-        "--seconds", type=_seconds, default=0.2, metavar="S", help="for each line (0.2)"
+        "--seconds", type=seconds, default=0.2, metavar="S", help="for each line (0.2)"
     )
-    command.add_argument("--threads", type=_positive, metavar="N", help="PyTorch's own by default")
+    command.add_argument("--threads", type=positive, metavar="N", help="PyTorch's own by default")
     command.add_argument("--channels-last", action="store_true", help="memory format of the images")
     command.set_defaults(run=bench)
     return parser
-
-
-def _add_model_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "model",
-        help="torchvision:NAME, timm:NAME, package.module:callable, or a bare name, looked up in "
-        "torchvision and then in timm",
-    )
-    command.add_argument(
-        "--size", type=_size, default=DEFAULT_SIZE, metavar="HxW", help="image size (224x224)"
-    )
-    command.add_argument(
-        "--classes", type=_positive, metavar="N", help="the model's own by default"
-    )
-    command.add_argument("--in-channels", type=_positive, metavar="C", help="3 by default")
-    command.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        type=_option,
-        metavar="NAME=VALUE",
-        help="passed on to the model's constructor; may be repeated",
-    )
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"expected a share above 0 and at most 1, got {text!r}")
-    return share
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}")
-    return seconds
-
-
-def _size(text: str) -> tuple[int, int]:
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdecimal() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"expected HxW or one number, got {text!r}")
-    return int(parts[0]), int(parts[-1])
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return int(text)
-
-
-def _option(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
-
-
-def _model(args: argparse.Namespace) -> torch.nn.Module:
-    here = str(Path.cwd())
-    if here not in sys.path:  # an installed command does not have it, a script of the user's does
-        sys.path.insert(0, here)
-    try:
-        return named_model(args.model, args.classes, args.in_channels, **dict(args.option))
-    except Exception as error:  # whatever a stranger's constructor raises
-        raise UserError(str(error) or type(error).__name__) from error
 
 
 def _layer_rows(count: flops.FlopCount) -> list[list[str]]:

@@ -27,9 +27,11 @@ from neq_kernels.autograd.call_state import (
     learns,
     left_to_pytorch,
     none_active,
+    recorded,
     watched,
 )
 from neq_kernels.autograd.dense import ROWS, constant_where_frozen
+from neq_kernels.autograd.embedding import EmbeddingFunction, Lookup, masked_lookup
 from neq_kernels.autograd.forward import convolve, detached
 from neq_kernels.autograd.functions import (
     ConvFunction,
@@ -173,6 +175,50 @@ def conv(
         *arguments,
     )
     return out if batched else out.squeeze(0)
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    channels: ActiveChannels,
+    *,
+    padding_idx: int | None = None,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """``F.embedding`` whose backward adds up the gradients of active rows (tokens) only.
+
+    Args:
+        input: int32 or int64 tokens, any shape.
+        weight: ``[K, D]``, floating point.
+        channels: the active rows; frozen ones get a gradient of exactly 0 (``sparse=True``: none).
+            With none active the weight gets no gradient at all.
+        padding_idx, scale_grad_by_freq, sparse: as in ``F.embedding``.
+
+    Returns:
+        ``[*input.shape, D]``.
+
+    Raises:
+        ValueError: ``channels`` does not fit ``weight``.
+        RuntimeError: in backward, when ``channels`` was changed after the forward.
+    """
+    lookup = Lookup(padding_idx, scale_grad_by_freq, sparse)
+    if not learns(weight, None):
+        return lookup(input, weight)
+    if len(channels) != len(weight):
+        raise ValueError(f"channels: expected {len(weight)} channels, got {len(channels)}")
+    if left_to_pytorch(input, weight):
+        constant = masked(weight, channels)
+        # A sparse gradient is for a leaf.
+        return lookup._replace(sparse=sparse and constant is weight)(input, constant)
+    if recorded(weight):
+        return masked_lookup(input, weight, channels, lookup)
+    if all_active(channels, weight):
+        return watched(lookup(input, weight), channels)
+    if none_active(channels, weight):
+        return lookup(input, weight.detach())
+    output: Tensor = EmbeddingFunction.apply(weight, input, channels, lookup)
+    return output
 
 
 def affine(

@@ -41,7 +41,8 @@ def tune(
 
     Args:
         model: converted or not; it is not changed. On the CPU or on one GPU.
-        inputs: of one forward, with the batch size and image size of the training steps.
+        inputs: of one forward, with the batch size and image size of the training steps; or one
+            dict of keyword arguments.
         shares: of active channels, each above 0 and at most 1; by default every number of channels
             that the table tells apart, which takes minutes for a large network.
         seconds: to spend on each measurement.

@@ -22,9 +22,10 @@ from neq_kernels.layers.conv import (
     ConvTranspose2d,
     ConvTranspose3d,
 )
+from neq_kernels.layers.embedding import Embedding
 from neq_kernels.layers.linear import Linear
-from neq_kernels.layers.masked import (
-    Bilinear,
+from neq_kernels.layers.masked import Bilinear
+from neq_kernels.layers.masked_norm import (
     InstanceNorm1d,
     InstanceNorm2d,
     InstanceNorm3d,
@@ -50,6 +51,7 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "Embedding",
     "GroupNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",

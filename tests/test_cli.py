@@ -212,6 +212,30 @@ def test_mistakes_end_with_one_clear_line(neq, arguments, message):
     assert "Traceback" not in err
 
 
+def test_explain_converts_freezes_and_tells(neq):
+    arguments = ("explain", "resnet18", "--size", "32", "--freeze", "0.5")
+    code, out, _ = neq(*arguments)
+    assert code == 0
+    assert "MACs in neurons    100.0% of" in out
+    assert "backprop           stops after layer2.1.bn2 (20 layers)" in out
+    saved = json.loads(neq(*arguments, "--json")[1])
+    assert saved["model"] == "resnet18"
+    assert saved["backprop"]["stops_after"] == "layer2.1.bn2"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["torch.nn:ReLU"], "torch.nn:ReLU cannot be explained: model: expected at least one"),
+        (["resnet18", "--freeze", "2"], "argument --freeze: expected a share above 0"),
+    ],
+)
+def test_mistakes_in_explain(neq, arguments, message):
+    code, _, err = neq("explain", *arguments)
+    assert code == 2
+    assert message in err
+
+
 def test_help_and_version(neq):
     code, out, _ = neq("--help")
     assert code == 0

@@ -15,7 +15,7 @@ PACKAGE = "neq_kernels"
 # from rows below. The package itself, which re-exports, stands above all.
 ORDER = (
     ("version", "machine"),
-    ("channels", "process_group"),
+    ("channels", "process_group", "sharding"),
     ("backends.problem", "backends.base"),
     ("backends",),
     ("dispatch",),
@@ -25,9 +25,9 @@ ORDER = (
     ("layers",),
     ("nn", "conversion", "optim"),
     ("measure",),
-    ("controllers",),
+    ("controllers", "conversion.verify"),
     ("model_tuning", "doctor", "distributed", "integrations"),
-    ("cli",),
+    ("cli", "cli_arguments"),
 )
 # The backends that a backend derives from.
 BASES = {

@@ -34,6 +34,19 @@ def test_tune_measures_every_layer_and_keeps_the_winners(own_folder):
     assert len(selector.table(selector.context("cpu"))) == 4
 
 
+def test_tune_takes_a_dict_of_keyword_arguments():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.of_a, self.of_b = nn.Linear(4, 6), nn.Linear(3, 6)
+
+        def forward(self, a, *, b):
+            return self.of_a(a) + self.of_b(b)
+
+    example = {"b": torch.randn(2, 3), "a": torch.randn(2, 4)}
+    assert set(neq.tune(Sum(), example, shares=[1], seconds=0.001)) == {"of_a", "of_b"}
+
+
 def test_tune_refuses_what_it_cannot_measure():
     with pytest.raises(ValueError, match="shares"):
         neq.tune(nn.Linear(2, 2), torch.randn(1, 2), shares=[0.0])

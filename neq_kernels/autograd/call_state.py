@@ -15,9 +15,9 @@ from torch._C import (
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from neq_kernels.autograd.dense import is_distributed
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.dispatch.selection import selector
+from neq_kernels.sharding import is_distributed
 
 PLAIN = (Tensor, Parameter)
 

@@ -6,10 +6,7 @@ forward-mode AD, function transforms, and tensors that no kernel reads.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +14,7 @@ from torch import Tensor
 from neq_kernels.backends.base import Grads, shape_only
 from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.channels import NeuronLayout
+from neq_kernels.sharding import is_distributed, replicated_like
 
 ROWS = NeuronLayout()
 
@@ -28,23 +26,10 @@ def constant_where_frozen(parameter: Tensor, mask: Tensor, layout: NeuronLayout 
         mask: bool[K] on the parameter's device, True where active.
         layout: where a neuron lies in ``parameter``.
     """
-    with _replicating(parameter):
-        return torch.where(layout.spread(mask, parameter), parameter, parameter.detach())
-
-
-def is_distributed(tensor: Tensor) -> bool:
-    """Whether it is a DTensor."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def _replicating(tensor: Tensor) -> AbstractContextManager[Any]:
-    """A mask is the same on every rank."""
-    if not is_distributed(tensor):
-        return nullcontext()
-    from torch.distributed.tensor.experimental import implicit_replication
-
-    return implicit_replication()
+    where = layout.spread(mask, parameter)
+    if is_distributed(parameter):
+        where = replicated_like(parameter, where)
+    return torch.where(where, parameter, parameter.detach())
 
 
 def linear_backward(

@@ -13,6 +13,8 @@ from neq_kernels.controllers.base import Controller, Masks
 class FixedController(Controller[None]):
     """Sets the given masks at once and holds them.
 
+    Embeddings are layers as all others here.
+
     Args:
         model: a model with converted layers.
         masks: for some layer names the active channels, in any form
@@ -22,7 +24,7 @@ class FixedController(Controller[None]):
     Raises:
         TypeError: a mask of another dtype, or ``masks`` no mapping.
         ValueError: a name that is no converted layer, a mask of another length, an index out of
-            range or twice, or no active neuron left in the whole model. Nothing has been set.
+            range or twice, or no active neuron left in any layer that learns. Nothing has been set.
     """
 
     def __init__(
@@ -30,7 +32,7 @@ class FixedController(Controller[None]):
         model: nn.Module,
         masks: Mapping[str, Tensor | Sequence[bool] | Sequence[int]],
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, embeddings=True)
         if not isinstance(masks, Mapping):
             raise TypeError(
                 f"masks: expected a mapping from layer names, got {type(masks).__name__}"
@@ -38,11 +40,15 @@ class FixedController(Controller[None]):
         if unknown := sorted(map(str, masks.keys() - self._layers.keys())):
             raise ValueError(f"masks: expected names among {list(self._layers)}, got {unknown}")
         self._masks: Masks = {name: self._checked(name, mask) for name, mask in masks.items()}
-        if not any(
+        left = [
             bool(self._masks[name].any()) if name in self._masks else layer.channels.n_active
-            for name, layer in self._layers.items()
-        ):
-            raise ValueError("masks: expected at least one active neuron in the model, got none")
+            for name, layer in self._decided().items()
+        ]
+        if left and not any(left):
+            raise ValueError(
+                "masks: expected at least one active neuron in the layers that learn, got none: "
+                "the loss would have no graph"
+            )
         self._set_masks(self._masks, None)
 
     def _checked(self, name: str, mask: Tensor | Sequence[bool] | Sequence[int]) -> Tensor:

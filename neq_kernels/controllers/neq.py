@@ -19,6 +19,7 @@ from neq_kernels.controllers.probe.last_epoch import MEMORIES, Comparison, Memor
 from neq_kernels.controllers.probe.probe import EMPTY_PROBE, Probe
 from neq_kernels.controllers.probe.similarity import SIMILARITIES, Similarity, SimilarityName
 from neq_kernels.controllers.velocity import VELOCITIES, VelocityName
+from neq_kernels.layers.base import NeuronLayer
 from neq_kernels.process_group import add_up, rank, together
 
 PerLayer = dict[str, Tensor]
@@ -77,6 +78,9 @@ class NEqController(Controller[Response]):
         forward: ``forward(model, batch)``, for any other kind of batch.
         outputs: names of the output layers instead of finding them.
         include_output: output layers may freeze as all others.
+        embeddings: look at embeddings too: φ of a token is the cosine similarity of its row now and
+            one epoch ago, whether the probe holds it or not. A head tied to an embedding is an
+            output layer as a rule, and then both stay active without ``include_output=True``.
 
     Raises:
         TypeError: an argument of another type.
@@ -101,8 +105,9 @@ class NEqController(Controller[Response]):
         forward: Forward | None = None,
         outputs: Iterable[str] | None = None,
         include_output: bool = False,
+        embeddings: bool = False,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, embeddings=embeddings)
         self._eps = check_fraction("eps", eps, math.inf)
         self._mu = check_fraction("mu", mu)
         self._warmup = check_count("warmup", warmup)
@@ -114,7 +119,7 @@ class NEqController(Controller[Response]):
         self._similarity: type[Similarity] = SIMILARITIES[similarity]
         chosen = output_layers.chosen(outputs, include_output, self._layers)
         self._probe = Probe(self._model, probe, forward)
-        self._memory: Memory = MEMORIES[memory](self._model, self._layers)
+        self._memory: Memory = MEMORIES[memory](self._model)
         self._response = Response(self._everywhere(1.0), self._everywhere(0), self._everywhere(0))
         self._fingerprints, self._outputs = self._start(chosen)
 
@@ -137,8 +142,10 @@ class NEqController(Controller[Response]):
     def _start(self, outputs: set[str] | None) -> tuple[list[list[str]], set[str]]:
         """First pass: the fingerprints of each rank's batches, and the output layers."""
 
+        watched = self._decided()
+
         def first_pass() -> tuple[list[str], set[str], set[str] | None]:
-            fingerprints, ran = self._memory.start(self._probe)
+            fingerprints, ran = self._memory.start(self._probe, watched)
             found = output_layers.trace(self._probe, self._layers) if outputs is None else outputs
             return fingerprints, ran, found
 
@@ -148,16 +155,19 @@ class NEqController(Controller[Response]):
             raise ValueError(EMPTY_PROBE)
         ran = set[str]().union(*(of_rank for _, of_rank, _ in passes))
         if not ran:
-            raise ValueError("probe: expected it to run converted layers, got none that ran")
+            raise ValueError(
+                "probe: expected it to run converted layers that learn, got none that ran"
+            )
         self._warned: set[str] = set()
-        self._warn_of(self._layers.keys() - ran)
+        self._warn_of(watched.keys() - ran)
         if outputs is None:
             outputs = output_layers.traced(found for _, _, found in passes)
         return fingerprints, outputs
 
     def _decide(self) -> tuple[Masks, Response]:
-        phi = self._measure()
-        self._warn_of(self._layers.keys() - phi.keys())
+        watched = self._decided()
+        phi = self._measure(watched)
+        self._warn_of(watched.keys() - phi.keys())
         last = self._response
         delta = last.delta_phi | {name: phi[name] - last.phi[name] for name in phi}
         velocity = last.velocity | {
@@ -168,9 +178,9 @@ class NEqController(Controller[Response]):
         response = Response(last.phi | phi, delta, velocity, measured)
         return self._masks(velocity, measured), response
 
-    def _measure(self) -> PerLayer:
+    def _measure(self, watched: dict[str, NeuronLayer]) -> PerLayer:
         """φ of the layers that ran on the probe the same way now and one epoch ago."""
-        comparison = Comparison(self._layers, self._similarity)
+        comparison = Comparison(watched, self._similarity)
 
         def evaluate() -> tuple[set[str], set[str]]:
             self._memory.evaluate(self._probe, self._fingerprints[rank()], comparison)
@@ -182,7 +192,7 @@ class NEqController(Controller[Response]):
         local = comparison.sums()
         sums = {
             name: local[name] if name in local else self._no_sums(len(layer.channels))
-            for name, layer in self._layers.items()
+            for name, layer in watched.items()
             if name in ran - incomparable
         }
         added = add_up(sums, self._probe.device)
@@ -218,7 +228,7 @@ class NEqController(Controller[Response]):
 
     def _layer_history(self) -> dict[str, dict[str, Any]]:
         entries = super()._layer_history()
-        for name in self._response.measured:
+        for name in self._response.measured & entries.keys():
             entries[name]["phi_mean"] = float(self._response.phi[name].mean())
             speed = self._response.velocity[name].abs()
             entries[name]["velocity_abs_mean"] = float(speed.mean())
@@ -264,10 +274,11 @@ class NEqController(Controller[Response]):
 
     def _load_own(self, state: Mapping[str, Any]) -> None:
         self._memory.load(state["memory"])
+        self._warned.update(self._unknown_to(state))
         self._response = Response(
-            _cloned(state["phi"]),
-            _cloned(state["delta_phi"]),
-            _cloned(state["velocity"]),
+            self._everywhere(1.0) | _cloned(state["phi"]),
+            self._everywhere(0) | _cloned(state["delta_phi"]),
+            self._everywhere(0) | _cloned(state["velocity"]),
             frozenset(state["measured"]),
         )
 

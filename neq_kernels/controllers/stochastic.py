@@ -13,6 +13,7 @@ from neq_kernels.controllers.base import Controller, Masks
 from neq_kernels.controllers.probe import output_layers
 from neq_kernels.controllers.probe.batch import Forward
 from neq_kernels.controllers.probe.probe import Probe
+from neq_kernels.layers.base import NeuronLayer
 from neq_kernels.process_group import together
 
 
@@ -33,7 +34,9 @@ class StochasticController(Controller[Tensor]):
             output layers (the last converted layer on each path to an output). Without them the
             last conv or linear layer in registration order is taken.
         outputs: names of the output layers instead.
-        include_output: no layer is exempt.
+        include_output: no output layer is exempt.
+        embeddings: draw rows of embeddings too, and of heads tied to them (which are output layers
+            as a rule).
 
     Raises:
         TypeError: an argument of another type.
@@ -52,8 +55,9 @@ class StochasticController(Controller[Tensor]):
         forward: Forward | None = None,
         outputs: Iterable[str] | None = None,
         include_output: bool = False,
+        embeddings: bool = False,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, embeddings=embeddings)
         self._p = check_fraction("p", p)
         self._warmup = check_count("warmup", warmup)
         self._generator = torch.Generator("cpu").manual_seed(check_count("seed", seed))
@@ -77,7 +81,7 @@ class StochasticController(Controller[Tensor]):
         if chosen is not None:
             return chosen
         if probe is None:
-            return output_layers.last_in_order(self._layers)
+            return output_layers.last_in_order(_with_outputs(self._layers))
         watched = Probe(self._model, probe, forward)
         return output_layers.traced(together(lambda: output_layers.trace(watched, self._layers)))
 
@@ -92,13 +96,15 @@ class StochasticController(Controller[Tensor]):
         generator.set_state(self._generator.get_state())
         masks = self._all_active()
         for channels, names in self._groups():
+            if names[0] not in masks:
+                continue
             k = len(channels)
             frozen = torch.randperm(k, generator=generator, device="cpu")[: int(self._p * k)]
             if self._outputs.isdisjoint(names):
                 for name in names:
                     masks[name][frozen] = False
-        if not any(bool(mask.any()) for mask in masks.values()):
-            (last,) = output_layers.last_in_order(self._layers)
+        if masks and not any(bool(mask.any()) for mask in masks.values()):
+            (last,) = output_layers.last_in_order(_with_outputs(self._decided()))
             masks[last][0] = True
         return masks, generator.get_state()
 
@@ -117,3 +123,8 @@ class StochasticController(Controller[Tensor]):
 
     def _load_own(self, state: Mapping[str, Any]) -> None:
         self._generator.set_state(state["generator"])
+
+
+def _with_outputs(layers: Mapping[str, NeuronLayer]) -> Mapping[str, NeuronLayer]:
+    """Without embeddings, unless there is nothing else."""
+    return {name: layer for name, layer in layers.items() if not layer.is_embedding} or layers

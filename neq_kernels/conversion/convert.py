@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from neq_kernels.autograd.arguments import GradInput
-from neq_kernels.channels import ActiveChannels, NeuronLayout
+from neq_kernels.channels import ActiveChannels
+from neq_kernels.conversion.bypass import stop_watching, watch_for_bypass
 from neq_kernels.conversion.eligibility import (
     Filter,
     reasons_against,
 )
+from neq_kernels.conversion.followers import follow, unfollow
 from neq_kernels.conversion.neuron_classes import neuron_class
 from neq_kernels.conversion.report import conversion_report
 from neq_kernels.conversion.weight_readers import prepare_readers, remove_reads
-from neq_kernels.layers import traversal
 from neq_kernels.layers.anchor import ParameterAnchor
 from neq_kernels.layers.base import NeuronLayer, stock_class
-from neq_kernels.layers.following import FollowingParameters
+from neq_kernels.layers.following import followers, original_class
 from neq_kernels.layers.masked import FurtherNeurons
+from neq_kernels.layers.ties import share_channels
 from neq_kernels.layers.traversal import named_neuron_layers, neuron_layers, unwrap
 
 
@@ -40,8 +42,9 @@ def convert(
 
     Layers constructed from :mod:`neq_kernels.nn` have neurons already. They are adopted whatever
     ``filter`` and ``norms`` say: they get the other options, and keep their channels and masks.
-    Layers that share a weight, and see the same neurons in it, share one ``ActiveChannels``: a
-    channel is active if it was active in any of them.
+    Layers that share a parameter (an embedding and the head tied to it), and see the same neurons
+    in it, share one ``ActiveChannels``: a channel is active if it was active in any of them. Where
+    layers were tied, or a tie was broken, since, converting again puts that right.
 
     Args:
         model: any module.
@@ -50,10 +53,10 @@ def convert(
             that only active channels propagate.
         norms: convert norm layers too (their neurons are channel-wise scales and shifts).
         others: parameters no neuron owns (class tokens, layer scales, position tables) ``"train"``
-            on, or ``"follow"``: they stop while every neuron of the module that holds them is
-            frozen (of its nearest ancestor with neurons, if it has none; for the outermost module
-            its last neuron layer, the output, does not count). Parameters of whole unconverted
-            layers, such as embeddings, follow their nearest ancestor likewise.
+            on, or ``"follow"``: each stops while the first neuron layer that it feeds, and every
+            layer below that, are wholly frozen, or while all layers of the module around it are.
+            The first eager forward of the model shows who feeds whom; until then all layers but
+            the last decide about the parameters of the outermost module.
 
     Returns:
         ``model`` itself.
@@ -69,8 +72,10 @@ def convert(
     if others not in ("train", "follow"):
         raise ValueError(f"others: expected 'train' or 'follow', got {others!r}")
     inner = unwrap(model)
+    followed = unfollow(inner)
     reasons = reasons_against(inner, filter, norms)
-    anchor, shared = _adopt_known(inner, grad_input)
+    anchor = _adopt_known(inner, grad_input)
+    new = set()
     for name, layer in inner.named_modules():
         if isinstance(layer, NeuronLayer) or reasons[name] is not None:
             continue
@@ -78,16 +83,19 @@ def convert(
         assert ours is not None
         _become(layer, ours)
         assert isinstance(layer, NeuronLayer)
-        first, channels = layer.neuron_parameters()[0], ActiveChannels(layer.n_neurons)
-        layer.adopt(shared.setdefault(first, channels), grad_input, anchor)
+        channels = ActiveChannels(layer.n_neurons)
+        layer.adopt(channels, grad_input, anchor)
+        new.add(channels)
+    share_channels(inner, new)
     if next(named_neuron_layers(inner), None) is None:
         raise ValueError(
             "model: expected at least one layer that can be converted, got none:\n"
             f"{conversion_report(inner)}"
         )
     prepare_readers(inner)
-    if others == "follow" and next(traversal.following_parameters(inner), None) is None:
-        _follow(inner, anchor)
+    if others == "follow" or followed:
+        follow(inner, anchor, followed)
+    watch_for_bypass(inner)
     return model
 
 
@@ -104,13 +112,12 @@ def revert(model: nn.Module) -> nn.Module:
                 f"{name}: expected the class that convert gave it, got {type(layer).__name__}; "
                 "remove what was put on top first, such as a parametrization"
             )
+    stop_watching(inner)
+    unfollow(inner)
     for module in inner.modules():
         if isinstance(module, NeuronLayer):
             module.release()
             _become(module, stock_class(type(module)))
-        following = module.__dict__.pop("neq_following", None)
-        if following is not None:
-            following.remove()
         remove_reads(module)
     return model
 
@@ -132,58 +139,26 @@ def specialize(model: nn.Module, enabled: bool = True) -> nn.Module:
     """
     for layer in neuron_layers(model):
         layer.specialized = enabled
+    for follower in followers(unwrap(model)):
+        follower.following.specialized = enabled
     return model
 
 
-def _adopt_known(
-    model: nn.Module, grad_input: GradInput
-) -> tuple[ParameterAnchor, dict[tuple[Tensor, NeuronLayout], ActiveChannels]]:
-    """Let the neuron layers that ``model`` has share one anchor, and their channels where they
-    share their neurons. Returns both."""
+def _adopt_known(model: nn.Module, grad_input: GradInput) -> ParameterAnchor:
+    """Let the neuron layers that ``model`` has share one anchor, and return it."""
     known = [layer for _, layer in named_neuron_layers(model)]
     anchors = [layer.anchor for layer in known if layer.anchor.shared]
     anchor = anchors[0] if anchors else ParameterAnchor(shared=True)
-    shared: dict[tuple[Tensor, NeuronLayout], ActiveChannels] = {}
     for layer in known:
-        owned = layer.neuron_parameters()
-        channels = shared.setdefault(owned[0], layer.channels) if owned else layer.channels
-        if channels is not layer.channels:
-            channels.set(channels.mask | layer.channels.mask)
-        layer.adopt(channels, layer.grad_input if layer.anchor.shared else grad_input, anchor)
-    for following in traversal.following_parameters(model):
-        following.anchor = anchor
-    return anchor, shared
+        options = layer.grad_input if layer.anchor.shared else grad_input
+        layer.adopt(layer.channels, options, anchor)
+    return anchor
 
 
 def _is_made_by_convert(layer: NeuronLayer) -> bool:
-    kind = type(layer)
+    kind = original_class(layer)
     return kind is FurtherNeurons or kind is neuron_class(stock_class(kind))
 
 
 def _become(module: nn.Module, kind: type[nn.Module]) -> None:
     module.__class__ = kind
-
-
-def _follow(model: nn.Module, anchor: ParameterAnchor) -> None:
-    owners = traversal.neuron_owners(model)
-    parents = {child: module for module in model.modules() for child in module.children()}
-    followers: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None or not parameter.requires_grad or parameter in owners:
-                continue
-            block = module
-            while block in parents and not _deciding_layers(block, model):
-                block = parents[block]
-            if _deciding_layers(block, model):
-                followers.setdefault(block, []).append((module, name))
-    for block, places in followers.items():
-        block.neq_following = FollowingParameters(  # type: ignore[assignment]
-            block, _deciding_layers(block, model), places, anchor
-        )
-
-
-def _deciding_layers(block: nn.Module, model: nn.Module) -> list[NeuronLayer]:
-    """The neuron layers of a block; of the whole model all but the last, its output."""
-    found = [layer for _, layer in named_neuron_layers(block)]
-    return found[:-1] if block is model else found

@@ -52,12 +52,14 @@ def layouts(module: nn.Module) -> list[tuple[nn.Parameter, NeuronLayout]]:
         return module.neuron_parameters()
     ours = neuron_class(type(module))
     assert ours is not None
-    return [*ours.parameters_in(module), *ours.further_parameters_in(module)]
+    return [*ours.parameters_in(module)[:1], *ours.further_parameters_in(module)]
 
 
-# Attributes that a neuron layer has besides those of its stock class.
-_TAKEN = {"channels", "grad_input", "specialized", "anchor", "layout", "n_neurons", "owners"}
-_TAKEN |= {"watch", "owned", "further"}
+def _taken(module: nn.Module, ours: type[NeuronLayer]) -> list[str]:
+    """Attributes of the layer itself that a neuron layer has another use for."""
+    lineage = [c for c in ours.__mro__ if issubclass(c, NeuronLayer)]
+    names = {name for c in lineage for name in vars(c) if not name.startswith("__")}
+    return sorted((names | {"channels", "grad_input", "anchor"}) & vars(module).keys())
 
 
 def _own_reason(name: str, module: nn.Module, filter: Filter | None, norms: bool) -> str | None:
@@ -73,7 +75,9 @@ def _own_reason(name: str, module: nn.Module, filter: Filter | None, norms: bool
             return "not a supported layer type"
         names = ", ".join(redefined(kind, base))
         return f"a subclass of {base.__name__} with its own {names}; see neq.register"
-    taken = sorted(_TAKEN.intersection(vars(module)))
+    taken = _taken(module, ours)
+    if taken == ["forward"]:
+        return "its forward was replaced on the layer itself"
     if taken:
         return f"it has an attribute of its own that neurons would take: {', '.join(taken)}"
     unsupported = ours.reason_against(module)

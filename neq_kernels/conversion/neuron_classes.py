@@ -10,12 +10,13 @@ from torch import nn
 
 from neq_kernels.conversion.recipe import REGISTERED, Recipe
 from neq_kernels.conversion.third_party.families import recipe_for
-from neq_kernels.layers import attention, conv, linear, masked, norm
+from neq_kernels.layers import attention, conv, embedding, linear, masked, masked_norm, norm
 from neq_kernels.layers.base import NeuronLayer, constructible
 
 NEURON_CLASSES: dict[type[nn.Module], type[NeuronLayer]] = {
     nn.Linear: linear.Linear,
     nn.Bilinear: masked.Bilinear,
+    nn.Embedding: embedding.Embedding,
     nn.Conv1d: conv.Conv1d,
     nn.Conv2d: conv.Conv2d,
     nn.Conv3d: conv.Conv3d,
@@ -25,10 +26,10 @@ NEURON_CLASSES: dict[type[nn.Module], type[NeuronLayer]] = {
     nn.BatchNorm1d: norm.BatchNorm1d,
     nn.BatchNorm2d: norm.BatchNorm2d,
     nn.BatchNorm3d: norm.BatchNorm3d,
-    nn.SyncBatchNorm: masked.SyncBatchNorm,
-    nn.InstanceNorm1d: masked.InstanceNorm1d,
-    nn.InstanceNorm2d: masked.InstanceNorm2d,
-    nn.InstanceNorm3d: masked.InstanceNorm3d,
+    nn.SyncBatchNorm: masked_norm.SyncBatchNorm,
+    nn.InstanceNorm1d: masked_norm.InstanceNorm1d,
+    nn.InstanceNorm2d: masked_norm.InstanceNorm2d,
+    nn.InstanceNorm3d: masked_norm.InstanceNorm3d,
     nn.GroupNorm: norm.GroupNorm,
     nn.LayerNorm: norm.LayerNorm,
     nn.RMSNorm: norm.RMSNorm,
@@ -65,15 +66,9 @@ _HARMLESS = {
     "_load_from_state_dict",
     "_save_to_state_dict",
 }
-_NEVER = {
-    "forward",
-    "__call__",
-    "_call_impl",
-    "_wrapped_call_impl",
-    "__getattr__",
-    "weight",
-    "bias",
-}
+# What decides which parameters a forward reads, and what else computes.
+_READS = {"__getattr__", "__getattribute__", "weight", "bias"}
+_CALLS = {"forward", "__call__", "_call_impl", "_wrapped_call_impl"}
 
 
 def neuron_class(kind: type[nn.Module]) -> type[NeuronLayer] | None:
@@ -86,8 +81,8 @@ def neuron_class(kind: type[nn.Module]) -> type[NeuronLayer] | None:
         return known
     recipe = REGISTERED.get(kind) or _recipe(kind)
     if recipe is None:
-        base, recipe = known_base(kind)
-        if base is None or recipe is None or redefined(kind, base):
+        recipe = _inherited(kind)
+        if recipe is None:
             return None
     made = _make(recipe, kind)
     _made[kind] = made
@@ -106,7 +101,7 @@ def known_base(kind: type[nn.Module]) -> tuple[type[nn.Module], Recipe] | tuple[
 def redefined(kind: type[nn.Module], base: type[nn.Module]) -> list[str]:
     """The names of what ``kind`` computes in another way than ``base``."""
     lineage = base.__mro__[: base.__mro__.index(nn.Module)]
-    of_base = {name for c in lineage for name in vars(c)} - _HARMLESS | _NEVER
+    of_base = {name for c in lineage for name in vars(c)} - _HARMLESS | _READS | _CALLS
     between = kind.__mro__[: kind.__mro__.index(base)]
     return sorted({name for c in between for name in vars(c)} & of_base)
 
@@ -115,6 +110,24 @@ def _recipe(kind: type) -> Recipe | None:
     if kind in NEURON_CLASSES:
         return Recipe(NEURON_CLASSES[kind])
     return recipe_for(kind)
+
+
+def _inherited(kind: type[nn.Module]) -> Recipe | None:
+    base, recipe = known_base(kind)
+    if base is None or recipe is None:
+        # Large language models bring norms of their own, which differ in nothing that matters here.
+        named_norm = kind.__name__.endswith(("RMSNorm", "RmsNorm", "T5LayerNorm"))
+        return Recipe(masked_norm.RecognisedNorm) if named_norm else None
+    names = set(redefined(kind, base))
+    if not names:
+        return recipe
+    if recipe.ours.is_norm and not names & _READS:
+        # Whatever it computes, an entry of its parameters belongs to one channel.
+        if issubclass(recipe.ours, masked.Masked):
+            return recipe
+        last = issubclass(base, (nn.LayerNorm, nn.RMSNorm)) and "2d" not in kind.__name__
+        return Recipe(masked_norm.MaskedNorm, {"output_dim": -1 if last else 1})
+    return None
 
 
 def _make(recipe: Recipe, kind: type[nn.Module]) -> type[NeuronLayer]:

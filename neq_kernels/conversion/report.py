@@ -9,6 +9,7 @@ from torch import nn
 from neq_kernels.conversion.eligibility import reasons_against
 from neq_kernels.layers import traversal
 from neq_kernels.layers.base import NeuronLayer, stock_class
+from neq_kernels.layers.following import followers
 from neq_kernels.layers.traversal import unwrap
 
 
@@ -57,7 +58,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
         reason = "" if converted else reasons[name] or "convert was not called, or left it out"
         modules.append(ReportEntry(name, kind, converted, reason))
     owners = traversal.neuron_owners(inner)
-    following = {id(p) for f in traversal.following_parameters(inner) for p in f.parameters}
+    following = {id(follower.parameter) for follower in followers(inner)}
     others = tuple(
         ReportEntry(name, "parameter", False, _other_reason(id(parameter) in following))
         for name, parameter in inner.named_parameters()
@@ -68,5 +69,5 @@ def conversion_report(model: nn.Module) -> ConversionReport:
 
 def _other_reason(follows: bool) -> str:
     if follows:
-        return "owned by no neuron: follows its block"
+        return "owned by no neuron: stops with what lies below it, or with its block"
     return "owned by no neuron: always active, keeps backprop alive to where it sits"

@@ -1,21 +1,39 @@
-"""Keep parameters of wholly frozen layers visible to a data-parallel reducer."""
+"""Keep parameters of wholly frozen layers visible to those who wait for their gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from neq_kernels.channels import ActiveChannels
+
+
+class Attached(Protocol):
+    """An optimizer attached to the model."""
+
+    def stand_in(self, channels: ActiveChannels) -> Parameter | None:
+        """What should get a gradient of zeros because nothing the optimizer holds learns; asked of
+        every wholly frozen layer, answered for one of them."""
+
 
 class ParameterAnchor:
     """Parameters of wholly frozen layers that the forward has passed without a graph.
 
-    DistributedDataParallel waits for every parameter in every backward. The next output that does
-    need a gradient takes the waiting parameters along as extra inputs of a Function that returns
-    None for them; the reducer then sees them and fills their gradient with zeros.
+    DistributedDataParallel waits for every parameter in every backward, and counts in the first one
+    which get a gradient (``static_graph=True``). The next output that does need a gradient takes
+    the waiting parameters along as extra inputs of a Function that returns zeros for them: the
+    reducer and every hook see them. Without a process group only a stand-in waits for each
+    optimizer of which nothing learns, because ``GradScaler.step`` refuses one without gradients.
+
+    Attributes:
+        optimizers: those attached to the model. A copy of the model has none.
+        stopped: what has run last under a recording of gradients was stopped, and its output needs
+            none: backprop ends above it.
 
     Args:
         shared: by all layers of a converted model. False: it belongs to one constructed layer that
@@ -25,6 +43,8 @@ class ParameterAnchor:
     def __init__(self, shared: bool) -> None:
         self.shared = shared
         self.waiting: dict[int, Parameter] = {}
+        self.stopped = False
+        self.optimizers: WeakSet[Attached] = WeakSet()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParameterAnchor:
         return ParameterAnchor(shared=self.shared)
@@ -47,6 +67,17 @@ class ParameterAnchor:
             )
         self.waiting.update(waiting)
 
+    def add_stand_ins(self, channels: ActiveChannels) -> None:
+        """Let a parameter of each attached optimizer wait of which nothing learns.
+
+        Args:
+            channels: of the wholly frozen layer that asks.
+        """
+        for optimizer in self.optimizers:
+            parameter = optimizer.stand_in(channels)
+            if parameter is not None:
+                self.waiting[id(parameter)] = parameter
+
     def tie(self, output: Tensor) -> Tensor:
         """``output``, tied to the waiting parameters if it needs a gradient."""
         if not self.waiting or not output.requires_grad:
@@ -61,9 +92,9 @@ class _Anchor(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, *parameters: Tensor) -> Tensor:
         # Marked as modified rather than returned as a view: in-place activations must follow.
         ctx.mark_dirty(output)
-        ctx.n_parameters = len(parameters)
+        ctx.parameters = parameters  # for their formats alone: what they hold may change
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        return grad_output, *(None,) * ctx.n_parameters
+        return grad_output, *map(torch.zeros_like, ctx.parameters)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,8 +103,7 @@ class MultiheadAttention(NeuronLayer, nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         if any(isinstance(x, Proxy) for x in (query, key, value)):
             masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-            traced: Any = self._traced(query, key, value, *masks)
-            return traced  # type: ignore[no-any-return]
+            return self._traced(query, key, value, *masks)  # type: ignore[return-value]
         if query.is_nested or not (self._watchers or self._learns()):
             return super().forward(
                 query,

@@ -18,6 +18,7 @@ from neq_kernels.autograd import arguments
 from neq_kernels.autograd.forward import detached
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.layers.anchor import ParameterAnchor
+from neq_kernels.layers.checkpoints import checkpointed
 from neq_kernels.process_group import in_process_group
 
 Watcher = Callable[[Tensor], Tensor | None]
@@ -38,6 +39,7 @@ class NeuronLayer(nn.Module):
     """
 
     is_norm: ClassVar[bool] = False
+    is_embedding: ClassVar[bool] = False
     channels: ActiveChannels
     grad_input: arguments.GradInput
     specialized: bool = False
@@ -68,13 +70,7 @@ class NeuronLayer(nn.Module):
             if "weight" in layer._parameters:
                 return "it has no weight (affine=False)"
             return "its weight is computed (weight norm, spectral norm, pruning)"
-        if is_lazy(weight):
-            return "it is lazy; convert it after its first forward"
-        if not weight.is_floating_point():
-            return f"its weight is {weight.dtype}"
-        if weight.numel() == 0:
-            return f"its weight is empty: {tuple(weight.shape)}"
-        return None
+        return reason_against_parameter("weight", weight)
 
     @classmethod
     def layout_in(cls, layer: nn.Module) -> NeuronLayout:
@@ -87,9 +83,9 @@ class NeuronLayer(nn.Module):
         owned = []
         # Not the attributes, in whose place WeightReads may have put something else.
         weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-        if isinstance(weight, Parameter):
+        if weight is not None:
             owned.append((weight, cls.layout_in(layer)))
-        if isinstance(bias, Parameter):
+        if bias is not None:
             owned.append((bias, NeuronLayout()))
         return owned
 
@@ -125,6 +121,11 @@ class NeuronLayer(nn.Module):
     def watch(self, watcher: Watcher) -> RemovableHandle:
         """Give every output to ``watcher``, which may replace it, until the handle is removed."""
         return self.register_forward_hook(lambda layer, args, output: watcher(output))
+
+    @property
+    def learns(self) -> bool:
+        """Whether a parameter of its neurons requires a gradient."""
+        return any(parameter.requires_grad for parameter, _ in self.neuron_parameters())
 
     def extra_repr(self) -> str:
         active = f"active={self.channels.n_active}/{len(self.channels)}"
@@ -162,11 +163,20 @@ class NeuronLayer(nn.Module):
     def _anchored(self, output: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return output
-        none_active = self.channels.none_active
-        if not none_active and not self.anchor.waiting:
+        channels = self.channels
+        channels.called = True
+        none_active = channels.none_active
+        if not none_active and not self.anchor.waiting and not self.anchor.stopped:
             return output
-        if none_active and torch.is_grad_enabled() and in_process_group():
-            self.anchor.add(p for p, _ in self.neuron_parameters())
+        if torch.is_grad_enabled():
+            self.anchor.stopped = not output.requires_grad
+            if none_active and in_process_group():
+                self.anchor.add(p for p, _ in self.neuron_parameters())
+            elif none_active:
+                self.anchor.add_stand_ins(channels)
+        elif self.anchor.stopped:
+            learning = [] if none_active else [p for p, _ in self.neuron_parameters()]
+            self.anchor.stopped = checkpointed(learning)
         return self.anchor.tie(output) if self.anchor.waiting else output
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
@@ -174,6 +184,23 @@ class NeuronLayer(nn.Module):
         for parameter, _ in self.neuron_parameters():
             self.channels.prepare(parameter.device)
         return self
+
+
+def reason_against_parameter(name: str, parameter: Parameter) -> str | None:
+    """Why a parameter can hold no neurons, else None."""
+    if is_lazy(parameter):
+        return "it is lazy; convert it after its first forward"
+    if type(parameter).__module__.partition(".")[0] in _QUANTISING:
+        return f"its {name} is quantised ({type(parameter).__name__})"
+    if not parameter.is_floating_point():
+        return f"its {name} is {parameter.dtype}"
+    if parameter.numel() == 0:
+        return f"its {name} is empty: {tuple(parameter.shape)}"
+    return None
+
+
+# Libraries whose tensor subclasses hold quantised values, whatever their dtype says.
+_QUANTISING = {"torchao", "bitsandbytes", "optimum", "quanto", "hqq"}
 
 
 def stock_class(kind: type[nn.Module]) -> type[nn.Module]:

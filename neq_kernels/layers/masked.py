@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import Parameter
-from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
 from neq_kernels import functional
@@ -18,7 +17,7 @@ from neq_kernels.autograd.arguments import GradInput
 from neq_kernels.autograd.call_state import learns, recorded, transformed, watched
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.layers.anchor import ParameterAnchor
-from neq_kernels.layers.base import NeuronLayer, constructible
+from neq_kernels.layers.base import NeuronLayer, constructible, reason_against_parameter
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,8 @@ class Masked(NeuronLayer):
         owned: the parameters of its neurons; the first that is there says how many they are.
         further: more sets of neurons, each with parameters of its own. They are no features of the
             output, and each has a parameterless child for its channels.
-        output_dim: the dimension of the output that enumerates the neurons; None: none does.
+        output_dim: the dimension of the output that enumerates the neurons; None: none does. Of
+            several outputs, the first.
     """
 
     owned: ClassVar[tuple[Owned, ...]] = WEIGHT_AND_BIAS
@@ -72,14 +72,11 @@ class Masked(NeuronLayer):
                 parameter = layer._parameters.get(owned.name)
                 if parameter is None:
                     if owned is group[0]:
-                        return cls._without(layer, owned.name)
+                        return _without(layer, owned.name)
                     continue
-                if is_lazy(parameter):
-                    return "it is lazy; convert it after its first forward"
-                if not parameter.is_floating_point():
-                    return f"its {owned.name} is {parameter.dtype}"
-                if parameter.numel() == 0:
-                    return f"its {owned.name} is empty: {tuple(parameter.shape)}"
+                reason = reason_against_parameter(owned.name, parameter)
+                if reason is not None:
+                    return reason
                 if parameter.dim() <= owned.axis:
                     return f"its {owned.name} has no dimension {owned.axis}"
                 counts[owned.name] = owned.layout(parameter).n_neurons(parameter)
@@ -89,7 +86,8 @@ class Masked(NeuronLayer):
 
     @classmethod
     def layout_in(cls, layer: nn.Module) -> NeuronLayout:
-        return cls.owned[0].layout(getattr(layer, cls.owned[0].name))
+        name = cls.owned[0].name
+        return cls.owned[0].layout(layer._parameters.get(name, getattr(layer, name)))
 
     @classmethod
     def parameters_in(cls, layer: nn.Module) -> list[tuple[Parameter, NeuronLayout]]:
@@ -171,12 +169,6 @@ class Masked(NeuronLayer):
             for owned in child.owned:
                 yield child, owned
 
-    @staticmethod
-    def _without(layer: nn.Module, name: str) -> str:
-        if name in layer._parameters:
-            return f"it has no {name}" + (" (affine=False)" if isinstance(layer, _AFFINE) else "")
-        return f"its {name} is computed (weight norm, spectral norm, pruning)"
-
 
 class FurtherNeurons(NeuronLayer):
     """More neurons of a :class:`Masked` layer, in parameters that stay where they are. No output
@@ -192,6 +184,14 @@ class FurtherNeurons(NeuronLayer):
 
     def channel_dim(self, output: Tensor) -> int:
         raise ValueError("no dimension of the output holds these neurons")
+
+
+def _without(layer: nn.Module, name: str) -> str:
+    if name in layer._parameters:
+        return f"it has no {name}" + (" (affine=False)" if isinstance(layer, _AFFINE) else "")
+    if isinstance(getattr(layer, name, None), Tensor):
+        return f"its {name} is computed (weight norm, spectral norm, pruning), or a buffer"
+    return f"it has no parameter {name}"
 
 
 def _child_name(group: tuple[Owned, ...]) -> str:
@@ -215,33 +215,3 @@ def held(layer: NeuronLayer, parameter: Tensor, layout: NeuronLayout) -> Tensor:
 @constructible
 class Bilinear(Masked, nn.Bilinear):
     """``torch.nn.Bilinear`` with neurons that can be frozen: one per output feature."""
-
-
-class _MaskedNorm(Masked):
-    is_norm = True
-    output_dim = 1
-
-
-@constructible
-class SyncBatchNorm(_MaskedNorm, nn.SyncBatchNorm):
-    """``torch.nn.SyncBatchNorm`` with neurons that can be frozen: one per channel."""
-
-
-class _InstanceNorm(_MaskedNorm, nn.modules.instancenorm._InstanceNorm):
-    def channel_dim(self, output: Tensor) -> int:
-        return output.dim() - self._get_no_batch_dim()  # type: ignore[no-untyped-call, no-any-return]
-
-
-@constructible
-class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
-    """``torch.nn.InstanceNorm1d`` (affine) with neurons that can be frozen: one per channel."""
-
-
-@constructible
-class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
-    """``torch.nn.InstanceNorm2d`` (affine) with neurons that can be frozen: one per channel."""
-
-
-@constructible
-class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
-    """``torch.nn.InstanceNorm3d`` (affine) with neurons that can be frozen: one per channel."""

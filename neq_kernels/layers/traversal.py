@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 from neq_kernels.channels import WHOLE_PARAMETER, ActiveChannels, NeuronLayout
 from neq_kernels.layers.base import NeuronLayer
-from neq_kernels.layers.following import FollowingParameters
+from neq_kernels.layers.following import followers
 
 
 def neuron_layers(model: nn.Module) -> list[NeuronLayer]:
@@ -41,13 +41,6 @@ def named_neuron_layers(model: nn.Module) -> Iterator[tuple[str, NeuronLayer]]:
             yield name, module
 
 
-def following_parameters(model: nn.Module) -> Iterator[FollowingParameters]:
-    """The parameters that follow their block (``convert(..., others="follow")``)."""
-    for module in unwrap(model).modules():
-        if "neq_following" in module.__dict__:
-            yield module.__dict__["neq_following"]
-
-
 def neuron_owners(model: nn.Module) -> Owners:
     """Every parameter that neurons own: who decides about it, and where each neuron lies in it."""
     owners: Owners = {}
@@ -57,7 +50,6 @@ def neuron_owners(model: nn.Module) -> Owners:
             known = owners.setdefault(parameter, [])
             if owner not in known:
                 known.append(owner)
-    for following in following_parameters(model):
-        for parameter in following.parameters:
-            owners.setdefault(parameter, []).append((following.channels, WHOLE_PARAMETER))
+    for follower in followers(unwrap(model)):
+        owners.setdefault(follower.parameter, []).append((follower.channels, WHOLE_PARAMETER))
     return owners

@@ -64,11 +64,14 @@ class EnergyMeter:
     ...     train_one_epoch()
     >>> meter.reading.joules, meter.reading.source
 
-    It counts whole devices, other processes on them included, and never estimates. May be used
-    again and again, one window at a time.
+    It counts whole devices, other processes on them included, and never estimates. A GPU in MIG
+    mode has one counter for all its instances; that of a GH200 or another superchip may hold the
+    whole module, processor and memory included. ``source`` says both. May be used again and again,
+    one window at a time.
 
     Args:
-        gpus: NVIDIA GPUs as ``nvidia-smi`` numbers them; None: all.
+        gpus: NVIDIA GPUs as ``nvidia-smi`` numbers them; None: those that ``CUDA_VISIBLE_DEVICES``
+            leaves to this process, all without it.
         powercap: where Linux shows RAPL.
         nvml: stands in for the ``pynvml`` module.
 

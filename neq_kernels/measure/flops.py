@@ -10,22 +10,24 @@
 
 Counting rule, MACs: convolution = output elements x (Cin / groups x kernel + bias); transposed
 convolution = input elements x (Cout / groups x kernel) + output elements x bias; linear = input
-features x output elements; norm = 2 x elements. The products inside attention, pooling,
-activations and additions are not counted, in keeping with the published figures.
+features x output elements; norm = 2 x elements; any other product with a parameter (``x @ w``,
+einsum, grouped and batched products, recurrent layers) = the multiplications of that product.
+Products between activations, as inside attention, pooling, activations and additions are not
+counted, in keeping with the published figures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from neq_kernels.layers.base import NeuronLayer
-from neq_kernels.layers.traversal import unwrap
+from neq_kernels.channels import ActiveChannels, NeuronLayout
+from neq_kernels.layers.traversal import Owners, neuron_owners, unwrap
 from neq_kernels.measure.recorder import LayerCall, Recorder, batch_size
 
 Convention = Literal["paper", "executed"]
@@ -43,9 +45,21 @@ COUNTED_MODULES = (
 
 @dataclass(frozen=True)
 class LayerFlops:
-    """One layer, for one image. ``macs`` is its forward, ``dgrad_macs`` and ``wgrad_macs`` what its
-    backward executes now; ``active`` of its ``neurons`` are updated (``neurons`` is 0 for a norm
-    layer without parameters)."""
+    """One layer, or another parameter that is multiplied by, for one image.
+
+    Attributes:
+        name: of the layer, or of the parameter where that is not a layer's ``weight``.
+        kind: ``conv``, ``linear``, ``norm``, ``bilinear``, ``recurrent`` or ``product``.
+        calls: in one forward.
+        neurons: of which ``active`` are updated. Of a parameter that no neuron owns: its rows, all
+            active. 0 for a norm layer without parameters.
+        macs: of the forward.
+        dgrad_macs, wgrad_macs: what the backward executes now.
+        bypassed_macs: those of ``macs`` in which a neuron layer's weight is used without calling
+            the layer: their weight gradient is dense, whatever the mask.
+        parameter: the full name of the parameter; empty where it is none of the model's.
+        owned: whether neurons that can be frozen own it.
+    """
 
     name: str
     kind: str
@@ -55,20 +69,28 @@ class LayerFlops:
     macs: int
     dgrad_macs: int
     wgrad_macs: int
+    bypassed_macs: int = 0
+    parameter: str = ""
+    owned: bool = field(default=False, compare=False)
 
     @property
     def active_share(self) -> float:
-        """K' / K; 0 where there is nothing to learn."""
-        return self.active / self.neurons if self.neurons else 0.0
+        """K' / K, and 1 for the MACs that bypass the layer; 0 where there is nothing to learn."""
+        return self.share_if(self.active / self.neurons if self.neurons else 0.0)
+
+    def share_if(self, active_share: float) -> float:
+        """:attr:`active_share` with another share of the neurons active."""
+        bypassed = self.bypassed_macs / self.macs if self.macs else 0.0
+        return bypassed + (1 - bypassed) * active_share
 
 
 @dataclass(frozen=True)
 class FlopCount:
     """FLOPs of one image through a model, with the masks of the moment it was counted.
 
-    ``layers`` in the order of their first call. ``not_called`` names conv, linear and norm modules
-    that the forward never used (an auxiliary head that only runs in training, for instance):
-    nothing of theirs is in the totals.
+    ``layers`` in the order of their first call: layers, and whatever else multiplies by a
+    parameter. ``not_called`` names conv, linear and norm modules that the forward never used (an
+    auxiliary head that only runs in training, for instance): nothing of theirs is in the totals.
     """
 
     layers: tuple[LayerFlops, ...]
@@ -78,6 +100,21 @@ class FlopCount:
     def macs(self) -> int:
         """Forward MACs."""
         return sum(layer.macs for layer in self.layers)
+
+    @property
+    def owned(self) -> float:
+        """Share of the MACs of products with a parameter that neurons own: 0 to 1. Only there can
+        a weight gradient be saved; :attr:`unowned` has the rest."""
+        products = [layer for layer in self.layers if layer.kind != "norm"]
+        total = sum(layer.macs for layer in products)
+        owned = sum(layer.macs - layer.bypassed_macs for layer in products if layer.owned)
+        return owned / total if total else 0.0
+
+    @property
+    def unowned(self) -> tuple[LayerFlops, ...]:
+        """The rows that no neuron owns, and those that bypass their layer; most MACs first."""
+        rows = [row for row in self.layers if (row.neurons and not row.owned) or row.bypassed_macs]
+        return tuple(sorted(rows, key=lambda row: -row.macs))
 
     @property
     def paper(self) -> float:
@@ -136,40 +173,65 @@ def count(model: nn.Module, example: Any) -> FlopCount:
             Totals are divided by the batch size.
 
     Raises:
-        ValueError: no convolution, linear or norm layer ran, or ``example`` holds no batch.
+        ValueError: nothing was multiplied by a parameter, or ``example`` holds no batch.
         TypeError: ``example`` is none of the above.
     """
+    model = unwrap(model)
+    images = images_in(example)
+    recorder = Recorder(model)
+    run_recorded(model, example, recorder)
+    return summed(model, recorder.calls, images)
+
+
+def run_recorded(model: nn.Module, example: Any, recorder: Recorder) -> Any:
+    """One forward as :func:`count` runs it, watched; returns its output."""
+    with _undisturbed(model), torch.enable_grad(), recorder.watching(example):
+        output = _call(model, example)
+    if not recorder.calls:
+        raise ValueError(
+            "model: no convolution, linear or norm layer ran on the example, nor any other product "
+            "with a parameter"
+        )
+    return output
+
+
+def summed(model: nn.Module, calls: Sequence[LayerCall], images: int) -> FlopCount:
+    """The calls of one forward of ``images``, by layer, for one image."""
+    return FlopCount(tuple(_rows(model, calls, images)), tuple(_not_called(model, calls)))
+
+
+def images_in(example: Any) -> int:
+    """The batch size of an example of :func:`count`; raises as it does."""
     if not isinstance(example, Tensor | tuple | list | dict):
         raise TypeError(
             f"example: expected a tensor, tuple, list or dict, got {type(example).__name__}"
         )
-    model = unwrap(model)
-    images = batch_size(example)
-    recorder = Recorder(model)
-    with _undisturbed(model), torch.enable_grad(), recorder.watching():
-        _call(model, example)
-    if not recorder.calls:
-        raise ValueError("model: no convolution, linear or norm layer ran on the example")
-    return FlopCount(
-        layers=tuple(_rows(recorder.calls, images)),
-        not_called=tuple(_not_called(model, recorder.calls)),
-    )
+    return batch_size(example)
 
 
 def frozen_fraction(model: nn.Module, flop_count: FlopCount) -> float:
     """Share of the model that is frozen now, weighted by forward MACs: 0 (all active) to 1.
 
-    Layers without neurons of their own (a norm layer without parameters) are left out; a layer that
-    is not converted is active, unless its weight needs no gradient.
+    What cannot learn (``requires_grad=False``: the base of a LoRA model) is in neither part: its
+    saving is not NEq's. Parameters that no neuron owns are active, and so is what bypasses its
+    layer. Norm layers without parameters are left out.
 
     Args:
         model: the model of :func:`count`, with any masks.
         flop_count: its count; the masks at that time do not matter.
     """
-    modules = dict(unwrap(model).named_modules())
-    layers = [layer for layer in flop_count.layers if layer.neurons]
-    total = sum(layer.macs for layer in layers)
-    active = sum(layer.macs * _share_now(modules.get(layer.name), layer) for layer in layers)
+    model = unwrap(model)
+    owners = neuron_owners(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    total = active = 0.0
+    for row in flop_count.layers:
+        parameter = parameters.get(row.parameter)
+        learns = row.active > 0 if parameter is None else parameter.requires_grad
+        if not row.neurons or not learns:
+            continue
+        total += row.macs
+        sharing = owners.get(parameter, []) if parameter is not None else []
+        active += row.macs * row.share_if(active_share(sharing))
     return 1 - active / total if total else 0.0
 
 
@@ -181,17 +243,22 @@ def human(flops: float) -> str:
     return f"{flops:.0f}"
 
 
-def _rows(calls: Sequence[LayerCall], images: int) -> Iterator[LayerFlops]:
+def _rows(model: nn.Module, calls: Sequence[LayerCall], images: int) -> Iterator[LayerFlops]:
+    owners = neuron_owners(model)
+    names = {p: name for name, p in model.named_parameters()}
     by_name: dict[str, list[LayerCall]] = {}
     for call in calls:
         by_name.setdefault(call.name, []).append(call)
     for name, same in by_name.items():
         first = same[0]
-        neurons, active = _neurons(first.owner, first.weight)
+        neurons, active = _neurons(first, owners)
         macs = sum(call.macs for call in same)
+        learns = first.parameter is not None and first.parameter.requires_grad
+        bypassed = sum(call.macs for call in same if call.bypasses and learns)
         dgrad = sum(call.macs - call.bias_macs for call in same if call.input_needs_grad)
-        if isinstance(first.owner, NeuronLayer) and first.owner.grad_input == "active":
+        if getattr(first.owner, "grad_input", "exact") == "active":
             dgrad = dgrad * active // neurons
+        wgrad = bypassed + _wgrad_macs(first.kind, macs - bypassed, neurons, active)
         yield LayerFlops(
             name=name,
             kind=first.kind,
@@ -200,7 +267,10 @@ def _rows(calls: Sequence[LayerCall], images: int) -> Iterator[LayerFlops]:
             active=active,
             macs=macs // images,
             dgrad_macs=dgrad // images,
-            wgrad_macs=_wgrad_macs(first.kind, macs, neurons, active) // images,
+            wgrad_macs=wgrad // images,
+            bypassed_macs=bypassed // images,
+            parameter=names.get(first.parameter, "") if first.parameter is not None else "",
+            owned=first.parameter in owners,
         )
 
 
@@ -211,29 +281,26 @@ def _wgrad_macs(kind: str, macs: int, neurons: int, active: int) -> int:
     return macs if kind == "norm" else macs * active // neurons
 
 
-def _neurons(owner: nn.Module | None, weight: Tensor | None) -> tuple[int, int]:
-    """Neurons and active neurons of the layer that ``weight`` belongs to."""
-    own = getattr(owner, "weight", None)
-    if isinstance(own, Tensor) and weight is not None and own.shape == weight.shape:
-        weight = own
+def _neurons(call: LayerCall, owners: Owners) -> tuple[int, int]:
+    """Neurons, and active neurons, of what a call multiplies by."""
+    parameter, weight = call.parameter, call.weight
+    if parameter is not None and parameter in owners:
+        channels = max((c for c, _ in owners[parameter]), key=lambda c: c.n_active / len(c))
+        return len(channels), channels.n_active if parameter.requires_grad else 0
     if weight is None:
         return 0, 0
-    if isinstance(owner, NeuronLayer):
-        return len(owner.channels), owner.channels.n_active if weight.requires_grad else 0
-    neurons = getattr(owner, "out_channels", weight.shape[0])
+    rows = (weight if parameter is None else parameter).shape[:1].numel()
+    neurons = getattr(call.owner, "out_channels", rows)
     return neurons, neurons if weight.requires_grad else 0
 
 
-def _share_now(owner: nn.Module | None, layer: LayerFlops) -> float:
-    weight = getattr(owner, "weight", None)
-    if not isinstance(weight, Tensor):
-        return layer.active_share
-    neurons, active = _neurons(owner, weight)
-    return active / neurons
+def active_share(sharing: Iterable[tuple[ActiveChannels, NeuronLayout]]) -> float:
+    """Of a parameter's neurons, by their owners; 1 without any."""
+    return max((channels.n_active / len(channels) for channels, _ in sharing), default=1.0)
 
 
 def _not_called(model: nn.Module, calls: Iterable[LayerCall]) -> Iterator[str]:
-    called = {id(call.owner) for call in calls} | {id(call.weight) for call in calls}
+    called = {id(call.owner) for call in calls} | {id(call.parameter) for call in calls}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         counted = isinstance(module, COUNTED_MODULES) and weight is not None
@@ -241,14 +308,11 @@ def _not_called(model: nn.Module, calls: Iterable[LayerCall]) -> Iterator[str]:
             yield name
 
 
-def _call(model: nn.Module, example: Any) -> None:
+def _call(model: nn.Module, example: Any) -> Any:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if isinstance(example, Mapping):
-        model(**{k: _moved(v, device) for k, v in example.items()})
-    elif isinstance(example, Tensor):
-        model(_moved(example, device))
-    else:
-        model(_moved(example[0], device))
+        return model(**{k: _moved(v, device) for k, v in example.items()})
+    return model(_moved(example if isinstance(example, Tensor) else example[0], device))
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -46,7 +46,7 @@ def layer_times(
 
     Args:
         model: converted or not; it is not changed. CPU only.
-        inputs: of one forward.
+        inputs: of one forward; or one dict of keyword arguments.
         shares: of active channels, each above 0 and at most 1.
         seconds: for each layer and share.
 

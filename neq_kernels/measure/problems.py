@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neq_kernels.backends.problem import ConvGeometry, Problem
-from neq_kernels.measure.recorder import CONVOLUTIONS, LayerCall, Recorder
+from neq_kernels.measure.products import CONVOLUTIONS
+from neq_kernels.measure.recorder import LayerCall, Recorder
 
 
 def problems_of(model: nn.Module, *inputs: Any) -> dict[str, Problem]:
-    """The weight gradients of one backward, by layer, for a forward of ``inputs``.
+    """The weight gradients of one backward, by layer, for a forward of ``inputs``; a single dict
+    holds keyword arguments.
 
     Linear layers and convolutions that are not transposed, with padding given in numbers. A layer
     that is called more than once counts with its last call. The model may be on ``meta``.
@@ -36,9 +38,12 @@ def problems_of(model: nn.Module, *inputs: Any) -> dict[str, Problem]:
             if problem is not None:
                 found[call.name] = problem
 
-    with torch.no_grad(), (recorder := Recorder(model, on_call=note)).watching():
-        model(*inputs)
-    del recorder
+    keywords = len(inputs) == 1 and isinstance(inputs[0], Mapping)
+    with torch.no_grad(), Recorder(model, on_call=note).watching(*inputs):
+        if keywords:
+            model(**inputs[0])
+        else:
+            model(*inputs)
     return found
 
 

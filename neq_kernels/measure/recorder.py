@@ -1,39 +1,59 @@
-"""Which layers a forward really calls, and their MACs: :mod:`neq_kernels.measure.flops` reads it.
+"""Which products with parameters a forward really computes: :mod:`neq_kernels.measure.flops` reads
+it.
 
-Functions are watched, not modules, so a layer whose weight is used functionally (torchvision's
-Swin attention, ``nn.MultiheadAttention``) is counted too.
+Functions are watched, not modules, so a weight that is used without calling its layer is counted
+too, whichever function multiplies by it. What a weight became on the way there (a transpose, a
+cast, a part, ``torch.where(mask, w, w.detach())``) counts as the parameter it came from.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from neq_kernels import functional
+from neq_kernels.layers.base import NeuronLayer
 from neq_kernels.layers.weight_reads import read_parameter
+from neq_kernels.measure.products import Product, is_matrix_product, name_of, products_of
 
-CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
-TRANSPOSED_CONVOLUTIONS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-PRODUCTS = (F.linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
 NORMS = (F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm, F.rms_norm)
+_LOOKUPS = ("embedding", "embedding_bag")
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One call of a layer: its name, ``conv``, ``linear`` or ``norm``, the module that owns its
-    weight, the MACs of its forward (whole batch), how many of them add a bias, and whether its
-    input needs a gradient."""
+    """One call of a layer, or one product with a parameter.
+
+    Attributes:
+        name: the module that owns the parameter, followed by the parameter's own name where that
+            is not ``weight``.
+        kind: ``conv``, ``linear``, ``norm``, ``bilinear``, ``recurrent`` or ``product``.
+        owner: the module that owns the parameter.
+        weight: the operand.
+        macs: of the forward (whole batch), of which ``bias_macs`` add a bias.
+        input_needs_grad: whether the other operand needs a gradient.
+        parameter: what the weight is or came from; None for none of the model's.
+        bypasses: a neuron layer owns the parameter, and this is no call of it: frozen neurons get
+            a dense gradient.
+        sequence: autograd's sequence number at the call: nodes made before have smaller ones.
+    """
 
     name: str
     kind: str
@@ -42,16 +62,19 @@ class LayerCall:
     macs: int
     bias_macs: int
     input_needs_grad: bool
+    parameter: Parameter | None = None
+    bypasses: bool = False
+    sequence: int = 0
 
 
 OnCall = Callable[[LayerCall, Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], None]
 
 
 class Recorder(TorchFunctionMode):
-    """Within it, ``calls`` collects what ``model`` computes by conv, linear and norm functions.
+    """Within it, ``calls`` collects what ``model`` computes with its parameters.
 
     Args:
-        model: whose layers give the names.
+        model: whose parameters give the names.
         on_call: called with each :class:`LayerCall`, the function, its arguments and its output.
     """
 
@@ -60,16 +83,18 @@ class Recorder(TorchFunctionMode):
         self._on_call = on_call
         self.calls: list[LayerCall] = []
         self._module_names = {module: name for name, module in model.named_modules()}
-        self._owners = {
-            id(parameter): module
-            for module in reversed(list(model.modules()))
-            for parameter in module.parameters(recurse=False)
-        }
+        self._own = {m: dict(m.named_parameters(recurse=False)) for m in model.modules()}
+        self._owners: dict[int, tuple[nn.Module, str]] = {}
+        for module in reversed(list(self._own)):
+            self._owners |= {id(p): (module, name) for name, p in self._own[module].items()}
+        self._known = {id(p): p for own in self._own.values() for p in own.values()}
+        # What a tensor was computed from: a parameter, or None for anything with data in it.
+        self._origins = WeakTensorKeyDictionary()
         self._running: list[tuple[nn.Module | None, bool]] = [(None, False)]
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Record, knowing which module each call comes from."""
+    def watching(self, *inputs: Any) -> Iterator[None]:
+        """Record, knowing which module each call comes from, and what the model's inputs are."""
 
         def enter(module: nn.Module, args: Any) -> None:
             needs_grad = any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
@@ -78,6 +103,8 @@ class Recorder(TorchFunctionMode):
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             self._running.pop()
 
+        for tensor in _tensors(inputs):
+            self._origins[tensor] = None
         hooks = [
             register_module_forward_pre_hook(enter),
             register_module_forward_hook(leave, always_call=True),
@@ -97,41 +124,62 @@ class Recorder(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        self._sequence = torch._C._autograd._get_sequence_nr()
         output = func(*args, **kwargs)
         already = len(self.calls)
-        if func is F.linear:
-            self._linear(output, *args, **kwargs)
-        elif func in CONVOLUTIONS:
-            self._conv(output, *args, **kwargs)
-        elif func in TRANSPOSED_CONVOLUTIONS:
-            self._conv_transpose(output, *args, **kwargs)
-        elif func in NORMS:
+        if func in NORMS:
             self._norm(func, *args, **kwargs)
         elif func is F.multi_head_attention_forward:
             self._multi_head_attention(*args, **kwargs)
+        else:
+            products = products_of(func, args, kwargs, output, self._is_weight)
+            for product in products:
+                self._record(product)
+        self._note_origin(func, (args, kwargs), output, len(self.calls) > already)
         if self._on_call is not None:
             for call in self.calls[already:]:
                 self._on_call(call, func, args, kwargs, output)
         return output
 
-    def _linear(self, output: Tensor, input: Tensor, weight: Tensor, bias: Any = None) -> None:
-        self._record("linear", input, weight, input.shape[-1] * output.numel())
+    def _note_origin(self, func: Any, inputs: Any, output: Any, is_product: bool) -> None:
+        name = name_of(func)
+        outputs = _tensors(inputs[0][0] if name == "setitem" else output)
+        tensors = _tensors(inputs)
+        if not outputs or not tensors:
+            return
+        parameters = [p for t in tensors if (p := self._origin(t)) is not None]
+        # Indices and masks made of data leave a weight a weight.
+        data = [
+            self._is_data(t)
+            for t in tensors
+            if t.is_floating_point() or t.is_complex() or name in _LOOKUPS or not parameters
+        ]
+        if parameters and not any(data) and not (is_product and not is_matrix_product(func)):
+            origin = max(parameters, key=Tensor.numel)
+        elif is_product or any(data):
+            origin = None
+        else:
+            return
+        for tensor in outputs:
+            if id(tensor) not in self._known:
+                self._origins[tensor] = origin
 
-    def _conv(
-        self, output: Tensor, input: Tensor, weight: Tensor, bias: Any = None, *_: Any, **__: Any
-    ) -> None:
-        macs = output.numel() * weight[0].numel()
-        self._record("conv", input, weight, macs, bias_macs=_adds(bias, output))
+    def _origin(self, tensor: Tensor) -> Parameter | None:
+        known = self._known.get(id(tensor))
+        return known if known is not None else self._origins.get(tensor)
 
-    def _conv_transpose(
-        self, output: Tensor, input: Tensor, weight: Tensor, bias: Any = None, *_: Any, **__: Any
-    ) -> None:
-        macs = input.numel() * weight[0].numel()
-        self._record("conv", input, weight, macs, bias_macs=_adds(bias, output))
+    def _is_data(self, tensor: Tensor) -> bool:
+        if id(tensor) in self._known:
+            return False
+        # What came out of a Function of somebody's was never seen.
+        return self._origins.get(tensor, None if tensor.grad_fn is not None else tensor) is None
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        return self._origin(tensor) is not None
 
     def _norm(self, func: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> None:
         bound = inspect.signature(func).bind(input, *args, **kwargs)
-        self._record("norm", input, bound.arguments.get("weight"), 2 * input.numel())
+        self._add("norm", input, bound.arguments.get("weight"), 2 * input.numel())
 
     def _multi_head_attention(self, *args: Any, **kwargs: Any) -> None:
         """The four projections. The function hides its own calls, so they are worked out here."""
@@ -142,46 +190,94 @@ class Recorder(TorchFunctionMode):
             weights = [called["in_proj_weight"]] * 3
         embed_dim = called["embed_dim_to_check"]
         for input, weight in zip(inputs, weights, strict=True):
-            self._record("linear", input, weight, input.numel() * embed_dim, "in_proj")
+            self._add("linear", input, weight, input.numel() * embed_dim, part="in_proj")
         out_weight = called["out_proj_weight"]
         needs_grad = any(t.requires_grad for t in (*inputs, *weights))
         macs = inputs[0].numel() // inputs[0].shape[-1] * out_weight.numel()
-        self._record("linear", inputs[0], out_weight, macs, needs_grad=needs_grad)
+        self._add("linear", inputs[0], out_weight, macs, needs_grad=needs_grad)
 
-    def _record(
+    def _record(self, product: Product) -> None:
+        self._add(
+            product.kind,
+            product.input,
+            product.weight,
+            product.macs,
+            bias_macs=product.bias_macs,
+            needs_grad=product.input_needs_grad,
+        )
+
+    def _add(
         self,
         kind: str,
         input: Tensor,
         weight: Tensor | None,
         macs: int,
-        part: str = "",
+        part: str | None = None,
         bias_macs: int = 0,
         needs_grad: bool | None = None,
     ) -> None:
         weight = read_parameter(weight)
-        owner = self._owner(weight)
-        name = self._module_names.get(owner, "") if owner is not None else kind
-        name = ".".join(filter(None, (name, part))) or kind
+        owner, parameter, local = self._owner(weight)
+        of_owner = self._module_names.get(owner, "") if owner is not None else kind
+        name = ".".join(filter(None, (of_owner, local if part is None else part))) or kind
         if needs_grad is None:
             running, module_needs_grad = self._running[-1]
             # Within an autograd Function the input may be a cast copy that is not in the graph.
             needs_grad = input.requires_grad or (owner is running and module_needs_grad)
+        bypasses = isinstance(owner, NeuronLayer) and not self._calls_its_layer(owner, parameter)
         self.calls.append(
-            LayerCall(name, kind, owner, weight, macs + bias_macs, bias_macs, needs_grad)
+            LayerCall(
+                *(name, kind, owner, weight, macs, bias_macs, needs_grad, parameter),
+                bypasses=bypasses,
+                sequence=self._sequence,
+            )
         )
 
-    def _owner(self, weight: Tensor | None) -> nn.Module | None:
-        """The running module if the weight has the shape of its own (a converted layer may pass an
-        alias of its parameter, a tied weight has several owners), else whoever registered it."""
+    def _owner(self, weight: Tensor | None) -> tuple[nn.Module | None, Parameter | None, str]:
+        """Who owns the weight, the parameter it came from, and what to add to the owner's name."""
         running, _ = self._running[-1]
+        parameter = None if weight is None else self._origin(weight)
+        owner, name = self._owners.get(id(parameter), (None, ""))
+        if parameter is not None:
+            for module, _ in reversed(self._running):  # a tied weight has several owners
+                own = self._own.get(module, {}) if module is not None else {}
+                names = [n for n, p in own.items() if p is parameter]
+                if names:
+                    owner, name = module, names[0]
+                    break
+        if owner is not running and self._stands_in(weight, running, owner):
+            # Its weight is computed (weight norm), or others stand in for its parameters.
+            own = self._own.get(running, {}) if running is not None else {}
+            return running, own.get("weight") if parameter is None else parameter, ""
+        return owner or running, parameter, name.removesuffix("weight").rstrip("_")
+
+    def _stands_in(
+        self, weight: Tensor | None, running: nn.Module | None, owner: nn.Module | None
+    ) -> bool:
+        if running is None or weight is None:
+            return False
         own = getattr(running, "weight", None)
-        if weight is None or (isinstance(own, Tensor) and own.shape == weight.shape):
-            return running
-        return self._owners.get(id(weight), running)
+        inside = owner is None or owner in set(running.modules())
+        return inside and isinstance(own, Tensor) and own.shape == weight.shape
+
+    def _calls_its_layer(self, owner: NeuronLayer, parameter: Parameter | None) -> bool:
+        """Whether a neuron layer that owns the parameter is running, or a function of ours."""
+        for module, _ in self._running:
+            if module is owner or (
+                isinstance(module, NeuronLayer)
+                and any(p is parameter for p, _ in module.neuron_parameters())
+            ):
+                return True
+        frame = sys._getframe()
+        while frame.f_back is not None:
+            frame = frame.f_back
+            if frame.f_globals.get("__name__") == functional.__name__:
+                return True
+        return False
 
 
-def _adds(bias: Tensor | None, output: Tensor) -> int:
-    return 0 if bias is None else output.numel()
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def batch_size(example: Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]) -> int:

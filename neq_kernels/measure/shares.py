@@ -23,7 +23,8 @@ from neq_kernels.layers.traversal import neuron_owners, unwrap
 from neq_kernels.machine import Machine, machine
 from neq_kernels.measure.bandwidth import read_bandwidth, write_bandwidth
 from neq_kernels.measure.flops import FlopCount
-from neq_kernels.measure.recorder import PRODUCTS, LayerCall, Recorder
+from neq_kernels.measure.products import PRODUCTS
+from neq_kernels.measure.recorder import LayerCall, Recorder
 from neq_kernels.measure.timing import PHASES, Loss, PhaseClock, Quantiles, Variant, run_step
 
 OPERANDS = ("input", "weight", "bias")
@@ -284,7 +285,7 @@ class _TracedStep:
         self.has_dgrad: dict[str, bool] = {}
         self.bytes_moved: dict[str, tuple[int, int, int]] = {}
         recorder = Recorder(variant.model, on_call=self._watch)
-        with recorder.watching():
+        with recorder.watching(batch):
             self._loss = variant.loss(variant.model, batch)
 
     def backward_by_layer(self) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Optimizers that leave frozen neurons alone."""
 
-from neq_kernels.optim.attached import AttachedOptimizer, ParameterUpdate, attach
+from neq_kernels.optim.attached import AttachedOptimizer, ParameterUpdate
+from neq_kernels.optim.attaching import attach, is_attached
 
-__all__ = ["AttachedOptimizer", "ParameterUpdate", "attach"]
+__all__ = ["AttachedOptimizer", "ParameterUpdate", "attach", "is_attached"]

@@ -1,4 +1,4 @@
-"""attach: make a torch optimizer leave frozen neurons alone."""
+"""A torch optimizer that leaves frozen neurons alone."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
+from neq_kernels.channels import ActiveChannels
+from neq_kernels.optim.agreement import Agreement
 from neq_kernels.optim.guard import Guard
 from neq_kernels.optim.invalidation import Watch
 from neq_kernels.optim.ownership import OwnedParameter, Ownership
@@ -25,7 +27,7 @@ from neq_kernels.optim.row_steps import (
     group_refusal,
     parameter_refusal,
 )
-from neq_kernels.optim.step_counts import drop_counts, restore_counts, saved_counts_as_lists
+from neq_kernels.optim.step_counts import State, drop_counts, restore_counts
 
 logger = logging.getLogger(__name__)
 
@@ -68,16 +70,25 @@ class AttachedOptimizer:
     """What :func:`attach` returns: how each parameter is updated, and the way back."""
 
     def __init__(
-        self, optimizer: Optimizer, ownership: Ownership, frozen_state: FrozenState
+        self,
+        optimizer: Optimizer,
+        ownership: Ownership,
+        frozen_state: FrozenState,
+        free_frozen_state: bool,
     ) -> None:
         self._optimizer = optimizer
         self._ownership = ownership
         self._guard = Guard(optimizer)
+        self._agreement = Agreement()
         self._logged: set[str] = set()
         row_steps = ROW_STEPS.get(type(optimizer))
-        self._rows = None if row_steps is None else row_steps(optimizer, frozen_state)
+        self._rows: RowSteps | None = None
+        if row_steps is not None:
+            self._rows = row_steps(optimizer, frozen_state, free_frozen_state)
         self._plan: _StepPlan | None = None
+        self._expects_load = False
         restore_counts(optimizer, ownership.parameters)
+        self._register()
         # A step compiled by the user breaks its graph here: what is active is decided on the host.
         eager: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.compiler.disable
         self._step_first = eager(self._run_closure_and_rows)
@@ -87,7 +98,7 @@ class AttachedOptimizer:
         self._hooks = [
             optimizer.register_step_pre_hook(eager(self._before_step)),
             after_step,
-            optimizer.register_state_dict_post_hook(saved_counts_as_lists),
+            optimizer.register_state_dict_post_hook(self._after_state_dict),
             optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
         for group, p in self._parameters():
@@ -109,16 +120,40 @@ class AttachedOptimizer:
                 updates.append(ParameterUpdate(name, "rows", ""))
         return updates
 
+    @property
+    def freed_state_bytes(self) -> int:
+        """With ``free_frozen_state``: what the state of the wholly frozen parameters took in this
+        process, before it was freed."""
+        return 0 if self._rows is None else self._rows.freed_bytes()
+
     def remove(self) -> None:
         """Give the optimizer back to torch: from the next step on every neuron is updated."""
         for hook in self._hooks:
             hook.remove()
+        self._hooks = []
+        for anchor in self._ownership.anchors:
+            anchor.optimizers.discard(self)
         drop_counts(self._optimizer, self._ownership.parameters)
+
+    def stand_in(self, channels: ActiveChannels) -> Parameter | None:
+        """The smallest parameter, where nothing that the optimizer holds learns; None otherwise,
+        and for all wholly frozen layers but that of the first neurons it holds."""
+        owned = self._ownership.parameters
+        held = [p for _, p in self._parameters()]
+        first = next((owned[p] for p in held if p in owned), None)
+        if first is None or not any(channels is c for c, _ in first.owners):
+            return None
+        self._ownership.update_active_sets()
+        learning = [p for p in held if p.requires_grad]
+        if any(p not in owned or owned[p].channels.n_active for p in learning):
+            return None
+        return min(learning, key=Tensor.numel, default=None)
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._refuse_capture()
+        self._agreement.count(self._ownership.layers())
         if self._rows is None:
             self._refresh()
             self._guard.save(self._owned())
@@ -140,10 +175,23 @@ class AttachedOptimizer:
     def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self._guard.restore()
 
+    def _after_state_dict(self, optimizer: Optimizer, state_dict: State) -> State:
+        if self._rows is None:
+            return state_dict
+        saved = dict(state_dict["state"])
+        for i, (group, p) in enumerate(self._parameters()):
+            owned = self._ownership.parameters.get(p)
+            if owned is not None and not self._refusal(group, p):
+                state = self._rows.saved_state(group, p, owned)
+                if state:
+                    saved[i] = state
+        return {**state_dict, "state": saved}
+
     def _after_load(self, optimizer: Optimizer) -> None:
         self._refresh()
         restore_counts(optimizer, self._ownership.parameters)
         self._plan = None
+        self._expects_load = False
         if self._rows is not None:
             self._rows.forget()
 
@@ -151,6 +199,12 @@ class AttachedOptimizer:
         """Step the neuron-owned parameters; the groups that are left for torch."""
         assert self._rows is not None
         self._refresh()
+        if self._expects_load:  # and got none
+            some = self._owned()
+            drop_counts(self._optimizer, [p for p in some if some[p].all_active])
+        self._expects_load = self._only_makes_state()
+        if self._expects_load:
+            self._rows.make_all_state(self._ownership.parameters)
         plan, self._plan = self._plan, None
         if plan is None or plan.watch is None or not plan.watch.sees_no_change():
             plan = self._assign(self._rows)
@@ -191,6 +245,18 @@ class AttachedOptimizer:
             plan.left.append(rest)
         return plan
 
+    def _only_makes_state(self) -> bool:
+        """Whether this is the step by which torch.distributed.checkpoint has state made that it can
+        load into: an optimizer's first, with no learning rate and gradients of zeros."""
+        if self._optimizer.state:
+            return False
+        groups = self._optimizer.param_groups
+        return all(float(group.get("lr", 1)) == 0 for group in groups) and all(
+            p.grad is not None and not bool(p.grad.any())
+            for _, p in self._parameters()
+            if p.requires_grad
+        )
+
     def _overflowed(self) -> bool:
         """What a GradScaler tells optimizers with fused kernels."""
         found_inf: Tensor | None = getattr(self._optimizer, "found_inf", None)
@@ -206,7 +272,13 @@ class AttachedOptimizer:
 
     def _refresh(self) -> None:
         released = self._ownership.refresh(self._optimizer)
+        if self._hooks:
+            self._register()
         drop_counts(self._optimizer, released)
+
+    def _register(self) -> None:
+        for anchor in self._ownership.anchors:
+            anchor.optimizers.add(self)
 
     def _parameters(self) -> Iterator[tuple[Group, Parameter]]:
         for group in self._optimizer.param_groups:
@@ -220,7 +292,8 @@ class AttachedOptimizer:
     def _refusal(self, group: Group, p: Parameter) -> str | None:
         if self._rows is None:
             return f"{type(self._optimizer).__name__} has no row steps (SGD, Adam and AdamW have)"
-        return group_refusal(group) or parameter_refusal(p)
+        owned = self._ownership.parameters[p]
+        return group_refusal(group) or parameter_refusal(p) or owned.row_refusal(p)
 
     def _log_once(self, owned: OwnedParameter, reason: str) -> None:
         if reason not in self._logged:
@@ -235,76 +308,3 @@ class AttachedOptimizer:
                 "optimizer.step cannot be captured in a CUDA graph once attached: the set of "
                 "active neurons would be baked into the graph"
             )
-
-
-def attach(
-    optimizer: Optimizer, model: nn.Module, frozen_state: FrozenState = "reset"
-) -> AttachedOptimizer:
-    """Make ``optimizer`` step only the active neurons of ``model``; frozen ones do not move.
-
-    Exact ``torch.optim.SGD``, ``Adam`` and ``AdamW`` get row steps: a frozen neuron costs no
-    optimizer time, and Adam counts the steps of each neuron (``state[p]["neq_step"]``, int64[K], a
-    list of ints in ``state_dict``; ``step`` is the largest count), so its bias correction is right
-    after a pause. While all neurons of a parameter are active and share one history, and for
-    parameters no neuron owns, torch's own step runs. ``state_dict`` can be loaded by the plain
-    optimizer and the other way round. ``optimizer.step``, closures, schedulers, ``GradScaler``,
-    parameter groups and ``add_param_group`` work as before.
-
-    Any other optimizer, and any parameter that row steps do not support (a ``differentiable`` or
-    ``capturable`` group, a sparse gradient, a tensor subclass), takes the guard: it steps
-    everything, then the frozen neurons' weights and their rows in state tensors of the parameter's
-    shape are put back (``"keep"``, whatever ``frozen_state`` says). That costs a copy of those rows
-    before and after each step. Other state goes on for all neurons alike: one warning names it. If
-    such a step raises, the frozen neurons are not put back; what an optimizer does to weights
-    outside ``step`` is out of reach.
-
-    Args:
-        optimizer: the user's optimizer. Its parameters may belong to neurons or not.
-        model: the converted model, also wrapped in data parallel or ``torch.compile``.
-        frozen_state: what happens to the state of a frozen neuron. ``"reset"``: momentum, both
-            moments, the largest second moment and its step count become 0 when it freezes.
-            ``"keep"``: all held. ``"reference"``: as in the published code of NEq
-            (arXiv:2207.09455): momentum and first moment become 0, the second moment decays at
-            every step and the count goes on.
-
-    Returns:
-        A handle with ``report()`` and ``remove()``.
-
-    Raises:
-        TypeError: ``optimizer`` is no ``torch.optim.Optimizer``, or it is ``LBFGS``, whose state
-            mixes all parameters.
-        ValueError: unknown ``frozen_state``; a model without neuron layers; an optimizer that
-            holds none of their parameters, or is attached already.
-    """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__} "
-            "(attach the optimizer inside a wrapper)"
-        )
-    if isinstance(optimizer, LBFGS):
-        raise TypeError(
-            "optimizer: expected one that updates every weight by itself, got LBFGS, whose "
-            "history mixes the weights of active and frozen neurons"
-        )
-    if frozen_state not in get_args(FrozenState):
-        raise ValueError(
-            f"frozen_state: expected one of {get_args(FrozenState)}, got {frozen_state!r}"
-        )
-    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
-        if isinstance(getattr(hook, "__self__", None), AttachedOptimizer):
-            raise ValueError(
-                "optimizer: expected one that is not attached, got one that is: call remove() on "
-                "its handle first (for several models attach a torch.nn.ModuleList of them)"
-            )
-    ownership = Ownership(model)
-    if not ownership.parameters:
-        raise ValueError(
-            "model: expected neuron layers, got none: call neq_kernels.convert(model) before attach"
-        )
-    held = (p for group in optimizer.param_groups for p in group["params"])
-    if not any(p in ownership.parameters for p in held):
-        raise ValueError(
-            "optimizer: expected it to hold parameters of the model's neuron layers, got none of "
-            "them: make it from this model's parameters"
-        )
-    return AttachedOptimizer(optimizer, ownership, frozen_state)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from neq_kernels.dispatch.selection import selector
 from neq_kernels.optim.ownership import Ownership, remember, same_objects
+from neq_kernels.sharding import is_distributed, local
 
 # Of a group: what decides which steps its parameters get, not only how far they go.
 _DECIDING_FLAGS = ("differentiable", "capturable", "fused", "momentum", "dampening", "amsgrad")
@@ -33,6 +34,7 @@ class Watch:
         self, optimizer: Optimizer, ownership: Ownership, parameters: list[Parameter]
     ) -> None:
         self._optimizer, self._ownership, self._parameters = optimizer, ownership, parameters
+        self._sharded = [p for p in parameters if is_distributed(p)]
         # A view shows what the dict holds later.
         self._state = [state.values() for state in optimizer.state.values()]
         self._objects = remember(self._read_objects())
@@ -55,6 +57,7 @@ class Watch:
             self._optimizer.state.values(),
             itertools.chain.from_iterable(self._state),
             map(type, self._parameters),
+            map(local, self._sharded),
         )
 
     def _read_settings(self) -> list[object]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from neq_kernels.backends.base import Backend
 from neq_kernels.channels import NeuronLayout
 from neq_kernels.optim import reference
+from neq_kernels.sharding import is_distributed, local, local_grad
 
 
 class RowStep(NamedTuple):
@@ -18,7 +19,8 @@ class RowStep(NamedTuple):
 
     Attributes:
         parameter: stepped with the gradient it has when the step runs.
-        state: the state tensors, in the order the row functions take them.
+        state: the state tensors (what of them lies in this process), in the order the row functions
+            take them.
         order: the active neurons first.
         n: how many are active.
         layout: where a neuron lies in ``parameter``.
@@ -41,7 +43,9 @@ class _Batch:
         backend = steps[0].backend
         assert backend is not None
         self._backend = backend
-        self._parameters = [step.parameter for step in steps]
+        self._holders = [step.parameter for step in steps]
+        self._sharded = any(map(is_distributed, self._holders))
+        self._parameters = list(map(local, self._holders))
         # State that is missing for one is missing for all.
         self._state = [
             [] if tensors[0] is None else list(tensors)
@@ -49,10 +53,17 @@ class _Batch:
         ]
         self._orders = [step.order for step in steps]
         self._n = [step.n for step in steps]
-        self._blocks = [i for step in steps for i in _blocks(step.layout, step.parameter)]
+        self._blocks = [
+            i
+            for step, p in zip(steps, self._parameters, strict=True)
+            for i in _blocks(step.layout, p)
+        ]
 
     def run(self, function: str, flags: dict[str, Any]) -> None:
-        grads = [p.grad for p in self._parameters]
+        if self._sharded:
+            grads = list(map(local_grad, self._holders))
+        else:
+            grads = [p.grad for p in self._holders]
         step = getattr(self._backend, function)
         step(self._parameters, grads, *self._state, self._orders, self._n, self._blocks, **flags)
 
@@ -82,7 +93,8 @@ class Batches:
         for batch in self._batches:
             batch.run(self._function, flags)
         for p, state, order, n, layout, _ in self._single:
-            getattr(reference, self._function)(p, p.grad, *state, order, n, layout, **flags)
+            step = getattr(reference, self._function)
+            step(local(p), local_grad(p), *state, order, n, layout, **flags)
 
 
 class ScalarSteps:

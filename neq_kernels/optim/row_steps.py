@@ -20,7 +20,8 @@ from neq_kernels.dispatch.selection import selector
 from neq_kernels.optim import reference
 from neq_kernels.optim.multi_tensor import Batches, RowStep, ScalarSteps
 from neq_kernels.optim.ownership import OwnedParameter
-from neq_kernels.optim.step_counts import COUNTS, State, counts_from
+from neq_kernels.optim.step_counts import COUNTS, State, as_digits, counts_from
+from neq_kernels.sharding import is_distributed, local, placed_alike
 
 FrozenState = Literal["reset", "keep", "reference"]
 Group = dict[str, Any]
@@ -34,6 +35,8 @@ class GroupPlan:
     Attributes:
         group: its settings are read anew at every step.
         batches: the row steps of active neurons.
+        counted: of sharded parameters: the counts of all neurons, of which a row step sees a copy
+            of those in this process, and which of them are active.
         advancing: parameters whose frozen neurons' state goes on ("reference").
         scalars: the scalar ``step`` of each parameter that has one.
         waiting: parameters whose scalar does not advance yet.
@@ -42,6 +45,7 @@ class GroupPlan:
 
     group: Group
     batches: Batches
+    counted: list[tuple[Tensor, Tensor]]
     advancing: list[tuple[Parameter, OwnedParameter, State]]
     scalars: dict[Parameter, Tensor]
     waiting: list[Parameter] = field(default_factory=list)
@@ -54,6 +58,7 @@ class RowSteps:
     Args:
         optimizer: whose state and parameter groups are used.
         frozen_state: what happens to the state of a frozen neuron.
+        frees: whether the state of a wholly frozen parameter is freed (under "reset").
     """
 
     # The name of the row function.
@@ -62,8 +67,11 @@ class RowSteps:
     reset: tuple[str, ...]
     reference: tuple[str, ...]
 
-    def __init__(self, optimizer: Optimizer, frozen_state: FrozenState) -> None:
+    def __init__(self, optimizer: Optimizer, frozen_state: FrozenState, frees: bool) -> None:
         self._optimizer = optimizer
+        self._frees = frees
+        # The bytes of each parameter's state when it was freed.
+        self._freed: dict[Parameter, int] = {}
         self._frozen_state = frozen_state
         self._applied: dict[Parameter, tuple[ActiveChannels, int, Tensor | None]] = {}
         # How many steps the most advanced active neuron lies behind the most advanced of all.
@@ -74,6 +82,10 @@ class RowSteps:
         self._applied.clear()
         self._behind.clear()
 
+    def freed_bytes(self) -> int:
+        """Of the state that is not there now."""
+        return sum(n for p, n in self._freed.items() if not self._optimizer.state.get(p))
+
     def leaves_to_torch(self, group: Group, p: Parameter, owned: OwnedParameter) -> bool:
         """Whether torch's own step is the row step of this parameter."""
         return owned.all_active and COUNTS not in self._optimizer.state.get(p, ())
@@ -82,17 +94,44 @@ class RowSteps:
         """The group's settings as numbers, as the row functions take them."""
         raise NotImplementedError
 
+    def make_all_state(self, parameters: Mapping[Parameter, OwnedParameter]) -> None:
+        """Make the state and the counts of all that row steps support, whatever is active."""
+        for group in self._optimizer.param_groups:
+            for p in group["params"]:
+                owned = parameters.get(p)
+                if owned is None or not p.requires_grad or not self.is_stateful(group):
+                    continue
+                if not group_refusal(group) and not parameter_refusal(p):
+                    self.prepare(group, p, owned, self._optimizer.state[p])
+
+    def saved_state(self, group: Group, p: Parameter, owned: OwnedParameter) -> State:
+        """The state as a checkpoint holds it: with the counts, if the group's steps count, and
+        with zeros for a wholly frozen parameter that has none."""
+        state = dict(self._optimizer.state.get(p, {}))
+        if not state and self.is_stateful(group) and p.requires_grad and owned.none_active:
+            self.prepare(group, p, owned, state)
+        if state and self.counts(group):
+            state[COUNTS] = as_digits(state.get(COUNTS), len(owned.channels), p.device)
+        return state
+
     def plan(self, group: Group, own: Mapping[Parameter, OwnedParameter]) -> GroupPlan:
         """How these parameters of a group are stepped, from now on until something changes. Makes
         the state that is missing and does to the state of frozen neurons what is due."""
         advances_frozen = self._frozen_state == "reference"
         steps: list[RowStep] = []
+        counted: list[tuple[Tensor, Tensor]] = []
         advancing = []
         scalars = {}
         for p, owned in own.items():
-            wholly_frozen = owned.channels.n_active == 0
+            wholly_frozen = owned.none_active
             state = self._optimizer.state.get(p, {})
             is_stepped = advances_frozen if wholly_frozen else p.grad is not None
+            if wholly_frozen and self._frees and state:
+                tensors = [local(t) for t in state.values() if isinstance(t, Tensor)]
+                self._freed[p] = sum(t.numel() * t.element_size() for t in tensors)
+                del self._optimizer.state[p]
+                self._applied.pop(p, None)
+                continue
             if not is_stepped and not state:
                 continue
             if self.is_stateful(group):
@@ -102,18 +141,20 @@ class RowSteps:
             if not is_stepped:
                 continue
             if p.grad is not None and not wholly_frozen:
-                steps.append(self._row_step(group, p, p.grad, owned, state))
+                self._add_row_step(steps, counted, group, p, owned, state)
             if advances_frozen:
                 advancing.append((p, owned, state))
                 self._behind[p] = 0
             if "step" in state:
                 scalars[p] = state["step"]
-        return GroupPlan(group, Batches(self.function, steps), advancing, scalars)
+        return GroupPlan(group, Batches(self.function, steps), counted, advancing, scalars)
 
     def step(self, plan: GroupPlan) -> None:
         """One step of one group, in place."""
         flags = self.flags(plan.group)
         plan.batches.run(flags)
+        for counts, active in plan.counted:
+            counts[active] += 1
         for p, owned, state in plan.advancing:
             self._advance_frozen(flags, p, owned, state)
         if plan.scalars:
@@ -121,6 +162,10 @@ class RowSteps:
 
     def is_stateful(self, group: Group) -> bool:
         """Whether steps of this group keep state."""
+        raise NotImplementedError
+
+    def counts(self, group: Group) -> bool:
+        """Whether steps of this group are counted neuron by neuron."""
         raise NotImplementedError
 
     def prepare(self, group: Group, p: Parameter, owned: OwnedParameter, state: State) -> None:
@@ -139,11 +184,12 @@ class RowSteps:
         seen = self._applied.get(p)
         if seen and seen[0] is channels and seen[1] == channels.generation and seen[2] is counts:
             return
-        frozen = owned.frozen(p.device)
+        frozen = owned.channels.order(p.device)[channels.n_active :]
+        here = owned.rows_here(p)
         zeroed = {"reset": self.reset, "reference": self.reference, "keep": ()}
         for key in zeroed[self._frozen_state]:
             if isinstance(state.get(key), Tensor):
-                owned.layout.fill_(state[key], frozen, 0)
+                here.layout.fill_(local(state[key]), here.frozen, 0)
         if counts is not None:
             if self._frozen_state == "reset":
                 counts[frozen] = 0
@@ -158,7 +204,7 @@ class RowSteps:
         self, flags: Flags, p: Parameter, owned: OwnedParameter, state: State
     ) -> None:
         if COUNTS in state:
-            state[COUNTS][owned.frozen(p.device)] += 1
+            state[COUNTS][owned.channels.order(p.device)[owned.channels.n_active :]] += 1
         self.decay(flags, p, owned, state)
 
     def _advance_scalars(self, plan: GroupPlan) -> None:
@@ -174,19 +220,27 @@ class RowSteps:
             if not self._behind[p]:
                 plan.scalar_steps = None
 
-    def _row_step(
-        self, group: Group, p: Parameter, grad: Tensor, owned: OwnedParameter, state: State
-    ) -> RowStep:
-        tensors = self.row_state(group, state)
-        alike = [t for t in tensors if t is not None and t is not state.get(COUNTS)]
-        return RowStep(
-            p,
-            tensors,
-            owned.channels.order(p.device),
-            owned.channels.n_active,
-            owned.layout,
-            _backend([p, grad, *alike], owned.layout),
-        )
+    def _add_row_step(
+        self,
+        steps: list[RowStep],
+        counted: list[tuple[Tensor, Tensor]],
+        group: Group,
+        p: Parameter,
+        owned: OwnedParameter,
+        state: State,
+    ) -> None:
+        here, counts = owned.rows_here(p), state.get(COUNTS)
+        tensors = [t if t is None else local(t) for t in self.row_state(group, state)]
+        if here.numbers is not None and counts is not None:
+            counted.append((counts, owned.channels.order(p.device)[: owned.channels.n_active]))
+            here_counts = counts[here.numbers.to(p.device)]
+            tensors = [here_counts if t is counts else t for t in tensors]
+        assert p.grad is not None
+        alike = [t for t in tensors if t is not None and t.dtype != torch.int64]
+        backend = None
+        if here.n and placed_alike(p.grad, p):
+            backend = _backend([local(p), local(p.grad), *alike], here.layout)
+        steps.append(RowStep(p, tuple(tensors), here.order, here.n, here.layout, backend))
 
 
 class SGDRows(RowSteps):
@@ -215,6 +269,9 @@ class SGDRows(RowSteps):
 
     def is_stateful(self, group: Group) -> bool:
         return bool(group["momentum"])
+
+    def counts(self, group: Group) -> bool:
+        return bool(group["momentum"] and group["dampening"])
 
     def prepare(self, group: Group, p: Parameter, owned: OwnedParameter, state: State) -> None:
         had_buffer = isinstance(state.get("momentum_buffer"), Tensor)
@@ -248,6 +305,9 @@ class AdamRows(RowSteps):
     def is_stateful(self, group: Group) -> bool:
         return True
 
+    def counts(self, group: Group) -> bool:
+        return True
+
     def prepare(self, group: Group, p: Parameter, owned: OwnedParameter, state: State) -> None:
         if not state:
             is_double = torch.get_default_dtype() == torch.float64 and not group["fused"]
@@ -268,13 +328,9 @@ class AdamRows(RowSteps):
         return state["exp_avg"], state["exp_avg_sq"], largest, state[COUNTS]
 
     def decay(self, flags: Flags, p: Parameter, owned: OwnedParameter, state: State) -> None:
-        reference.decay_frozen_(
-            state["exp_avg_sq"],
-            owned.channels.order(p.device),
-            owned.channels.n_active,
-            owned.layout,
-            flags["beta2"],
-        )
+        here = owned.rows_here(p)
+        v = local(state["exp_avg_sq"])
+        reference.decay_frozen_(v, here.order, here.n, here.layout, flags["beta2"])
 
 
 ROW_STEPS: dict[type[Optimizer], type[RowSteps]] = {
@@ -297,7 +353,7 @@ def parameter_refusal(p: Parameter) -> str | None:
     """Why this parameter takes the guard, or None."""
     if not p.is_floating_point():
         return f"row steps support real floating-point parameters, got {p.dtype}"
-    if type(p) is not Parameter:
+    if type(p) is not Parameter and not is_distributed(p):
         return f"row steps support plain parameters, got {type(p).__name__}"
     if p.grad is None:
         return None

@@ -1,8 +1,10 @@
 """The per-neuron step counts: in the optimizer's state, and on their way to and from a checkpoint.
 
 In memory ``state[p]["neq_step"]`` is an int64 tensor ``[K]`` on the parameter's device. It exists
-only where counts may differ between neurons. In a ``state_dict`` it is a list of ints, because
-torch casts tensors of a loaded state to the parameter's dtype and bf16 has no room for a count.
+only where counts may differ between neurons. In a ``state_dict`` each count is five digits, uint8
+``[K, 5]``: torch casts tensors of a loaded state to the parameter's dtype, and bf16 has no room for
+a count; distributed checkpoints flatten tensors and numbers, but no lists. They also load only what
+a fresh optimizer's ``state_dict`` has, so where there are no counts digits say so.
 """
 
 from __future__ import annotations
@@ -19,31 +21,43 @@ from neq_kernels.optim.ownership import OwnedParameter
 
 COUNTS = "neq_step"
 
+_BASE, _N_DIGITS = 128, 5
+_NO_COUNTS = _BASE**_N_DIGITS - 1
+
 State = dict[str, Any]
 
 
-def saved_counts_as_lists(optimizer: Optimizer, state_dict: State) -> State:
-    """State-dict post-hook: int64 tensors out, lists of ints in; the optimizer's own stay."""
-    saved = {
-        key: {**state, COUNTS: state[COUNTS].tolist()} if _has_tensor(state) else state
-        for key, state in state_dict["state"].items()
-    }
-    return {**state_dict, "state": saved}
+def as_digits(counts: Tensor | None, k: int, device: torch.device) -> Tensor:
+    """Counts as they are saved; None: that there are none for ``k`` neurons."""
+    if counts is None:
+        return torch.full((k, _N_DIGITS), _BASE - 1, dtype=torch.uint8, device=device)
+    powers = _BASE ** torch.arange(_N_DIGITS, device=device)
+    return (counts.unsqueeze(1) // powers % _BASE).to(torch.uint8)
+
+
+def _from_saved(value: Any, device: torch.device) -> Tensor | None:
+    """From digits, or from the list of counts that 0.1.0 saved."""
+    if not isinstance(value, (Tensor, list)):  # torch fills in {} for what a flat state lacks
+        return None
+    counts = torch.as_tensor(value, device=device).long()
+    if counts.dim() == 2:
+        counts = (counts * _BASE ** torch.arange(counts.shape[1], device=device)).sum(1)
+    return None if bool((counts == _NO_COUNTS).any()) else counts
 
 
 def restore_counts(optimizer: Optimizer, owned: Mapping[Parameter, OwnedParameter]) -> None:
-    """After loading: lists back to tensors. Counts that no longer fit ``step`` are dropped, as
+    """After loading: digits back to counts. Those that no longer fit ``step`` are dropped, as
     those of a state that a plain torch optimizer has carried on with; they follow from ``step``.
 
     Raises:
-        ValueError: a list of another length than the parameter has neurons.
+        ValueError: another number of counts than the parameter has neurons.
     """
     for p, state in optimizer.state.items():
         if COUNTS not in state:
             continue
-        counts = torch.as_tensor(state.pop(COUNTS), dtype=torch.int64, device=p.device)
+        counts = _from_saved(state.pop(COUNTS), p.device)
         owner = owned.get(p) if isinstance(p, Parameter) else None
-        if owner is None:
+        if owner is None or owner.mixed or counts is None:
             continue
         expected = len(owner.channels)
         if counts.shape != (expected,):
@@ -65,7 +79,3 @@ def drop_counts(optimizer: Optimizer, parameters: Iterable[Parameter]) -> None:
 def counts_from(scalar: Tensor | int, k: int, device: torch.device) -> Tensor:
     """``k`` equal counts."""
     return torch.full((k,), int(scalar), dtype=torch.int64, device=device)
-
-
-def _has_tensor(state: object) -> bool:
-    return isinstance(state, dict) and isinstance(state.get(COUNTS), Tensor)

@@ -8,7 +8,17 @@ from torch import nn
 
 import neq_kernels as neq
 from neq_kernels.controllers import FixedController, NEqController, StochasticController
-from tests.support.nets import Block, assert_same, conv_net, images, masks, picture, tokens, train
+from tests.support.nets import (
+    Block,
+    assert_same,
+    conv_net,
+    images,
+    masks,
+    picture,
+    tokens,
+    train,
+    wiggle,
+)
 
 MAKERS = {
     "snapshot": lambda model: NEqController(model, images(seed=9), eps=3e-4, warmup=2),
@@ -89,9 +99,12 @@ def test_a_state_is_a_copy(kind):
 def broken(state, kind):
     """A state with one fault, and what the error must say."""
     masks_ = state["masks"]
-    if kind == "missing layer":
-        del masks_["3"]
-        return r"masks: missing layers \['3'\]"
+    if kind == "renamed layer":
+        masks_["7"] = masks_.pop("3")
+        return r"masks: missing layers \['3'\]; masks: unknown layers \['7'\]"
+    if kind == "no layer":
+        masks_.clear()
+        return r"masks: missing layers \['0', '1', '3', '4', '9'\]"
     if kind == "unknown layer":
         masks_["7"] = masks_["3"]
         return r"masks: unknown layers \['7'\]"
@@ -121,7 +134,8 @@ def broken(state, kind):
 @pytest.mark.parametrize(
     "fault",
     [
-        "missing layer",
+        "renamed layer",
+        "no layer",
         "unknown layer",
         "mask length",
         "mask dtype",
@@ -137,6 +151,9 @@ def test_a_broken_state_is_refused_whole(controller_kind, fault):
 
 
 def break_neq(state, fault):
+    if fault == "no phi":
+        del state["phi"]["3"]
+        return r"phi: missing layers \['3'\]"
     if fault == "phi":
         state["phi"]["3"] = torch.zeros(3, dtype=torch.float64)
         return r"phi: 3 expected torch.float64 \(8,\), got torch.float64 \(3,\)"
@@ -174,6 +191,7 @@ def break_neq(state, fault):
 @pytest.mark.parametrize(
     "fault",
     [
+        "no phi",
         "phi",
         "velocity dtype",
         "no delta",
@@ -238,6 +256,40 @@ def check_refused(kind, spoil):
         controller.load_state_dict(state)
     assert picture(model) == before
     assert_same(controller.state_dict(), own)
+
+
+@pytest.mark.filterwarnings("ignore:frozen neurons moved:UserWarning")
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_state_from_before_a_layer_had_neurons(kind):
+    """0.1.0 had none for embeddings, for instance: they stay active, and nothing else changes."""
+    torch.manual_seed(0)
+    model = conv_net()
+    controller = MAKERS[kind](model)
+    run(model, controller, range(3))
+    state = controller.state_dict()
+    for key in ("masks", "phi", "delta_phi", "velocity"):
+        state.get(key, {}).pop("3", None)
+    if kind != "stochastic" and kind != "fixed":
+        state["measured"].remove("3")
+    if kind == "activations":
+        for batch in state["memory"]:
+            del batch["3"]
+    again = conv_net()
+    again.load_state_dict(model.state_dict())
+    resumed = MAKERS[kind](again)
+    with pytest.warns(UserWarning, match=r"nothing of these layers.* stay active: \['3'\]"):
+        resumed.load_state_dict(state)
+    expected = masks(model)
+    assert masks(again) == {**expected, "3": [True] * len(expected["3"])}
+    for net, its in ((model, controller), (again, resumed)):
+        wiggle(net)
+        its.step()
+    if "phi" in state:
+        (phi, known), others = (c.response.phi for c in (resumed, controller)), ["0", "1", "4", "9"]
+        assert all(torch.equal(phi[name], known[name]) for name in others)
+        assert bool((phi["3"] == 1).all()) is (kind == "activations")
+    elif kind == "stochastic":
+        assert masks(again) == masks(model)
 
 
 def test_states_of_other_controllers_and_models():

@@ -38,6 +38,7 @@ def test_one_and_zero_are_the_only_similarities_of_single_values(similarity):
 
 @pytest.mark.parametrize("memory", ["snapshot", "activations"])
 @pytest.mark.parametrize("name", VELOCITY)
+@pytest.mark.filterwarnings("ignore:frozen neurons moved:UserWarning")
 def test_through_the_controller(name, memory):
     """Neuron 0 is the worked example, neuron 1 never moves, neuron 2 runs it one epoch late."""
     model = Rotating(3)
@@ -66,6 +67,7 @@ def test_after_the_first_epoch_only_unchanged_neurons_freeze():
     assert masks(model)["hidden"] == [False, True, True]
 
 
+@pytest.mark.filterwarnings("ignore:frozen neurons moved:UserWarning")
 def test_a_frozen_neuron_comes_back():
     model = Rotating(2)
     controller = NEqController(model, model.probe, eps=1e-3)

@@ -19,9 +19,6 @@ def with_channels():
 
 LEFT_ALONE = {
     "a subclass of Linear": lambda: OwnLinear(3, 4),
-    "a subclass of BatchNorm2d with its own _check_input_dim": lambda: type(
-        "OwnNorm", (nn.BatchNorm2d,), {"_check_input_dim": lambda *_: None}
-    )(3),
     "parametrized": lambda: parametrizations.weight_norm(nn.Linear(3, 4)),
     "parametrized by spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(3, 4)),
     "its weight is computed": lambda: prune.l1_unstructured(nn.Linear(3, 4), "weight", 2),
@@ -32,7 +29,8 @@ LEFT_ALONE = {
     "its weight is empty": lambda: nn.Linear(0, 4),
     "it has an attribute of its own that neurons would take: channels": with_channels,
     "not a supported layer type": lambda: nn.LSTM(3, 4),
-    "not a supported layer type: embeddings": lambda: nn.Embedding(3, 4),
+    "max_norm": lambda: nn.Embedding(3, 4, max_norm=1.0),
+    "not a supported layer type: bags": lambda: nn.EmbeddingBag(3, 4),
 }
 
 
@@ -81,8 +79,9 @@ def test_filter_and_norms():
     assert type(model[1]) is nn.BatchNorm2d
 
 
-def test_a_weight_tied_to_an_embedding_stays_dense():
-    model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
+def test_a_weight_tied_to_a_layer_that_stays_dense_stays_dense():
+    table = nn.Embedding(7, 4, max_norm=1.0)
+    model = nn.ModuleDict({"embed": table, "head": nn.Linear(4, 7, bias=False)})
     model["head"].weight = model["embed"].weight
     model["other"] = nn.Linear(4, 4)
     neq.convert(model)

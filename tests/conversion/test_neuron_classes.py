@@ -131,8 +131,6 @@ REDEFINES = {
     "__call__": (nn.Linear, (3, 4)),
     "_conv_forward": (nn.Conv2d, (3, 4, 1)),
     "_output_padding": (nn.ConvTranspose2d, (3, 4, 1)),
-    "_check_input_dim": (nn.BatchNorm1d, (3,)),
-    "_get_no_batch_dim": (nn.InstanceNorm1d, (3, 1e-5, 0.1, True)),
     "__getattr__": (nn.Linear, (3, 4)),
 }
 
@@ -152,3 +150,84 @@ def test_what_computes_otherwise_is_left_alone(name):
     assert type(layer) is kind
     reason = entries(model)["0"].reason
     assert reason == f"a subclass of {base.__name__} with its own {name}; see neq.register"
+
+
+OF_NORMS = {
+    "forward": (lambda: (nn.LayerNorm, (4,)), -1),
+    "_check_input_dim": (lambda: (nn.BatchNorm1d, (4,)), 1),
+    "_get_no_batch_dim": (lambda: (nn.InstanceNorm1d, (4, 1e-5, 0.1, True)), 1),
+    "__call__": (lambda: (nn.GroupNorm, (2, 4)), 1),
+}
+
+
+@pytest.mark.parametrize("name", OF_NORMS)
+def test_a_norm_that_computes_otherwise_is_masked(name):
+    """Whatever it computes, an entry of its parameters belongs to one channel."""
+    make, dim = OF_NORMS[name]
+    base, arguments = make()
+
+    def other(self, *args, **kwargs):
+        out = getattr(base, name)(self, *args, **kwargs)
+        return out * 2 if isinstance(out, torch.Tensor) else out
+
+    layer = type("Other", (base,), {name: other})(*arguments)
+    x = torch.randn(3, 4, 4)
+    expected = layer(x)
+    neq.convert(layer)
+    layer.channels.set([1])
+    out = layer(x)
+    assert torch.equal(out, expected)
+    assert layer.channel_dim(out) == dim % 3
+    out.square().sum().backward()
+    assert layer.weight.grad.ne(0).tolist() == [False, True, False, False]
+    layer.channels.set([])
+    assert not layer(x).requires_grad
+
+
+def test_a_norm_that_reads_other_parameters_is_left_alone():
+    kind = type("Other", (nn.LayerNorm,), {"__getattr__": nn.Module.__getattr__})
+    assert neuron_class(kind) is None
+
+
+class LlamaRMSNorm(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
+
+
+class SummingRMSNorm(LlamaRMSNorm):
+    def forward(self, x):
+        return super().forward(x).sum(-1)
+
+
+class BoundRMSNorm(LlamaRMSNorm):
+    def __init__(self, width):
+        super().__init__(width)
+        self.bound = nn.Parameter(torch.ones(()))
+
+
+def test_an_rms_norm_is_known_by_its_name():
+    layer, x = LlamaRMSNorm(4), torch.randn(2, 3, 4)
+    expected = layer(x)
+    model = neq.convert(nn.Sequential(layer))
+    assert layer.is_norm
+    layer.channels.set([0, 2])
+    assert torch.equal(model(x), expected)
+    model(x).square().sum().backward()
+    assert layer.weight.grad.ne(0).tolist() == [True, False, True, False]
+    assert layer.channel_dim(expected) == 2
+    assert repr(layer) == "LlamaRMSNorm(active=2/4)"
+
+
+def test_a_name_that_promised_too_much():
+    model = neq.convert(nn.Sequential(SummingRMSNorm(4)))
+    with pytest.raises(ValueError, match=r"SummingRMSNorm: .*last dimension.*4, got \(2, 3\)"):
+        model(torch.randn(2, 3, 4))
+    layer = BoundRMSNorm(4)
+    neq.convert(nn.Sequential(layer, nn.Linear(2, 2)))
+    assert type(layer) is BoundRMSNorm
+    reason = entries(nn.Sequential(layer))["0"].reason
+    assert "['bound', 'weight']; see neq.register" in reason

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import neq_kernels as neq
-from neq_kernels.layers.traversal import following_parameters
+from neq_kernels.layers.following import followers
 from tests.support.models import Scaled, freeze
 
 
@@ -26,6 +26,6 @@ def test_the_report_says_who_follows():
     model = neq.convert(nn.Sequential(Scaled(), nn.Linear(4, 2)), others="follow")
     (other,) = neq.conversion_report(model).others
     assert other.name == "0.scale"
-    assert "follows its block" in other.reason
-    (following,) = following_parameters(model)
-    assert following.parameters == [model[0].scale]
+    assert "stops with what lies below it" in other.reason
+    (follower,) = followers(model)
+    assert follower.parameter is model[0].scale

@@ -30,6 +30,60 @@ def test_verify_finds_layers_that_are_bypassed():
     ]
 
 
+def test_verify_says_what_the_dense_gradients_cost():
+    dense = neq.verify(neq.convert(Functional()), torch.randn(3, 4))
+    assert dense.macs == {"bypassed.weight": 3 * 16, "bypassed.bias": 0}
+    assert dense.total_macs == 2 * 3 * 16
+    assert dense.share == 0.5
+    assert str(dense).splitlines() == [
+        "bypassed.weight  48 MACs",
+        "bypassed.bias    0 MACs",
+        "computed dense: 50.0% of 96 MACs",
+    ]
+
+
+def test_a_projection_that_starts_at_zero_hides_nothing():
+    model = nn.Sequential(Functional(), nn.Linear(4, 4))
+    nn.init.zeros_(model[1].weight)
+    assert neq.verify(neq.convert(model), torch.randn(3, 4)) == [
+        "0.bypassed.weight",
+        "0.bypassed.bias",
+    ]
+
+
+def test_a_layer_that_training_skips_at_random_is_found():
+    class LayerDrop(Functional):
+        def forward(self, x):
+            return x if self.training else super().forward(x)
+
+    model = neq.convert(nn.Sequential(nn.Linear(4, 4), LayerDrop()))
+    assert neq.verify(model.train(), torch.randn(3, 4)) == ["1.bypassed.weight", "1.bypassed.bias"]
+    assert all(module.training for module in model.modules())
+
+
+def test_a_part_that_only_training_has_is_found():
+    class Auxiliary(Functional):
+        def forward(self, x):
+            return super().forward(x) if self.training else x
+
+    model = neq.convert(nn.Sequential(nn.Linear(4, 4), Auxiliary()))
+    found = neq.verify(model.eval(), torch.randn(3, 4))
+    assert found == ["1.bypassed.weight", "1.bypassed.bias"]
+    assert not found.share
+
+
+def test_a_model_that_refuses_another_mode_is_verified_in_its_own():
+    class OnlyTraining(Functional):
+        def forward(self, x):
+            if not self.training:
+                raise RuntimeError("no targets")
+            return super().forward(x)
+
+    assert len(neq.verify(neq.convert(OnlyTraining()), torch.randn(3, 4))) == 2
+    with pytest.raises(RuntimeError, match="no targets"):
+        neq.verify(neq.convert(OnlyTraining()).eval(), torch.randn(3, 4))
+
+
 @pytest.mark.parametrize(
     "example", [torch.randn(3, 4), (torch.randn(3, 4),), {"x": torch.randn(3, 4)}]
 )
@@ -59,6 +113,7 @@ def test_verify_leaves_everything_as_it_was(fails):
     grads = [p.grad for p in model.parameters()]
     values = [None if g is None else g.clone() for g in grads]
     buffers = [b.clone() for b in model.buffers()]
+    parameters = [(p.clone(), p.data_ptr(), p._version) for p in model.parameters()]
     masks = [layer.channels.mask for _, layer in named_neuron_layers(model)]
     modes = [m.training for m in model.modules()]
     rng = torch.get_rng_state()
@@ -73,6 +128,9 @@ def test_verify_leaves_everything_as_it_was(fails):
         assert torch.equal(layer.channels.mask, mask)
     for buffer, before in zip(model.buffers(), buffers, strict=True):
         assert torch.equal(buffer, before)
+    for parameter, before in zip(model.parameters(), parameters, strict=True):
+        assert torch.equal(parameter, before[0])
+        assert (parameter.data_ptr(), parameter._version) == before[1:]
     for parameter, grad, value in zip(model.parameters(), grads, values, strict=True):
         assert parameter.grad is grad
         assert grad is None or torch.equal(grad, value)

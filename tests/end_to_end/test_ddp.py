@@ -18,6 +18,7 @@ WORKER = Path(__file__).parents[1] / "support" / "ddp_worker.py"
         ["--others", "follow", "--bucket-view"],
         ["--optimizer", "AdamW", "--others", "follow"],
         ["--compile"],
+        ["--static-graph"],
     ],
     ids=" ".join,
 )

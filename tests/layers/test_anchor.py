@@ -33,7 +33,8 @@ MESSAGE = r"wholly frozen under a process group.*call neq\.convert\(model\) befo
 @pytest.mark.parametrize("below_learns", [True, False])
 @pytest.mark.usefixtures("process_group")
 def test_a_wholly_frozen_layer_on_its_own_raises(name, below_learns):
-    layer, x = constructed(name), image(name).requires_grad_(below_learns)
+    layer, x = constructed(name), image(name)
+    x.requires_grad_(below_learns and x.is_floating_point())
     layer(x).sum().backward()
     layer.channels.set([])
     for same in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
@@ -90,3 +91,16 @@ def test_adopted_layers_stop_and_start_in_data_parallel_training(make):
             assert bool(parameter.grad.ne(0).any())
         for _, layer in hidden[:n_frozen]:
             assert all(bool((p.grad == 0).all()) for p in layer.parameters())
+
+
+@pytest.mark.parametrize("below_learns", [True, False])
+@pytest.mark.usefixtures("process_group")
+def test_hooks_of_a_wholly_frozen_layer_see_zeros(below_learns):
+    model = adopted()
+    model[0].requires_grad_(below_learns)
+    layer, seen = model[1], []
+    for parameter in layer.parameters():
+        parameter.register_hook(lambda grad: seen.append(float(grad.norm())))
+    layer.channels.set([])
+    DistributedDataParallel(model)(picture()).square().sum().backward()
+    assert seen == [0.0] * len(list(layer.parameters()))

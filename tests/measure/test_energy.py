@@ -21,13 +21,38 @@ class NVMLError(Exception):
     pass
 
 
+@pytest.fixture(autouse=True)
+def _no_choice_of_the_environment(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
 class FakeNvml(types.SimpleNamespace):
-    """``energy`` in millijoules per GPU; an exception instead of a number is raised."""
+    """``energy`` in millijoules per GPU; an exception instead of a number is raised. ``mig`` has
+    those in MIG mode. GPU 1 has the UUID GPU-10b, and the MIG instance MIG-1a."""
 
     NVMLError = NVMLError
 
-    def __init__(self, energy, init_error=None):
-        super().__init__(energy=list(energy), init_error=init_error)
+    def __init__(self, energy, init_error=None, mig=(), names=()):
+        super().__init__(energy=list(energy), init_error=init_error, mig=mig, names=names)
+
+    def nvmlDeviceGetUUID(self, handle):
+        return f"GPU-{handle}0b".encode()
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):
+        if uuid != "MIG-1a":
+            raise NVMLError("Not Found")
+        return "a part of 1"
+
+    def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, part):
+        return int(part[-1])
+
+    def nvmlDeviceGetIndex(self, handle):
+        return handle
+
+    def nvmlDeviceGetMigMode(self, handle):
+        if not self.mig:
+            raise NVMLError("Not Supported")
+        return [int(handle in self.mig), 0]
 
     def nvmlInit(self):
         if self.init_error:
@@ -40,6 +65,8 @@ class FakeNvml(types.SimpleNamespace):
         return index
 
     def nvmlDeviceGetName(self, handle):
+        if self.names:
+            return self.names[handle]
         return b"Test GPU" if handle % 2 else "Test GPU"
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle):
@@ -109,6 +136,51 @@ def test_gpus_are_summed_in_joules(tmp_path):
         nvml.energy = [9999, 9999, 3350]
     assert one.joules == pytest.approx(0.1)
     assert one.source == "NVML GPU 2 (Test GPU)"
+
+
+@pytest.mark.parametrize(
+    ("visible", "counted"),
+    [
+        ("1", [1]),
+        ("2,0", [2, 0]),
+        (" 2 , 2,1", [2, 1]),
+        ("1,7,0", [1]),
+        ("1,-1,0", [1]),
+        ("GPU-10b,GPU-0", [1, 0]),
+        ("GPU-,0", []),  # fits more than one
+        ("MIG-1a", [1]),
+        ("MIG-unknown,0", []),
+        ("MIG-GPU-10b/3/0", [1]),
+        ("", []),
+        ("-1", []),
+        ("none", []),
+    ],
+)
+def test_only_the_gpus_that_cuda_shows_this_process_are_counted(
+    tmp_path, monkeypatch, visible, counted
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    nvml = FakeNvml([0, 0, 0])
+    with meter(tmp_path, nvml) as some:
+        nvml.energy = [1000, 10_000, 100_000]
+    assert some.joules == (sum([1, 10, 100][i] for i in counted) if counted else None)
+    assert [name[:10] for name in some.counters] == [f"NVML GPU {i}" for i in counted]
+    if not counted:
+        reason = f"NVML: CUDA_VISIBLE_DEVICES={visible} leaves no GPU"
+        assert str(some.missing[0]) == reason
+    # Whoever gives numbers means nvidia-smi's.
+    assert meter(tmp_path, nvml, gpus=[0]).counters == ("NVML GPU 0 (Test GPU)",)
+
+
+def test_what_a_counter_holds_besides_is_said(tmp_path):
+    names = ["NVIDIA A100", "NVIDIA H100", "NVIDIA GH200 480GB"]
+    with meter(tmp_path, FakeNvml([0, 0, 0], mig=[1], names=names)) as all_of_them:
+        pass
+    assert all_of_them.source == (
+        "NVML GPU 0 (NVIDIA A100), "
+        "NVML GPU 1 (NVIDIA H100, all of its MIG instances together), "
+        "NVML GPU 2 (NVIDIA GH200 480GB, perhaps the whole module with its processor)"
+    )
 
 
 def test_gpus_and_packages_together(tmp_path):

@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import LBFGS, SGD, Adam, RMSprop
 
 from neq_kernels.conversion.convert import convert, revert
@@ -67,6 +68,20 @@ def test_no_optimizer():
     net = make_net()
     with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer, got Net"):
         attach(net, net)
+
+
+class Flat(FullyShardedDataParallel):
+    """Shaped as FSDP1, which starts on no CPU."""
+
+    def __init__(self, module):
+        nn.Module.__init__(self)
+        self._fsdp_wrapped_module = module
+
+
+def test_flat_parameters_are_refused_in_words():
+    inner = make_net()
+    with pytest.raises(TypeError, match=r"got FullyShardedDataParallel, which flattens .*FSDP2"):
+        attach(SGD(inner.parameters()), nn.Sequential(Flat(inner)))
 
 
 @pytest.mark.parametrize("optimizer_class", [SGD, RMSprop])
@@ -256,7 +271,7 @@ def test_wrapped_models():
 
 
 class Tied(nn.Module):
-    """One weight in two linear layers that each decide about their neurons."""
+    """Two linear layers that were tied after they were converted."""
 
     def __init__(self):
         super().__init__()
@@ -265,28 +280,95 @@ class Tied(nn.Module):
         self.b.weight = self.a.weight
 
 
-def test_a_shared_neuron_is_frozen_only_when_all_owners_have_frozen_it():
+def test_layers_tied_after_convert_are_an_error_that_convert_repairs():
     net = Tied()
+    net.a.channels.set([0])
+    net.b.channels.set([0, 2])
     optimizer = SGD(net.parameters(), lr=0.1, weight_decay=0.1)
-    attach(optimizer, net)
-    assert net.a.channels is not net.b.channels
-    for a, b, active in (([0], [1], [0, 1]), ([2], [2], [2]), ([], [0, 1, 2], [0, 1, 2])):
-        net.a.channels.set(a)
-        net.b.channels.set(b)
-        before = net.a.weight.detach().clone()
-        step(net, optimizer)
-        changed = (net.a.weight.detach() != before).any(1).nonzero().flatten().tolist()
-        assert changed == active
-
-
-def test_owners_that_see_different_neurons_are_an_error():
-    net = nn.Module()
-    net.linear = nn.Linear(4, 4, bias=False)
-    net.up = nn.ConvTranspose1d(4, 4, 1, bias=False)
+    with pytest.raises(ValueError, match=r"for a and b, which share a .*got two; .*again"):
+        attach(optimizer, net)
     convert(net)
-    net.up.weight = net.linear.weight
-    with pytest.raises(ValueError, match=r"linear\.weight: expected every layer that shares it"):
+    assert net.a.channels is net.b.channels
+    attach(optimizer, net)
+    before = net.a.weight.detach().clone()
+    step(net, optimizer)
+    changed = (net.a.weight.detach() != before).any(1)
+    assert changed.tolist() == net.a.channels.mask.tolist() == [True, False, True]
+
+
+def test_a_tie_made_or_broken_after_attach_is_an_error():
+    net = Tied()
+    convert(net)
+    optimizer = SGD(net.parameters(), lr=0.1)
+    attach(optimizer, net)
+    step(net, optimizer)
+    net.b.weight = nn.Parameter(net.a.weight.detach().clone())
+    with pytest.raises(ValueError, match="for a and b, which share no parameter any"):
+        optimizer.step()
+    convert(net)
+    assert net.a.channels is not net.b.channels
+    step(net, optimizer)
+    net.b.bias = net.a.bias
+    with pytest.raises(ValueError, match=r"for a and b, which share a .*got two; .*again"):
+        optimizer.step()
+
+
+def transposed_tie():
+    """A row of the one is a column of the other."""
+    net = nn.Module()
+    net.up = nn.ConvTranspose1d(4, 3, 1, bias=False)
+    net.down = nn.Conv1d(3, 4, 1, bias=False)
+    convert(net.double())
+    net.down.weight = net.up.weight
+    return net
+
+
+@pytest.mark.parametrize("make", [SGD, Adam, RMSprop])
+@pytest.mark.filterwarnings("ignore:.*has no row per neuron:UserWarning")
+def test_an_element_of_different_neurons_is_frozen_only_when_all_of_them_are(make):
+    net = transposed_tie()
+    optimizer = make(net.parameters(), lr=0.1, weight_decay=0.1)
+    (update,) = attach(optimizer, net).report()
+    assert update.update == "guard"
+    for columns, rows in (([0], [1, 3]), ([], [2]), ([2], []), ([], []), ([0, 1, 2], [])):
+        net.up.channels.set(columns)
+        net.down.channels.set(rows)
+        before = net.up.weight.detach().clone()
+        step(net, optimizer)
+        expected = torch.zeros(4, 3, 1, dtype=torch.bool)
+        expected[:, columns] = True
+        expected[rows] = True
+        assert torch.equal(net.up.weight.detach() != before, expected)
+
+
+def test_a_parameter_of_another_shape_than_was_converted_is_an_error():
+    net = make_net()
+    net.linear.weight = nn.Parameter(net.linear.weight.detach()[:3])
+    with pytest.raises(ValueError, match=r"linear\.weight: expected 5 neurons at .*, got 3"):
         attach(SGD(net.parameters()), net)
+
+
+@pytest.mark.parametrize("make", [SGD, RMSprop])
+def test_a_tie_broken_after_attach_is_an_error(make):
+    net = Tied()
+    optimizer = make(net.parameters())
+    attach(optimizer, net)
+    net.b.weight = nn.Parameter(net.a.weight.detach().clone())
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"b\.weight: it was tied to a\.weight and is"):
+            step(net, optimizer)
+    optimizer.add_param_group({"params": [net.b.weight]})
+    step(net, optimizer)
+
+
+def test_a_tie_made_after_attach_is_an_error():
+    net = Tied()
+    net.b.weight = nn.Parameter(net.a.weight.detach().clone())
+    optimizer = SGD(net.parameters())
+    attach(optimizer, net)
+    net.b.weight = net.a.weight
+    with pytest.raises(RuntimeError, match=r"b\.weight: the optimizer holds a parameter that the"):
+        step(net, optimizer)
 
 
 class Block(nn.Module):

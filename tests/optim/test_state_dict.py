@@ -91,12 +91,46 @@ def test_loading_before_attaching_is_the_same(make):
     assert all(map(torch.equal, net.parameters(), other.parameters()))
 
 
-def test_counts_are_ints_in_a_state_dict_and_stay_tensors_in_the_optimizer():
+def test_counts_are_digits_in_a_state_dict_and_stay_counts_in_the_optimizer():
     net, optimizer = paused(MAKE["Adam"])
+    optimizer.state[net[0].weight]["neq_step"][1] = 3 + 128 * 5 + 128**3
     saved = optimizer.state_dict()
-    assert saved["state"][0]["neq_step"] == [3, 1, 3, 1, 1, 3]
+    digits = [[3, 0, 0, 0, 0], [3, 5, 0, 1, 0], [3, 0, 0, 0, 0], *[[1, 0, 0, 0, 0]] * 2]
+    assert saved["state"][0]["neq_step"].tolist() == [*digits, [3, 0, 0, 0, 0]]
+    assert saved["state"][0]["neq_step"].dtype == torch.uint8
     assert saved["state"][0]["step"] == 3
     assert optimizer.state[net[0].weight]["neq_step"].dtype == torch.int64
+
+
+def test_counts_that_0_1_0_saved_as_a_list_are_loaded():
+    net, optimizer = paused(MAKE["Adam"])
+    saved = optimizer.state_dict()
+    saved["state"][0]["neq_step"] = [3, 2, 3, 2, 2, 3]
+    optimizer.load_state_dict(through_a_file(saved))
+    assert optimizer.state[net[0].weight]["neq_step"].tolist() == [3, 2, 3, 2, 2, 3]
+
+
+def test_parameters_without_counts_say_so_and_load_without():
+    net, optimizer = paused(MAKE["Adam"])
+    saved = through_a_file(optimizer.state_dict())
+    assert (saved["state"][2]["neq_step"] == 127).all()
+    optimizer.load_state_dict(saved)
+    assert "neq_step" not in optimizer.state[net[1].weight]
+
+
+def test_a_wholly_frozen_parameter_without_state_is_saved_as_zeros(make):
+    net = make_net()
+    net[0].channels.set([])
+    optimizer = make(net.parameters())
+    attach(optimizer, net)
+    step(net, optimizer, 0)
+    assert net[0].weight not in optimizer.state
+    saved = through_a_file(optimizer.state_dict())["state"][0]
+    assert all(bool((tensor == 0).all()) for tensor in saved.values())
+    plain_net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).double()
+    plain = make(plain_net.parameters())
+    plain.load_state_dict(through_a_file(optimizer.state_dict()))
+    step(plain_net, plain, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

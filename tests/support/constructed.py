@@ -21,6 +21,7 @@ LAYERS = {
     "BatchNorm1d": ((6,), {"momentum": 0.3}, (5, 6, 4)),
     "BatchNorm2d": ((6, 1e-4), {}, (3, 6, 4, 4)),
     "BatchNorm3d": ((6,), {"track_running_stats": False}, (3, 6, 2, 3, 2)),
+    "Embedding": ((6, 5), {"scale_grad_by_freq": True}, (3, 4)),
     "GroupNorm": ((3, 6), {"eps": 1e-4}, (3, 6, 4, 4)),
     "InstanceNorm1d": ((6,), {"affine": True}, (5, 6, 4)),
     "InstanceNorm2d": ((6,), {"affine": True, "track_running_stats": True}, (3, 6, 4, 4)),
@@ -45,12 +46,15 @@ def stock(name, **more):
 
 
 def image(name, dtype=torch.float32):
-    return torch.randn(LAYERS[name][2], dtype=dtype, generator=torch.Generator().manual_seed(1))
+    generator, shape = torch.Generator().manual_seed(1), LAYERS[name][2]
+    if name == "Embedding":
+        return torch.randint(0, 3, shape, generator=generator)
+    return torch.randn(shape, dtype=dtype, generator=generator)
 
 
 def step(layer, x):
     """Output and every gradient of one step."""
-    x = x.clone().requires_grad_()
+    x = x.clone().requires_grad_(x.is_floating_point())
     layer.zero_grad()
     out = layer(x)
     out.square().sum().backward()

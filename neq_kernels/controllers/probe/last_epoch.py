@@ -21,14 +21,16 @@ _PERTURBED = 1e-6
 
 
 class Comparison:
-    """Last epoch's outputs against this epoch's, reduced layer by layer.
+    """Last epoch's outputs against this epoch's, reduced layer by layer; for an embedding the rows
+    of its table, whatever tokens the probe holds.
 
     Attributes:
+        layers: those that are compared.
         incomparable: layers whose calls or shapes were others than last epoch (routed layers).
     """
 
     def __init__(self, layers: Layers, similarity: type[Similarity]) -> None:
-        self._layers = layers
+        self.layers = layers
         self._similarity = {name: similarity() for name in layers}
         self._old: Outputs = {}
         self.incomparable: set[str] = set()
@@ -45,13 +47,22 @@ class Comparison:
             return
         old = waiting.pop(0).to(output.device, output.dtype)
         if output.numel():
-            self._similarity[name].add(old, output, self._layers[name].channel_dim(output))
+            layer = self.layers[name]
+            dim = 0 if layer.is_embedding else layer.channel_dim(output)
+            self._similarity[name].add(old, output, dim)
 
     def end_batch(self) -> None:
         self.incomparable.update(name for name, waiting in self._old.items() if waiting)
         self._old = {}
         for similarity in self._similarity.values():
             similarity.end_batch()
+
+    def compare_tables(self, old: Outputs, new: Outputs) -> None:
+        """Of embeddings, each as if it were one output."""
+        self.start_batch(old)
+        for name, (table,) in new.items():
+            self.compare(name, table)
+        self.end_batch()
 
     def sums(self) -> dict[str, Tensor]:
         """Of each layer that ran: float64 ``[n, K]``."""
@@ -62,8 +73,9 @@ class Comparison:
 class Memory(Protocol):
     """The φ memory. Nothing but ``start``, ``commit`` and ``load`` changes it."""
 
-    def start(self, probe: Probe) -> tuple[list[str], set[str]]:
-        """First pass: remember. Returns the batches' fingerprints and the layers that ran."""
+    def start(self, probe: Probe, layers: Layers) -> tuple[list[str], set[str]]:
+        """First pass: remember. Returns the batches' fingerprints and the layers that ran;
+        embeddings always do."""
 
     def evaluate(self, probe: Probe, expected: list[str], comparison: Comparison) -> None:
         """Run the probe on this epoch's model, against what is remembered."""
@@ -91,13 +103,12 @@ class Snapshot:
         ValueError: the model cannot run with other tensors in place of its parameters.
     """
 
-    def __init__(self, model: nn.Module, layers: Layers) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._layers = layers
         self._tensors = {name: t.detach().clone() for name, t in _named_tensors(model)}
 
-    def start(self, probe: Probe) -> tuple[list[str], set[str]]:
-        if in_process_group() and _is_sharded(self._model):
+    def start(self, probe: Probe, layers: Layers) -> tuple[list[str], set[str]]:
+        if in_process_group() and _is_distributed(self._model):
             raise ValueError(_unusable("its parameters are sharded"))
         fingerprints: list[str] = []
         ran: set[str] = set()
@@ -110,17 +121,21 @@ class Snapshot:
 
         with probe.untouched():
             for fingerprint, batch in probe.batches():
-                with watching(self._layers, note):
+                with watching(_with_outputs(layers), note):
                     probe.run(batch, buffers)
                 if ran and not checked:
-                    self._check_replacement(probe, batch)
+                    self._check_replacement(probe, batch, layers)
                     checked = True
                 fingerprints.append(fingerprint)
-        return fingerprints, ran
+        return fingerprints, ran | _tables(layers).keys()
 
     def evaluate(self, probe: Probe, expected: list[str], comparison: Comparison) -> None:
         self._check_unchanged()
         old, new = self._remembered(), _copied_buffers(self._model)
+        tables = _tables(comparison.layers)
+        names = self._names()
+        remembered = {n: [old[names[id(comparison.layers[n].weight)]]] for n in tables}
+        comparison.compare_tables(remembered, tables)
         with probe.untouched():
             for _, batch in probe.batches(expected):
                 self._compare_batch(probe, batch, old, new, comparison)
@@ -170,25 +185,29 @@ class Snapshot:
             # A copy: an in-place activation may overwrite the output.
             outputs.setdefault(name, []).append(output.clone())
 
-        with watching(self._layers, keep):
+        layers = _with_outputs(comparison.layers)
+        with watching(layers, keep):
             probe.run(batch, old)
         comparison.start_batch(outputs)
         outputs.clear()
-        with watching(self._layers, comparison.compare):
+        with watching(layers, comparison.compare):
             probe.run(batch, new)
         comparison.end_batch()
 
-    def _check_replacement(self, probe: Probe, batch: Any) -> None:
+    def _names(self) -> dict[int, str]:
+        return {id(t): name for name, t in _named_tensors(self._model)}
+
+    def _check_replacement(self, probe: Probe, batch: Any, layers: Layers) -> None:
         """Perturbed weights must give other outputs, or every φ would silently be 1."""
-        names = {id(t): name for name, t in _named_tensors(self._model)}
+        names = self._names()
         generator = torch.Generator("cpu").manual_seed(0)
         perturbed = {}
-        for layer in self._layers.values():
+        for layer in layers.values():
             for parameter, _ in layer.neuron_parameters():
                 scale = parameter.detach().double().square().mean().sqrt().item() or 1.0
                 noise = torch.randn(parameter.shape, generator=generator, device="cpu") * scale
                 perturbed[names[id(parameter)]] = parameter.detach() + noise.to(parameter)
-        comparison = Comparison(self._layers, NeuronSimilarity)
+        comparison = Comparison(layers, NeuronSimilarity)
         old, new = self._remembered() | perturbed, _copied_buffers(self._model)
         self._compare_batch(probe, batch, old, new, comparison)
         for dot, square_a, square_b in comparison.sums().values():
@@ -207,57 +226,68 @@ class Snapshot:
 
 
 class Activations:
-    """Last epoch's outputs of every watched layer on the whole probe, kept on the CPU."""
+    """Last epoch's outputs of every watched layer on the whole probe, and the tables of watched
+    embeddings, kept on the CPU."""
 
-    def __init__(self, model: nn.Module, layers: Layers) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._layers = layers
         self._outputs: list[Outputs] = []
-        self._pending: list[Outputs] = []
+        self._tables: Outputs = {}
+        self._pending: tuple[list[Outputs], Outputs] = ([], {})
 
-    def start(self, probe: Probe) -> tuple[list[str], set[str]]:
-        fingerprints, self._outputs = self._pass(probe)
+    def start(self, probe: Probe, layers: Layers) -> tuple[list[str], set[str]]:
+        fingerprints, self._outputs = self._pass(probe, layers)
+        self._tables = _on_cpu(_tables(layers))
         ran = {
             name
-            for batch in self._outputs
+            for batch in (*self._outputs, self._tables)
             for name, outputs in batch.items()
             if any(output.numel() for output in outputs)
         }
         return fingerprints, ran
 
     def evaluate(self, probe: Probe, expected: list[str], comparison: Comparison) -> None:
-        _, self._pending = self._pass(probe, expected, comparison)
+        _, outputs = self._pass(probe, comparison.layers, expected, comparison)
+        tables = _tables(comparison.layers)
+        comparison.compare_tables(self._tables, tables)
+        self._pending = outputs, _on_cpu(tables)
 
     def commit(self) -> None:
-        self._outputs, self._pending = self._pending, []
+        (self._outputs, self._tables), self._pending = self._pending, ([], {})
 
     def state(self) -> list[Outputs]:
-        return [
-            {name: [t.clone() for t in outputs] for name, outputs in batch.items()}
-            for batch in self._outputs
-        ]
+        """The tables, where there are any, after the outputs of the last batch."""
+        tables = [self._tables] if self._tables else []
+        return [_on_cpu(part) for part in (*self._outputs, *tables)]
 
     def differences(self, state: Any) -> list[str]:
         if not isinstance(state, list) or not all(map(_is_outputs, state)):
             return ["memory: expected for each batch a dict of lists of tensors"]
-        if len(state) != len(self._outputs):
-            return [f"memory: expected {len(self._outputs)} batches, got {len(state)}"]
+        n = len(self._outputs)
+        if len(state) not in (n, n + 1):
+            return [f"memory: expected {n} batches, got {len(state)}"]
         found = []
-        for index, (known, batch) in enumerate(zip(self._outputs, state, strict=True)):
+        for index, (known, saved) in enumerate(
+            zip((*self._outputs, self._tables), state, strict=False)
+        ):
+            # Layers that only one of them has seen stay active for an epoch.
+            both = known.keys() & saved.keys()
             found += _tensor_differences(
-                f"memory, batch {index}", _numbered(known), _numbered(batch)
+                f"memory, batch {index}",
+                _numbered({name: known[name] for name in both}),
+                _numbered({name: saved[name] for name in both}),
             )
         return found
 
     def load(self, state: list[Outputs]) -> None:
-        self._outputs = [
-            {name: [t.to("cpu", copy=True) for t in outputs] for name, outputs in batch.items()}
-            for batch in state
-        ]
+        n = len(self._outputs)
+        self._outputs = [_on_cpu(batch) for batch in state[:n]]
+        self._tables = _on_cpu(state[n]) if len(state) > n else {}
 
     def _pass(
         self,
         probe: Probe,
+        layers: Layers,
         expected: list[str] | None = None,
         comparison: Comparison | None = None,
     ) -> tuple[list[str], list[Outputs]]:
@@ -277,11 +307,29 @@ class Activations:
                     comparison.start_batch(self._outputs[len(recorded)])
                 fingerprints.append(fingerprint)
                 recorded.append({})
-                with watching(self._layers, watch):
+                with watching(_with_outputs(layers), watch):
                     probe.run(batch, buffers)
                 if comparison is not None:
                     comparison.end_batch()
         return fingerprints, recorded
+
+
+def _with_outputs(layers: Layers) -> Layers:
+    """Those that are compared by their outputs."""
+    return {name: layer for name, layer in layers.items() if not layer.is_embedding}
+
+
+def _tables(layers: Layers) -> Outputs:
+    """The weights of embeddings."""
+    return {name: [layer.weight.detach()] for name, layer in layers.items() if layer.is_embedding}
+
+
+def _on_cpu(outputs: Outputs) -> Outputs:
+    """A copy."""
+    return {
+        name: [tensor.to("cpu", copy=True) for tensor in tensors]
+        for name, tensors in outputs.items()
+    }
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -319,7 +367,7 @@ def _tensor_differences(
     return differences
 
 
-def _is_sharded(model: nn.Module) -> bool:
+def _is_distributed(model: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
     return any(isinstance(m, (FSDPModule, FullyShardedDataParallel)) for m in model.modules())

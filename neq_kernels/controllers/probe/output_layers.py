@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from neq_kernels.controllers.probe.batch import tensors_in
 from neq_kernels.controllers.probe.probe import EMPTY_PROBE, Probe, watching
@@ -35,29 +37,71 @@ def chosen(
 
 
 def trace(probe: Probe, layers: Mapping[str, NeuronLayer]) -> set[str] | None:
-    """The last converted layer on each path to an output, found on the first batch of the probe.
+    """The converted layers that reach an output, and no further converted layer on any path to one,
+    found on the first batch of the probe.
 
-    The autograd graph is walked from the outputs back to the nearest converted layers. It is made
+    A residual stream passes every layer on its way: only the last that writes into it counts, also
+    where what follows (a tied head, a norm) was not converted. The autograd graph is walked from
+    the outputs, and from the input of every layer, back to the nearest converted layers. It is made
     of the activations alone: the parameters take no part, and no gradient is computed.
 
     Returns:
         Names; none when no layer is on a differentiable path to an output. None when the probe
         (of this rank) is empty.
     """
-    tokens: dict[int, tuple[str, Tensor]] = {}
-
-    def cut(name: str, output: Tensor) -> Tensor:
-        # A sum, not detach().requires_grad_(): in-place activations may not change a leaf.
-        token = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
-        tokens[id(token)] = (name, token)
-        return output.detach() + token
-
     with probe.untouched():
         for _, batch in probe.batches():
-            with torch.inference_mode(False), torch.enable_grad(), watching(layers, cut):
+            calls = _Calls()
+            with torch.inference_mode(False), torch.enable_grad(), calls.recorded(layers):
                 result = probe.run(batch, probe.frozen_state())
-            return {tokens[leaf][0] for leaf in _leaves(tensors_in(result)) if leaf in tokens}
+            return calls.last_before(tensors_in(result))
     return None
+
+
+class _Calls:
+    """The calls of the converted layers in one forward, and which feeds which."""
+
+    def __init__(self) -> None:
+        # By the leaf that stands for a call's output in the graph of what comes after.
+        self._names: dict[int, str] = {}
+        self._fed_by: dict[int, set[int]] = {}
+        self._leaves: list[Tensor] = []
+        self._inputs: dict[str, set[int]] = {}
+
+    @contextmanager
+    def recorded(self, layers: Mapping[str, NeuronLayer]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, layer in layers.items():
+                hook = partial(self._before, name)
+                handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+            stack.enter_context(watching(layers, self._after))
+            yield
+
+    def last_before(self, outputs: Iterable[Tensor]) -> set[str]:
+        """The layers whose calls reach ``outputs``, and feed no other call that does."""
+        nearest = self._calls_before(outputs)
+        reaching, waiting = set(nearest), list(nearest)
+        while waiting:
+            new = self._fed_by[waiting.pop()] - reaching
+            reaching |= new
+            waiting += new
+        feeding = set[int]().union(*(self._fed_by[call] for call in reaching))
+        return {self._names[call] for call in nearest - feeding}
+
+    def _before(self, name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        self._inputs[name] = self._calls_before(tensors_in((args, kwargs)))
+
+    def _after(self, name: str, output: Tensor) -> Tensor:
+        # A sum, not detach().requires_grad_(): in-place activations may not change a leaf.
+        leaf = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+        self._leaves.append(leaf)
+        self._names[id(leaf)] = name
+        self._fed_by[id(leaf)] = self._inputs[name]
+        return output.detach() + leaf
+
+    def _calls_before(self, tensors: Iterable[Tensor]) -> set[int]:
+        return _leaves(tensors) & self._names.keys()
 
 
 def traced(found: Iterable[set[str] | None]) -> set[str]:

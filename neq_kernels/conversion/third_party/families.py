@@ -12,7 +12,7 @@ from torch import nn
 from neq_kernels.conversion.recipe import Recipe
 
 # Each is a library, and neq_kernels.conversion.third_party.NAME what is known of it.
-FAMILIES: tuple[str, ...] = ()
+FAMILIES = ("timm", "transformers")
 
 
 class Family(Protocol):

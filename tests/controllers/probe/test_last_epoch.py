@@ -176,6 +176,8 @@ class Routed(nn.Module):
 @pytest.mark.parametrize("memory", ["snapshot", "activations"])
 def test_layers_that_do_not_run_alike_stay_active(memory):
     model = Routed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    neq.attach(optimizer, model)
     with pytest.warns(UserWarning, match=r"stay active: \['right', 'unused'\]"):
         controller = NEqController(model, tokens(), memory=memory, eps=10)
     with torch.no_grad():

@@ -1,0 +1,441 @@
+"""Everything that must hold of one model, seen from outside: one row."""
+
+from __future__ import annotations
+
+import copy
+import random
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+import neq_kernels as neq
+from benchmarks.zoo.products import Products
+from neq_kernels.channels import ActiveChannels
+from neq_kernels.layers.traversal import named_neuron_layers, neuron_owners
+
+CHECKS = ("forward", "gradients", "frozen", "sgd", "adamw", "revert", "stop")
+# Above it the parameters, gradients and both optimizers' states are kept in float32.
+MOST_IN_FLOAT64 = 60_000_000
+_NOISE = 0.02
+SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+ADAMW = {"lr": 1e-2, "weight_decay": 0.1}
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What may differ between two sums of the same terms; a wrong row differs by all of itself.
+
+    Attributes:
+        gradient: of the largest value of a parameter's gradient.
+        least_scale: gradients that are 0 but for rounding are held to this share of the model's
+            largest one.
+        step: of the largest of a weight's value and the learning rate.
+    """
+
+    gradient: float
+    least_scale: float
+    step: float
+
+
+FLOAT64 = Tolerance(gradient=1e-9, least_scale=1e-6, step=1e-12)
+FLOAT32 = Tolerance(gradient=5e-4, least_scale=1e-4, step=1e-6)
+
+
+@dataclass
+class Example:
+    """A model, in training mode, and what it is called with: ``model(*args, **kwargs)``."""
+
+    model: nn.Module
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+
+    def in_dtype(self, dtype: torch.dtype) -> Example:
+        def cast(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(dtype) if value.is_floating_point() else value
+            if isinstance(value, Mapping):
+                return {key: cast(each) for key, each in value.items()}
+            if isinstance(value, list | tuple):
+                return type(value)(cast(each) for each in value)
+            return value
+
+        return Example(self.model.to(dtype), cast(self.args), cast(self.kwargs))
+
+    def forward(self, model: nn.Module) -> list[Tensor]:
+        """Every tensor it returns: each time from the same buffers and with the same seed."""
+        for name, buffer in model.named_buffers():
+            before = self.buffers.setdefault(name, buffer.clone())
+            if before.shape == buffer.shape and not torch.equal(before, buffer):
+                buffer.data.copy_(before)
+        seed()
+        outputs = _every_leaf(model(*self.args, **self.kwargs))
+        return [output for output in outputs if isinstance(output, Tensor)]
+
+
+def seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def check(build: Callable[[], Example]) -> dict[str, Any]:
+    """One row: parameters, each of :data:`CHECKS` (True, False, or None where it could not be
+    asked), the share of MACs in neurons, and in ``reason`` what is wrong, in words."""
+    warnings.simplefilter("ignore")
+    seed()
+    row: dict[str, Any] = {}
+    try:
+        example = build()
+        row["parameters"] = sum(p.numel() for p in example.model.parameters())
+        example, outputs, dtype = _running(example)
+    except Exception as error:
+        return row | {"built": False, "reason": f"not built: {_words(error)}"}
+    return row | {"built": True, "dtype": dtype} | _Checked(example, outputs, dtype).row()
+
+
+def _running(example: Example) -> tuple[Example, list[Tensor], str]:
+    """In float64 where the model runs in it; zero and constant weights get noise: a zero would
+    hide every gradient below it."""
+    with torch.no_grad():
+        for parameter in example.model.parameters():
+            is_constant = parameter.numel() > 1 and bool(parameter.min() == parameter.max())
+            if is_constant and parameter.is_floating_point():
+                parameter.add_(_NOISE * torch.randn_like(parameter))
+    example.model.train()
+    plain = copy.deepcopy(example.model)
+    if sum(p.numel() for p in plain.parameters()) <= MOST_IN_FLOAT64:
+        try:
+            double = example.in_dtype(torch.float64)
+            outputs = double.forward(double.model)
+            weighted_sum(outputs).backward()
+            double.model.zero_grad(set_to_none=True)
+            return double, outputs, "float64"
+        except (RuntimeError, ValueError, TypeError):
+            example.model = plain
+    outputs = example.forward(example.model)
+    weighted_sum(outputs).backward()
+    example.model.zero_grad(set_to_none=True)
+    return example, outputs, "float32"
+
+
+class _Checked:
+    """The checks, one after the other; ``cells`` and ``reasons`` grow."""
+
+    def __init__(self, example: Example, outputs: list[Tensor], dtype: str) -> None:
+        self.example, self.dense, self.outputs = example, example.model, outputs
+        self.tolerance = FLOAT64 if dtype == "float64" else FLOAT32
+        self.cells: dict[str, Any] = dict.fromkeys(CHECKS)
+        self.reasons: list[str] = []
+
+    def row(self) -> dict[str, Any]:
+        if not all(bool(t.isfinite().all()) for t in self.outputs if t.is_floating_point()):
+            return {"reason": "not checked: its outputs are not finite"}
+        again = self.example.forward(self.dense)
+        if not same(self.outputs, again):
+            return {"reason": "not checked: two forwards with one seed differ by themselves"}
+        self.outputs = again
+        del again
+        with self._cell("forward"):
+            count = self._dense_backward()
+            types = [type(module) for module in self.dense.modules()]
+            hooks = _hooks(self.dense)
+            model = neq.convert(_copy(self.dense))
+            self._check("forward", same(self.outputs, self.example.forward(model)), "differs")
+            self.cells["mac_share"] = count.share_of(_owned_shares(model))
+            self._half_frozen(model)
+            self._revert(model, types, hooks)
+            del model
+            self._stop(count)
+        return self.cells | {"reason": "; ".join(self.reasons)}
+
+    def _dense_backward(self) -> Products:
+        with Products(self.dense, (self.example.args, self.example.kwargs)) as count:
+            loss = weighted_sum(self.example.forward(self.dense))
+            count.in_backward = True
+            loss.backward()
+        count._alive.clear()
+        if count.computes_in_float32:
+            self.tolerance = FLOAT32
+        return count
+
+    def _half_frozen(self, model: nn.Module) -> None:
+        frozen = freeze_half(model)
+        with self._cell("gradients"):
+            outputs = self.example.forward(model)
+            self._check("forward", same(self.outputs, outputs), "differs with frozen neurons")
+            weighted_sum(outputs).backward()
+            del outputs
+            self._compare_gradients(model, frozen)
+            self.dense.zero_grad(set_to_none=True)
+            self._step("sgd", torch.optim.SGD, SGD, model, frozen)
+            self._step("adamw", torch.optim.AdamW, ADAMW, model, frozen)
+        model.zero_grad(set_to_none=True)
+
+    def _compare_gradients(self, model: nn.Module, frozen: Mapping[Parameter, Tensor]) -> None:
+        self.cells["gradients"] = self.cells["frozen"] = True
+        for cell, names in gradient_faults(self.dense, model, frozen, self.tolerance).items():
+            self._check(cell, False, f"{len(names)} parameters, {', '.join(names[:3])}")
+
+    def _step(
+        self,
+        cell: str,
+        kind: Callable[..., Optimizer],
+        options: Mapping[str, float],
+        model: nn.Module,
+        frozen: Mapping[Parameter, Tensor],
+    ) -> None:
+        """From equal weights with equal gradients, so that only the step is compared."""
+        with self._cell(cell):
+            owners = neuron_owners(model)
+            pairs = list(zip(self.dense.parameters(), model.parameters(), strict=True))
+            optimizer = kind([ours for _, ours in pairs], **options)
+            handle = neq.attach(optimizer, model)
+            optimizer.step()
+            moved = [
+                ours
+                for theirs, ours in pairs
+                if ours in frozen
+                and not torch.equal(
+                    owners[ours][0][1].gather(ours.detach(), frozen[ours]),
+                    owners[ours][0][1].gather(theirs.detach(), frozen[ours]),
+                )
+            ]
+            for theirs, ours in pairs:
+                theirs.grad = ours.grad
+            kind([theirs for theirs, _ in pairs], **options).step()
+            off = []
+            for theirs, ours in pairs:
+                keep = torch.ones_like(ours, dtype=torch.bool)
+                if ours in frozen:
+                    owners[ours][0][1].fill_(keep, frozen[ours], False)
+                scale = theirs.detach().abs().clamp_min(options["lr"])
+                error = ((ours.detach() - theirs.detach()).abs() / scale)[keep]
+                if error.numel() and not float(error.max()) <= self.tolerance.step:
+                    off.append(ours)
+                theirs.grad = None
+                theirs.data.copy_(ours.data)
+            names = {p: name for name, p in model.named_parameters()}
+            self._check(cell, not moved, f"frozen rows moved: {[names[p] for p in moved[:3]]}")
+            self._check(cell, not off, f"active rows differ: {[names[p] for p in off[:3]]}")
+            handle.remove()
+
+    def _revert(self, model: nn.Module, types: list[type], hooks: int) -> None:
+        with self._cell("revert"):
+            before = {name: value.clone() for name, value in model.state_dict().items()}
+            neq.revert(model)
+            after = model.state_dict()
+            equal = list(before) == list(after) and all(
+                torch.equal(before[name], after[name]) for name in before
+            )
+            back = [type(module) for module in model.modules()] == types
+            self._check("revert", equal, "state_dict differs")
+            self._check("revert", back, "classes differ")
+            self._check("revert", _hooks(model) == hooks, "hooks are left")
+            outputs = self.example.forward(self.dense)
+            self._check("revert", same(outputs, self.example.forward(model)), "forward differs")
+
+    def _stop(self, count: Products) -> None:
+        """Freeze the first half of the neuron layers; count what backprop still computes."""
+        with self._cell("stop"):
+            model = neq.convert(_copy(self.dense), others="follow")
+            bottom, live = _halves(model, count.first_use)
+            if not bottom:
+                self.reasons.append("stop: fewer than two neuron layers")
+                return
+            boundary = min((count.first_use[name] for name in live), default=0)
+            for channels in bottom:
+                channels.set([])
+            ours = self._input_gradient_macs(model)
+            frozen = {
+                name
+                for name, parameter in model.named_parameters()
+                if count.first_use.get(name, 0) < boundary
+                or any(p is parameter for p in _stopped(model))
+            }
+            del model
+            plain = _copy(self.dense)
+            for name, parameter in plain.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and name not in frozen)
+            needed = self._input_gradient_macs(plain)
+            dense = count.input_gradient_macs
+            self.cells["dgrad"] = ours / dense if dense else 0.0
+            self.cells["dgrad_needed"] = needed / dense if dense else 0.0
+            words = f"{self.cells['dgrad']:.0%} of the input gradients are computed, "
+            words += f"{self.cells['dgrad_needed']:.0%} needed"
+            self._check("stop", ours <= needed, words)
+
+    def _input_gradient_macs(self, model: nn.Module) -> int:
+        with Products(model, (self.example.args, self.example.kwargs)) as count:
+            loss = weighted_sum(self.example.forward(model))
+            count.in_backward = True
+            loss.backward()
+        return count.input_gradient_macs
+
+    def _check(self, cell: str, holds: bool, words: str) -> None:
+        if not holds:
+            self.reasons.append(f"{cell}: {words}")
+        self.cells[cell] = bool(self.cells[cell] is not False and holds)
+
+    @contextmanager
+    def _cell(self, cell: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._check(cell, False, _words(error))
+
+
+def freeze_half(model: nn.Module) -> dict[Parameter, Tensor]:
+    """Freeze a random half of every layer's neurons, the same in layers that share a parameter.
+
+    Returns:
+        Of every parameter that neurons own, its frozen neurons.
+    """
+    owners = neuron_owners(model)
+    generator = torch.Generator().manual_seed(1)
+    chosen: dict[ActiveChannels, Tensor] = {}
+    for known in owners.values():
+        active = next((chosen[c] for c, _ in known if c in chosen), None)
+        if active is None:
+            k = len(known[0][0])
+            active = torch.randperm(k, generator=generator)[: (k + 1) // 2]
+        for channels, _ in known:
+            chosen.setdefault(channels, active)
+    for channels, active in chosen.items():
+        channels.set(active)
+    return {
+        p: (~torch.stack([c.mask for c, _ in known]).any(0)).nonzero().flatten()
+        for p, known in owners.items()
+    }
+
+
+def gradient_faults(
+    dense: nn.Module, model: nn.Module, frozen: Mapping[Parameter, Tensor], tolerance: Tolerance
+) -> dict[str, list[str]]:
+    """Parameters whose gradient is wrong: under ``"frozen"`` those with a frozen neuron's that is
+    not exactly 0, under ``"gradients"`` those that differ from the dense one anywhere else.
+
+    Args:
+        dense: has the dense gradients.
+        model: has the gradients to judge, and the names of ``dense``.
+        frozen: as :func:`freeze_half` returns it.
+    """
+    theirs = dict(dense.named_parameters())
+    largest = max(
+        (float(p.grad.abs().max()) for p in theirs.values() if p.grad is not None), default=0.0
+    )
+    owners = neuron_owners(model)
+    faults: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters():
+        want, got = theirs[name].grad, parameter.grad
+        if want is None and got is None:
+            continue
+        want = torch.zeros_like(parameter) if want is None else want
+        got = torch.zeros_like(parameter) if got is None else got
+        keep = torch.ones_like(parameter, dtype=torch.bool)
+        rows = frozen.get(parameter)
+        if rows is not None and len(rows):
+            layout = owners[parameter][0][1]
+            layout.fill_(keep, rows, False)
+            if bool(layout.gather(got, rows).ne(0).any()):
+                faults.setdefault("frozen", []).append(name)
+        scale = max(float(want.abs().max()), tolerance.least_scale * largest)
+        error = float(torch.where(keep, got - want, 0).abs().max()) / scale if scale else 0.0
+        if not error <= tolerance.gradient:
+            faults.setdefault("gradients", []).append(f"{name} (off by {error:.1e})")
+    return faults
+
+
+def _halves(
+    model: nn.Module, first_use: Mapping[str, int]
+) -> tuple[list[ActiveChannels], list[str]]:
+    """The active sets of the first half of the neuron layers, in the order in which the forward
+    reads them (what it never reads comes first), and the names of the parameters that only other
+    layers own."""
+    names = {p: name for name, p in model.named_parameters()}
+    owners = neuron_owners(model)
+    layers = []
+    for _, layer in named_neuron_layers(model):
+        own = [p for p, _ in layer.neuron_parameters()]
+        layers.append((min(first_use.get(names[p], -1) for p in own), own))
+    layers.sort(key=lambda each: each[0])
+    bottom = {c for _, own in layers[: len(layers) // 2] for p in own for c, _ in owners[p]}
+    live = {
+        names[p]
+        for _, own in layers[len(layers) // 2 :]
+        for p in own
+        if names[p] in first_use and not any(c in bottom for c, _ in owners[p])
+    }
+    return list(bottom), list(live)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """Of a model that has run, too: some keep what they computed, which cannot be copied."""
+    for module in model.modules():
+        for name, value in module.__dict__.items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                setattr(module, name, value.detach())
+    return copy.deepcopy(model)
+
+
+def _stopped(model: nn.Module) -> list[Parameter]:
+    return [p for p, known in neuron_owners(model).items() if all(c.none_active for c, _ in known)]
+
+
+def _owned_shares(model: nn.Module) -> dict[str, float]:
+    owners = neuron_owners(model)
+    return {name: float(p in owners) for name, p in model.named_parameters()}
+
+
+def _every_leaf(outputs: Any) -> list[Any]:
+    """Also of what PyTorch's pytrees do not know: mappings, and objects with attributes."""
+    leaves = []
+    for leaf in tree_leaves(outputs):
+        if isinstance(leaf, Mapping):
+            leaves += _every_leaf(list(leaf.values()))
+        else:
+            leaves.append(leaf)
+    return leaves
+
+
+def weighted_sum(outputs: Sequence[Tensor]) -> Tensor:
+    """A random weighting: a plain sum has no gradient below a softmax or a norm."""
+    generator = torch.Generator().manual_seed(2)
+    terms = [
+        (t * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype)).sum()
+        for t in outputs
+        if t.requires_grad and t.is_floating_point()
+    ]
+    if not terms:
+        raise ValueError("no output needs a gradient")
+    return torch.stack([term.double() for term in terms]).sum()
+
+
+def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return len(a) == len(b) and all(
+        x.dtype == y.dtype and x.shape == y.shape and bool((x.eq(y) | (x.ne(x) & y.ne(y))).all())
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def _words(error: BaseException) -> str:
+    """In one line, with the last place in the library that it came through."""
+    ours = [f for f in traceback.extract_tb(error.__traceback__) if "/neq_kernels/" in f.filename]
+    place = f" ({Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else ""
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text}{place}"
