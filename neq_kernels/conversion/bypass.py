@@ -70,10 +70,10 @@ class _FirstGradient:
             return
         self._looks += 1
         owners = [
-            (layer.channels, layout)
+            (channels, layout)
             for layer in self._layers
             if isinstance(layer, NeuronLayer)
-            for parameter, layout in layer.neuron_parameters()
+            for parameter, channels, layout in layer.owners()
             if parameter is self._parameter
         ]
         called = any(channels.called for channels, _ in owners)

@@ -154,8 +154,9 @@ class NeuronLayer(nn.Module):
         own = self._parameters
         if "weight" in own and "bias" in own:  # where Module.__getattr__, too, would find them
             weight, bias = own["weight"], own["bias"]
-        else:
-            weight, bias = self.weight, getattr(self, "bias", None)
+        else:  # no attribute where there is a parameter: WeightReads may have hidden it
+            weight = own["weight"] if "weight" in own else self.weight
+            bias = own["bias"] if "bias" in own else getattr(self, "bias", None)
         if torch.compiler.is_compiling() and self._stops():
             return detached(weight), detached(bias)
         return weight, bias

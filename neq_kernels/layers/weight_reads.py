@@ -85,8 +85,12 @@ def _replace(
     layer: NeuronLayer, names: list[tuple[str, NeuronLayout]]
 ) -> list[tuple[dict[str, Any], str, Any]]:
     """Put what the reader is to see in place; returns (dictionary, name, what was there)."""
-    if in_process_group() and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        layer.anchor.add(p for p, channels, _ in layer.owners() if channels.none_active)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        layer.channels.called = True
+        if layer.channels.none_active and in_process_group():
+            layer.anchor.add(p for p, _ in layer.neuron_parameters())
+        elif layer.channels.none_active:
+            layer.anchor.add_stand_ins(layer.channels)
     watched = bool(layer._forward_hooks or layer._forward_pre_hooks)
     replaced: list[tuple[dict[str, Any], str, Any]] = []
     for name, layout in names:
@@ -106,6 +110,11 @@ def _replace(
             replaced.append((layer.__dict__, name, layer.__dict__.get(name)))
             layer.__dict__[name] = _Read.of(layer, parameter, layout)
     return replaced
+
+
+def calls_its_layer(weight: Tensor | None) -> bool:
+    """Whether ``F.linear`` with this weight is a call of the layer that it was read of."""
+    return isinstance(weight, _Read) and isinstance(weight.layer, Linear)
 
 
 def read_parameter(tensor: Tensor | None) -> Tensor | None:
@@ -147,8 +156,9 @@ class _Read(Tensor):
 
 def _call(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """The call of the layer that this product of its weight is; None if it is none."""
-    if not isinstance(weight, _Read) or not isinstance(weight.layer, Linear) or transformed():
+    if not calls_its_layer(weight) or transformed():
         return None
+    assert isinstance(weight, _Read)
     layer = weight.layer
     own = layer._parameters
     if isinstance(input, _Read):

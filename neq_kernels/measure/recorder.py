@@ -30,7 +30,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from neq_kernels import functional
 from neq_kernels.layers.base import NeuronLayer
-from neq_kernels.layers.weight_reads import read_parameter
+from neq_kernels.layers.weight_reads import calls_its_layer, read_parameter
 from neq_kernels.measure.products import Product, is_matrix_product, name_of, products_of
 
 NORMS = (F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm, F.rms_norm)
@@ -134,7 +134,7 @@ class Recorder(TorchFunctionMode):
         else:
             products = products_of(func, args, kwargs, output, self._is_weight)
             for product in products:
-                self._record(product)
+                self._record(product, func)
         self._note_origin(func, (args, kwargs), output, len(self.calls) > already)
         if self._on_call is not None:
             for call in self.calls[already:]:
@@ -165,11 +165,11 @@ class Recorder(TorchFunctionMode):
                 self._origins[tensor] = origin
 
     def _origin(self, tensor: Tensor) -> Parameter | None:
-        known = self._known.get(id(tensor))
+        known = self._known.get(id(read_parameter(tensor)))
         return known if known is not None else self._origins.get(tensor)
 
     def _is_data(self, tensor: Tensor) -> bool:
-        if id(tensor) in self._known:
+        if id(read_parameter(tensor)) in self._known:
             return False
         # What came out of a Function of somebody's was never seen.
         return self._origins.get(tensor, None if tensor.grad_fn is not None else tensor) is None
@@ -196,7 +196,7 @@ class Recorder(TorchFunctionMode):
         macs = inputs[0].numel() // inputs[0].shape[-1] * out_weight.numel()
         self._add("linear", inputs[0], out_weight, macs, needs_grad=needs_grad)
 
-    def _record(self, product: Product) -> None:
+    def _record(self, product: Product, func: Callable[..., Any]) -> None:
         self._add(
             product.kind,
             product.input,
@@ -204,6 +204,7 @@ class Recorder(TorchFunctionMode):
             product.macs,
             bias_macs=product.bias_macs,
             needs_grad=product.input_needs_grad,
+            calls_layer=func is F.linear and calls_its_layer(product.weight),
         )
 
     def _add(
@@ -215,6 +216,7 @@ class Recorder(TorchFunctionMode):
         part: str | None = None,
         bias_macs: int = 0,
         needs_grad: bool | None = None,
+        calls_layer: bool = False,
     ) -> None:
         weight = read_parameter(weight)
         owner, parameter, local = self._owner(weight)
@@ -224,7 +226,9 @@ class Recorder(TorchFunctionMode):
             running, module_needs_grad = self._running[-1]
             # Within an autograd Function the input may be a cast copy that is not in the graph.
             needs_grad = input.requires_grad or (owner is running and module_needs_grad)
-        bypasses = isinstance(owner, NeuronLayer) and not self._calls_its_layer(owner, parameter)
+        bypasses = isinstance(owner, NeuronLayer) and not (
+            calls_layer or self._calls_its_layer(owner, parameter)
+        )
         self.calls.append(
             LayerCall(
                 *(name, kind, owner, weight, macs, bias_macs, needs_grad, parameter),

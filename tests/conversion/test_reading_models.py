@@ -106,7 +106,7 @@ MODELS = {
             )
         ),
         TOKENS,
-        {"in_proj"},
+        {"in_proj", "rel_embeddings"},
     ),
     "bloom": (
         lambda: transformers.BloomModel(
