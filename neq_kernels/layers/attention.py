@@ -226,7 +226,14 @@ class MultiheadAttention(NeuronLayer, nn.MultiheadAttention):
         return self._anchored(out)
 
     def _anchored(self, output: Tensor) -> Tensor:
+<<<<<<< HEAD
         if in_process_group() and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+=======
+        if torch.compiler.is_compiling():
+            return output
+        self.channels.called = True
+        if torch.is_grad_enabled() and in_process_group():
+>>>>>>> main
             self.anchor.add(p for p, channels, _ in self.owners() if channels.none_active)
         return super()._anchored(output)
 
