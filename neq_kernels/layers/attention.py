@@ -73,7 +73,8 @@ class MultiheadAttention(NeuronLayer, nn.MultiheadAttention):
 
     def owners(self) -> list[tuple[Parameter, ActiveChannels, NeuronLayout]]:
         parts = {id(self._parameters[n]): self._part(i, i + 1) for i, n in enumerate(_SEPARATE)}
-        return [(p, parts.get(id(p), self.channels), layout) for p, layout in self.neuron_parameters()]
+        owned = self.neuron_parameters()
+        return [(p, parts.get(id(p), self.channels), layout) for p, layout in owned]
 
     def _part(self, start: int, stop: int) -> ActiveChannels:
         """Queries are part 0 of the features, keys part 1, values part 2."""
@@ -226,14 +227,7 @@ class MultiheadAttention(NeuronLayer, nn.MultiheadAttention):
         return self._anchored(out)
 
     def _anchored(self, output: Tensor) -> Tensor:
-<<<<<<< HEAD
         if in_process_group() and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-=======
-        if torch.compiler.is_compiling():
-            return output
-        self.channels.called = True
-        if torch.is_grad_enabled() and in_process_group():
->>>>>>> main
             self.anchor.add(p for p, channels, _ in self.owners() if channels.none_active)
         return super()._anchored(output)
 

@@ -87,10 +87,10 @@ def _replace(
     """Put what the reader is to see in place; returns (dictionary, name, what was there)."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         layer.channels.called = True
-        if layer.channels.none_active and in_process_group():
-            layer.anchor.add(p for p, _ in layer.neuron_parameters())
-        elif layer.channels.none_active:
-            layer.anchor.add_stand_ins(layer.channels)
+        if layer.channels.none_active:
+            parameters = [p for p, _ in layer.neuron_parameters()]
+            add = layer.anchor.add if in_process_group() else layer.anchor.add_stand_ins
+            add(parameters)
     watched = bool(layer._forward_hooks or layer._forward_pre_hooks)
     replaced: list[tuple[dict[str, Any], str, Any]] = []
     for name, layout in names:

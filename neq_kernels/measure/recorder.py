@@ -172,11 +172,6 @@ class Recorder(TorchFunctionMode):
             if id(tensor) not in self._known:
                 self._origins[tensor] = origin
 
-<<<<<<< HEAD
-    def _origin(self, tensor: Tensor) -> Parameter | None:
-        known = self._known.get(id(read_parameter(tensor)))
-        return known if known is not None else self._origins.get(tensor)
-=======
     def _origin(self, tensor: Tensor) -> _Origin | None:
         read = read_parameter(tensor)
         known = self._known.get(id(read))
@@ -184,7 +179,6 @@ class Recorder(TorchFunctionMode):
             return _Origin(known, read is not tensor)
         found: _Origin | None = self._origins.get(tensor)
         return found
->>>>>>> main
 
     def _is_data(self, tensor: Tensor) -> bool:
         if id(read_parameter(tensor)) in self._known:
@@ -245,15 +239,11 @@ class Recorder(TorchFunctionMode):
             running, module_needs_grad = self._running[-1]
             # Within an autograd Function the input may be a cast copy that is not in the graph.
             needs_grad = input.requires_grad or (owner is running and module_needs_grad)
-<<<<<<< HEAD
-        bypasses = isinstance(owner, NeuronLayer) and not (
-            calls_layer or self._calls_its_layer(owner, parameter)
-=======
         bypasses = (
             isinstance(owner, NeuronLayer)
+            and not calls_layer
             and not (origin is not None and origin.masked)
             and not self._calls_its_layer(owner, parameter)
->>>>>>> main
         )
         self.calls.append(
             LayerCall(

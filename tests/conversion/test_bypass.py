@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch._dynamo
 from torch import nn
+from torch.nn import functional as F
 
 import neq_kernels as neq
 from tests.support.models import Bypassing
