@@ -70,6 +70,12 @@ def _taken(module: nn.Module, ours: type[NeuronLayer]) -> list[str]:
     return sorted(names & vars(module).keys())
 
 
+_RECURRENT = (
+    "recurrent: each weight serves every time step, and learns as a whole; it keeps backprop alive "
+    "to where the layer sits, unless others='follow' stops it with what lies below"
+)
+
+
 def _own_reason(name: str, module: nn.Module, filter: Filter | None, norms: bool) -> str | None:
     if isinstance(module, NeuronLayer):
         return None
@@ -77,6 +83,8 @@ def _own_reason(name: str, module: nn.Module, filter: Filter | None, norms: bool
     ours = neuron_class(kind)
     if ours is None:
         base, _ = known_base(kind)
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            return _RECURRENT
         if base is None:
             return "not a supported layer type"
         names = ", ".join(redefined(kind, base))

@@ -132,6 +132,9 @@ def _inherited(kind: type[nn.Module]) -> Recipe | None:
     names = set(redefined(kind, base))
     if not names:
         return recipe
+    if recipe.ours.is_embedding and not names & _READS:
+        # Whatever it computes, a row of its weight belongs to one token or position.
+        return Recipe(embedding.EmbeddingWithItsOwnForward)
     if recipe.ours.is_norm and not names & _READS:
         # Whatever it computes, an entry of its parameters belongs to one channel.
         if issubclass(recipe.ours, masked.Masked):

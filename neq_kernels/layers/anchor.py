@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -11,15 +11,13 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.weak import WeakIdKeyDictionary
 
-from neq_kernels.channels import ActiveChannels
-
 
 class Attached(Protocol):
     """An optimizer attached to the model."""
 
-    def stand_in(self, channels: ActiveChannels) -> Parameter | None:
-        """What should get a gradient of zeros because nothing the optimizer holds learns; asked of
-        every wholly frozen layer, answered for one of them."""
+    def stand_in(self, frozen: Collection[Parameter]) -> Parameter | None:
+        """What should get a gradient of zeros because nothing the optimizer holds learns; asked for
+        the parameters of every wholly frozen layer, answered for those of one."""
 
 
 class ParameterAnchor:
@@ -70,14 +68,14 @@ class ParameterAnchor:
             )
         self.waiting.update(waiting)
 
-    def add_stand_ins(self, channels: ActiveChannels) -> None:
+    def add_stand_ins(self, frozen: Collection[Parameter]) -> None:
         """Let a parameter of each attached optimizer wait of which nothing learns.
 
         Args:
-            channels: of the wholly frozen layer that asks.
+            frozen: those of the wholly frozen layer that asks.
         """
         for optimizer in self.optimizers:
-            parameter = optimizer.stand_in(channels)
+            parameter = optimizer.stand_in(frozen)
             if parameter is not None:
                 self.waiting[id(parameter)] = parameter
 

@@ -235,8 +235,8 @@ class NeuronLayer(nn.Module):
             self.anchor.stopped = not output.requires_grad
             if none_active and in_process_group():
                 self.anchor.add(p for p, _ in self.neuron_parameters())
-            elif none_active:
-                self.anchor.add_stand_ins(channels)
+            elif none_active and self.anchor.optimizers:
+                self.anchor.add_stand_ins([p for p, _ in self.neuron_parameters()])
         elif self.anchor.stopped:
             learning = [] if none_active else [p for p, _ in self.neuron_parameters()]
             self.anchor.stopped = checkpointed(learning)
