@@ -12,8 +12,6 @@ from neq_kernels.backends.problem import KernelChoice, Strategy
 from neq_kernels.dispatch.selection import selector
 
 # These tests are run over the faults.
-# These tests are run over the faults.
-# These tests are run over the faults.
 from tests import test_ops, test_ops_precision
 from tests.support import oracle
 from tests.support.backends import aten, cpu

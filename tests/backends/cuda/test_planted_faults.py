@@ -11,8 +11,6 @@ import torch
 from neq_kernels.backends.problem import ConvGeometry
 
 # Their checks are run over the faults.
-# Their checks are run over the faults.
-# Their checks are run over the faults.
 from tests.backends.cuda import test_pack, test_wgrad
 from tests.cuda_on_cpu.emulator import MODES, EmulationError
 from tests.support.cuda_cases import library, without

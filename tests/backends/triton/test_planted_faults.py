@@ -19,8 +19,6 @@ from neq_kernels.channels import NeuronLayout
 from neq_kernels.optim import reference
 
 # Their checks are run over the faults.
-# Their checks are run over the faults.
-# Their checks are run over the faults.
 from tests.backends.triton import test_conv_wgrad, test_linear_wgrad, test_packed_wgrad
 from tests.support.gpu_cases import assert_gradient, channels, poison
 from tests.support.wgrad_operands import geometry, linear_operands

@@ -29,28 +29,6 @@ from tests.support.row_step_cases import (
     SGD_FLAGS,
     Case,
 )
-from tests.support.row_step_cases import (
-    ADAM,
-    ADAM_FLAGS,
-    AMSGRAD,
-    COUNTED,
-    MOMENTUM,
-    PARAMETERS,
-    ROWS,
-    SGD_FLAGS,
-    Case,
-)
-from tests.support.row_step_cases import (
-    ADAM,
-    ADAM_FLAGS,
-    AMSGRAD,
-    COUNTED,
-    MOMENTUM,
-    PARAMETERS,
-    ROWS,
-    SGD_FLAGS,
-    Case,
-)
 
 MASKS = ("none", "one", "all", "random")
 
