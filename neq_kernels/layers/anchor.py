@@ -9,6 +9,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 class Attached(Protocol):
@@ -41,6 +42,8 @@ class ParameterAnchor:
     def __init__(self, shared: bool) -> None:
         self.shared = shared
         self.waiting: dict[int, Parameter] = {}
+        # Which channels belong to which parameter, should a tool build its layer anew.
+        self.channels_of: Any = WeakIdKeyDictionary()
         self.stopped = False
         self.optimizers: WeakSet[Attached] = WeakSet()
 

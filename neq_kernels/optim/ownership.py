@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from neq_kernels.channels import ActiveChannels, NeuronLayout
+from neq_kernels.conversion.repair import repair
 from neq_kernels.layers.base import NeuronLayer
 from neq_kernels.layers.following import Following, followers
 from neq_kernels.layers.ties import check_ties
@@ -126,6 +127,7 @@ class Ownership:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = unwrap(model)
+        repair(self.model)
         self._places = self._named()
         self._structure = _Structure(self.model)
         self.parameters = self._read()
@@ -145,6 +147,7 @@ class Ownership:
         """
         released: list[Parameter] = []
         if self._structure.has_changed():
+            repair(self.model)
             structure, parameters = _Structure(self.model), self._read()
             released = [p for p in self.parameters if p not in parameters]
             optimized = {p for group in optimizer.param_groups for p in group["params"]}
