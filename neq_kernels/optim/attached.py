@@ -218,6 +218,7 @@ class AttachedOptimizer:
     def _after_state_dict(self, optimizer: Optimizer, state_dict: State) -> State:
         if self._rows is None:
             return state_dict
+        self._ownership.update_active_sets()
         saved = dict(state_dict["state"])
         for i, (group, p) in enumerate(self._parameters()):
             owned = self._ownership.parameters.get(p)
