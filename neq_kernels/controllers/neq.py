@@ -57,10 +57,10 @@ class NEqController(Controller[Response]):
     Under a process group both are collective. The probe may be sharded: φ is that of all shards
     together. With ``memory="activations"`` each rank's state_dict holds its own shard.
 
-    The output layers (the last converted layer on each path to an output) stay wholly active. So
-    do layers that did not run on the probe, or ran differently than last epoch (routed layers).
-    If nothing that ran would be active (possible with ``include_output=True``), the neuron with
-    the largest |v| stays active.
+    The output layers (what they compute reaches an output, and no further converted layer) stay
+    wholly active. So do layers that did not run on the probe, or ran differently than last epoch
+    (routed layers). If nothing that ran would be active (possible with ``include_output=True``),
+    the neuron with the largest |v| stays active.
 
     Args:
         model: a model with converted layers.

@@ -31,7 +31,7 @@ class StochasticController(Controller[Tensor]):
         warmup: epochs that train everything; 0 draws in the constructor.
         seed: of the controller's own generator; no other random number is touched.
         probe, forward: inputs as for :class:`~neq_kernels.NEqController`; used once, to find the
-            output layers (the last converted layer on each path to an output). Without them the
+            output layers (what they compute reaches no further converted layer). Without them the
             last conv or linear layer in registration order is taken.
         outputs: names of the output layers instead.
         include_output: no output layer is exempt.

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 import neq_kernels as neq
 from neq_kernels.layers.following import followers
-from tests.support.models import Scaled, freeze
+from tests.support.models import Scaled, entries, freeze
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+@pytest.mark.parametrize("others", ["train", "follow"])
+def test_recurrent_layers_are_reported_with_what_they_keep_alive(kind, others):
+    model = neq.convert(nn.ModuleList([nn.Linear(4, 4), kind(4, 4)]), others=others)
+    entry = entries(model)["1"]
+    assert entry.kind == kind.__name__
+    assert not entry.converted
+    assert "recurrent" in entry.reason
+    assert "keeps backprop alive" in entry.reason
+    listed = {e.name: e.reason for e in neq.conversion_report(model).others}
+    assert set(listed) == {f"1.{name}" for name, _ in model[1].named_parameters()}
+    words = "keeps backprop alive" if others == "train" else "stops with what lies below it"
+    assert all(words in reason for reason in listed.values())
 
 
 def test_without_follow_they_keep_backprop_alive():

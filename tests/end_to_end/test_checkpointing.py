@@ -214,6 +214,85 @@ def test_followers_inside_a_checkpoint(reentrant):
         assert isinstance(model[0].scale, nn.Parameter)
 
 
+class Blocks(nn.Module):
+    """A stem, two blocks under a checkpoint, and a head."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2)])
+        self.reentrant, self.asks = reentrant, False
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x.requires_grad_() if self.asks else x
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.reentrant)
+        return self.head(x)
+
+
+def learned(model, x):
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return {name for name, p in model.named_parameters() if p.grad is not None}
+
+
+@REENTRANT
+@pytest.mark.parametrize("n_frozen", [0, 1, 2])
+def test_active_blocks_above_a_frozen_stem(reentrant, n_frozen):
+    """Reentrant, their gradients would be lost: an error says so, before anything is computed
+    in vain, and the ways out that it names are ways out."""
+    model, x = neq.convert(Blocks(reentrant)), torch.randn(3, 4)
+    everything = learned(model, x)
+    frozen = [model.stem, *(block[0] for block in model.blocks[:n_frozen])]
+    for layer in frozen:
+        layer.channels.set([])
+    names = {name for name in everything if not name.startswith("stem")}
+    for i in range(n_frozen):
+        names = {name for name in names if not name.startswith(f"blocks.{i}")}
+    if reentrant and n_frozen < 2:
+        with pytest.raises(RuntimeError, match=r"use_reentrant=False.*requires_grad_\(\)"):
+            model(x)
+        with torch.no_grad():  # an evaluation, in training mode or not
+            model(x)
+        with pytest.raises(RuntimeError, match="would get no gradient"):
+            model(x)
+        model.asks = True
+        assert learned(model, x) == names
+        model.asks, model.reentrant = False, False
+    assert learned(model, x) == names
+    model.stem.channels.reset()
+    assert learned(model, x) >= names | {"stem.weight"}
+
+
+def test_a_reentrant_checkpoint_above_a_parameter_that_stopped():
+    class Tabled(Blocks):
+        def __init__(self):
+            super().__init__(True)
+            self.stem = nn.Embedding(5, 4)
+
+    model = neq.convert(Tabled(), others="follow", filter=lambda name, _: name != "stem")
+    ids = torch.tensor([1, 2])
+    model(ids)
+    model.blocks[0][0].channels.set([])
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        model(ids)
+
+
+@REENTRANT
+def test_nested_checkpoints_with_a_live_input(reentrant):
+    model = neq.convert(net())
+    model[0].channels.set([])
+    x = image()
+    inner = lambda y: checkpoint(model[3:], y, use_reentrant=reentrant)  # noqa: E731
+    model(x).square().sum().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    outer = checkpoint(lambda y: inner(model[:3](y)), x, use_reentrant=reentrant)
+    outer.square().sum().backward()
+    assert_same(gradients(model), expected)
+
+
 @REENTRANT
 def test_checkpointing_under_autocast(reentrant):
     model = neq.convert(net().float())

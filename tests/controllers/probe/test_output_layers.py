@@ -41,12 +41,21 @@ def in_place_after_the_head(m, x):
     return m.b(m.a(x).relu_()).mul_(2).relu_()
 
 
+def stream(m, x):
+    for layer in (m.a, m.b, m.c):
+        x = x + layer(torch.tanh(x))
+    return x
+
+
 WIRINGS = {
     "chain": (lambda m, x: m.d(m.c(m.b(m.a(x)))), "d"),
     "not the last in order": (lambda m, x: m.a(m.d(m.c(m.b(x)))), "a"),
     "two heads": (lambda m, x: (m.b(m.a(x)), m.c(m.a(x))), "bc"),
     "auxiliary head inside": (lambda m, x: {"out": m.c(m.b(m.a(x))), "aux": [m.d(m.a(x))]}, "cd"),
     "residual": (lambda m, x: m.a(x) + m.c(m.b(m.a(x))), "ac"),
+    "residual stream": (lambda m, x: stream(m, m.d(x)), "c"),
+    "reused in a residual stream": (lambda m, x: stream(m, stream(m, x)), "c"),
+    "a branch of the last layer": (lambda m, x: (m.c(y := m.b(m.a(x))), y), "c"),
     "residual around the head": (lambda m, x: m.b(m.a(x)) + x, "b"),
     "reused": (lambda m, x: m.a(m.b(m.a(x))), "a"),
     "dataclass": (lambda m, x: Answer(m.b(m.a(x)), "text"), "b"),
@@ -91,6 +100,55 @@ def test_torchvision():
     )
     found = StochasticController(neq.convert(segmenter), 0.5, probe=[x]).outputs
     assert found == ["classifier.4", "aux_classifier.4"]
+
+
+class UNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 4, 3, 2, 1), nn.ConvTranspose2d(4, 4, 2, 2)
+        self.stem, self.out = nn.Conv2d(3, 3, 3, 1, 1), nn.Conv2d(7, 2, 1)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return self.out(torch.cat([self.up(self.down(x).relu()), x], 1))
+
+
+def test_a_skip_connection():
+    found = StochasticController(neq.convert(UNet()), 0.5, probe=[torch.randn(1, 3, 8, 8)])
+    assert found.outputs == ["out"]
+
+
+def language_model(name):
+    """What comes after the last block was not converted: a tied head, or norms too."""
+    import transformers as hf
+
+    size = {"vocab_size": 20, "num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2}
+    ids = {"input_ids": torch.tensor([[1, 2, 3]])}
+    both = ids | {"decoder_input_ids": ids["input_ids"]}
+    model, batch, last = {
+        "gpt2": lambda: (hf.GPT2LMHeadModel(hf.GPT2Config(**size)), ids, "transformer.ln_f"),
+        "llama": lambda: (
+            hf.LlamaForCausalLM(hf.LlamaConfig(**size, intermediate_size=12)),
+            ids,
+            "model.layers.1.mlp.down_proj",
+        ),
+        "t5": lambda: (
+            hf.T5ForConditionalGeneration(
+                hf.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=12, num_layers=2, num_heads=2)
+            ),
+            both,
+            "decoder.block.1.layer.2.DenseReluDense.wo",
+        ),
+    }[name]()
+    tied = ("lm_head", "embed_tokens", "shared", "wte")
+    neq.convert(model, norms=name == "gpt2", filter=lambda name, _: not name.endswith(tied))
+    return model, batch, last
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+def test_a_residual_stream_into_a_head_without_neurons(name):
+    model, batch, last = language_model(name)
+    assert StochasticController(model, 0.5, probe=[batch]).outputs == [last]
 
 
 @pytest.mark.parametrize(
