@@ -30,7 +30,10 @@ def recorded(parameter: Tensor) -> bool:
 
 def all_active(channels: ActiveChannels, parameter: Tensor) -> bool:
     """Whether PyTorch's own graph is right: every channel is active, and will be."""
-    return not recorded(parameter) and channels.n_active == len(channels)
+    if recorded(parameter):
+        return False
+    channels.called = True
+    return channels.n_active == len(channels)
 
 
 def none_active(channels: ActiveChannels, parameter: Tensor) -> bool:

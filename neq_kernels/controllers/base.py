@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.controllers.still import StillWatch
+from neq_kernels.conversion.repair import repair
 from neq_kernels.layers.base import NeuronLayer
 from neq_kernels.layers.traversal import named_neuron_layers, unwrap
 from neq_kernels.process_group import broadcast_masks, device_of
@@ -64,6 +65,7 @@ class Controller(Generic[Pending]):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         self._model = unwrap(model)
+        repair(self._model)
         self._layers: dict[str, NeuronLayer] = dict(named_neuron_layers(self._model))
         if not self._layers:
             raise ValueError(

@@ -68,15 +68,17 @@ class _FirstGradient:
     def __call__(self, grad: Tensor | None) -> None:
         if grad is None or torch.compiler.is_compiling():
             return
-        self._looks += 1
         owners = [
-            (layer.channels, layout)
+            (channels, layout)
             for layer in self._layers
             if isinstance(layer, NeuronLayer)
-            for parameter, layout in layer.neuron_parameters()
+            for parameter, channels, layout in layer.owners()
             if parameter is self._parameter
         ]
         called = any(channels.called for channels, _ in owners)
+        if owners and not called and _all_active(owners) and _was_compiled():
+            return  # compiled code calls layers without a trace: wait until neurons are frozen
+        self._looks += 1
         if not owners or called or self._looks > _MOST_LOOKS:
             _remove(self._parameter)
         elif _tells(grad, owners):
@@ -95,18 +97,22 @@ def _tells(grad: Tensor, owners: list[tuple[ActiveChannels, NeuronLayout]]) -> b
         or (grad.is_cuda and torch.cuda.is_current_stream_capturing())
     ):
         return False
-    if all(channels.n_active == len(channels) for channels, _ in owners):
-        # Compiled code calls layers without a trace.
-        return not _was_compiled() and bool(grad.ne(0).any())
+    if _all_active(owners):
+        return bool(grad.ne(0).any())
     frozen = torch.ones(grad.shape, dtype=torch.bool, device=grad.device)
     for channels, layout in owners:
         layout.fill_(frozen, channels.active.to(grad.device), False)
     return bool(grad.ne(0).logical_and_(frozen).any())
 
 
+def _all_active(owners: list[tuple[ActiveChannels, NeuronLayout]]) -> bool:
+    return all(channels.n_active == len(channels) for channels, _ in owners)
+
+
 def _was_compiled() -> bool:
+    """Whether anything was, in this process."""
     dynamo: Any = sys.modules.get("torch._dynamo.utils")
-    return dynamo is not None and bool(dynamo.counters["frames"])
+    return dynamo is not None and dynamo.counters["stats"]["unique_graphs"] > 0
 
 
 class _Watch:

@@ -15,12 +15,14 @@ from neq_kernels.conversion.eligibility import (
 )
 from neq_kernels.conversion.followers import follow, unfollow
 from neq_kernels.conversion.neuron_classes import neuron_class
-from neq_kernels.conversion.report import conversion_report
+from neq_kernels.conversion.repair import remember, repair, resize
+from neq_kernels.conversion.report import conversion_report, warn_of_little
 from neq_kernels.conversion.weight_readers import prepare_readers, remove_reads
 from neq_kernels.layers.anchor import ParameterAnchor
-from neq_kernels.layers.base import NeuronLayer, stock_class
-from neq_kernels.layers.following import followers, original_class
+from neq_kernels.layers.base import NeuronLayer, become, restorable, restore
+from neq_kernels.layers.following import followers
 from neq_kernels.layers.masked import FurtherNeurons
+from neq_kernels.layers.replaced_forward import calls_its_class, replaced_forward
 from neq_kernels.layers.ties import share_channels
 from neq_kernels.layers.traversal import named_neuron_layers, neuron_layers, unwrap
 
@@ -32,6 +34,7 @@ def convert(
     grad_input: GradInput = "exact",
     norms: bool = True,
     others: Literal["train", "follow"] = "train",
+    frozen_statistics: Literal["update", "hold"] = "update",
 ) -> nn.Module:
     """Give the layers of ``model`` neurons that can be frozen.
 
@@ -57,6 +60,9 @@ def convert(
             layer below that, are wholly frozen, or while all layers of the module around it are.
             The first eager forward of the model shows who feeds whom; until then all layers but
             the last decide about the parameters of the outermost module.
+        frozen_statistics: batch norm none of whose channels is active goes on to normalise by the
+            batch and to ``"update"`` its running statistics, as in torch.nn, or does neither
+            (``"hold"``): it behaves as in evaluation until a channel is active again.
 
     Returns:
         ``model`` itself.
@@ -71,20 +77,26 @@ def convert(
         raise ValueError(f"grad_input: expected 'exact' or 'active', got {grad_input!r}")
     if others not in ("train", "follow"):
         raise ValueError(f"others: expected 'train' or 'follow', got {others!r}")
+    if frozen_statistics not in ("update", "hold"):
+        raise ValueError(
+            f"frozen_statistics: expected 'update' or 'hold', got {frozen_statistics!r}"
+        )
     inner = unwrap(model)
+    repair(inner)
     followed = unfollow(inner)
     reasons = reasons_against(inner, filter, norms)
-    anchor = _adopt_known(inner, grad_input)
+    anchor = _adopt_known(inner, grad_input, frozen_statistics == "hold")
     new = set()
-    for name, layer in inner.named_modules():
+    for name, layer in list(inner.named_modules()):
         if isinstance(layer, NeuronLayer) or reasons[name] is not None:
             continue
         ours = neuron_class(type(layer))
         assert ours is not None
-        _become(layer, ours)
+        become(layer, ours)
         assert isinstance(layer, NeuronLayer)
         channels = ActiveChannels(layer.n_neurons)
         layer.adopt(channels, grad_input, anchor)
+        layer.hold_statistics = frozen_statistics == "hold"
         new.add(channels)
     share_channels(inner, new)
     if next(named_neuron_layers(inner), None) is None:
@@ -92,6 +104,8 @@ def convert(
             "model: expected at least one layer that can be converted, got none:\n"
             f"{conversion_report(inner)}"
         )
+    remember(inner)
+    warn_of_little(inner, filter, norms)
     prepare_readers(inner)
     if others == "follow" or followed:
         follow(inner, anchor, followed)
@@ -100,24 +114,31 @@ def convert(
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Undo :func:`convert`: every layer has its torch.nn class back. Returns ``model``.
+    """Undo :func:`convert`: every layer has its own class back, under hooks and parametrizations
+    that were put on it since. Returns ``model``.
 
     Raises:
-        ValueError: a layer's class was changed again since, by a parametrization for example.
+        ValueError: a layer's class was changed again since, or its ``forward`` was wrapped.
     """
     inner = unwrap(model)
     for name, layer in named_neuron_layers(inner):
-        if not _is_made_by_convert(layer):
+        if isinstance(layer, FurtherNeurons):
+            continue
+        if not restorable(layer):
             raise ValueError(
                 f"{name}: expected the class that convert gave it, got {type(layer).__name__}; "
-                "remove what was put on top first, such as a parametrization"
+                "remove what was put on top first"
+            )
+        if replaced_forward(layer) and calls_its_class(layer):
+            raise ValueError(
+                f"{name}: expected the forward of its class, got one that was put on the layer "
+                f"after convert and calls it: {layer.forward}; delete it first: del layer.forward"
             )
     stop_watching(inner)
     unfollow(inner)
     for module in inner.modules():
         if isinstance(module, NeuronLayer):
-            module.release()
-            _become(module, stock_class(type(module)))
+            restore(module)
         remove_reads(module)
     return model
 
@@ -144,21 +165,15 @@ def specialize(model: nn.Module, enabled: bool = True) -> nn.Module:
     return model
 
 
-def _adopt_known(model: nn.Module, grad_input: GradInput) -> ParameterAnchor:
+def _adopt_known(model: nn.Module, grad_input: GradInput, hold: bool) -> ParameterAnchor:
     """Let the neuron layers that ``model`` has share one anchor, and return it."""
     known = [layer for _, layer in named_neuron_layers(model)]
+    for name, layer in named_neuron_layers(model):
+        layer.channels = resize(name, layer)
     anchors = [layer.anchor for layer in known if layer.anchor.shared]
     anchor = anchors[0] if anchors else ParameterAnchor(shared=True)
     for layer in known:
-        options = layer.grad_input if layer.anchor.shared else grad_input
-        layer.adopt(layer.channels, options, anchor)
+        if not layer.anchor.shared:
+            layer.grad_input, layer.hold_statistics = grad_input, hold
+        layer.adopt(layer.channels, layer.grad_input, anchor)
     return anchor
-
-
-def _is_made_by_convert(layer: NeuronLayer) -> bool:
-    kind = original_class(layer)
-    return kind is FurtherNeurons or kind is neuron_class(stock_class(kind))
-
-
-def _become(module: nn.Module, kind: type[nn.Module]) -> None:
-    module.__class__ = kind

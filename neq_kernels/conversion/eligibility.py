@@ -9,15 +9,21 @@ from torch.nn.utils import parametrize
 
 from neq_kernels.channels import NeuronLayout
 from neq_kernels.conversion.neuron_classes import known_base, neuron_class, redefined
+from neq_kernels.conversion.third_party.peft import adapted
 from neq_kernels.layers.base import NeuronLayer
+from neq_kernels.layers.replaced_forward import replaced_forward
 
 Filter = Callable[[str, nn.Module], bool]
 
 
 def reasons_against(model: nn.Module, filter: Filter | None, norms: bool) -> dict[str, str | None]:
     """For each module, why it is not converted; None if it can be."""
+    inside_adapters = adapted(model)
     reasons = {
-        name: _own_reason(name, module, filter, norms) for name, module in model.named_modules()
+        name: "the base layer of an adapter (peft)"
+        if module in inside_adapters and not isinstance(module, NeuronLayer)
+        else _own_reason(name, module, filter, norms)
+        for name, module in model.named_modules()
     }
     candidates = {
         id(m) for n, m in model.named_modules() if reasons[n] is None or isinstance(m, NeuronLayer)
@@ -59,7 +65,8 @@ def _taken(module: nn.Module, ours: type[NeuronLayer]) -> list[str]:
     """Attributes of the layer itself that a neuron layer has another use for."""
     lineage = [c for c in ours.__mro__ if issubclass(c, NeuronLayer)]
     names = {name for c in lineage for name in vars(c) if not name.startswith("__")}
-    return sorted((names | {"channels", "grad_input", "anchor"}) & vars(module).keys())
+    names = names - {"forward", "qconfig"} | {"channels", "grad_input", "anchor"}
+    return sorted(names & vars(module).keys())
 
 
 _RECURRENT = (
@@ -83,9 +90,9 @@ def _own_reason(name: str, module: nn.Module, filter: Filter | None, norms: bool
             return "not a supported layer type"
         names = ", ".join(redefined(kind, base))
         return f"a subclass of {base.__name__} with its own {names}; see neq.register"
+    if replaced_forward(module):
+        return "its forward was replaced on the layer itself, before convert"
     taken = _taken(module, ours)
-    if taken == ["forward"]:
-        return "its forward was replaced on the layer itself"
     if taken:
         return f"it has an attribute of its own that neurons would take: {', '.join(taken)}"
     unsupported = ours.reason_against(module)

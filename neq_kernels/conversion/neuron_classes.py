@@ -35,6 +35,8 @@ NEURON_CLASSES: dict[type[nn.Module], type[NeuronLayer]] = {
     nn.RMSNorm: norm.RMSNorm,
     nn.MultiheadAttention: attention.MultiheadAttention,
 }
+for _stock, _ours in NEURON_CLASSES.items():
+    _ours.stock = _stock
 
 
 # Weak: a class made in a function is not kept by having been converted once.
@@ -121,6 +123,9 @@ def _inherited(kind: type[nn.Module]) -> Recipe | None:
     names = set(redefined(kind, base))
     if not names:
         return recipe
+    if recipe.ours.is_embedding and not names & _READS:
+        # Whatever it computes, a row of its weight belongs to one token or position.
+        return Recipe(embedding.EmbeddingWithItsOwnForward)
     if recipe.ours.is_norm and not names & _READS:
         # Whatever it computes, an entry of its parameters belongs to one channel.
         if issubclass(recipe.ours, masked.Masked):
@@ -143,7 +148,7 @@ def _make(recipe: Recipe, kind: type[nn.Module]) -> type[NeuronLayer]:
     made: type[NeuronLayer] = type(
         kind.__name__,
         (recipe.ours, kind),
-        {**namespace, **recipe.attributes, "__reduce_ex__": reduce},
+        {**namespace, **recipe.attributes, "stock": kind, "__reduce_ex__": reduce},
     )
     return constructible(made)
 

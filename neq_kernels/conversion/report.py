@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
 
-from neq_kernels.conversion.eligibility import reasons_against
+from neq_kernels.conversion.eligibility import Filter, reasons_against
 from neq_kernels.layers import traversal
 from neq_kernels.layers.base import NeuronLayer, stock_class
 from neq_kernels.layers.following import followers
+from neq_kernels.layers.masked import FurtherNeurons
+from neq_kernels.layers.replaced_forward import calls_its_class
 from neq_kernels.layers.traversal import unwrap
 
 
@@ -48,16 +52,21 @@ class ConversionReport:
 def conversion_report(model: nn.Module) -> ConversionReport:
     """List every module and parameter: converted or not, and why."""
     inner = unwrap(model)
+    owners = traversal.neuron_owners(inner)  # first: it may take neurons away
     reasons = reasons_against(inner, None, norms=True)
     modules = []
     for name, module in inner.named_modules():
-        if not any(True for _ in module.parameters(recurse=False)):
+        own = list(module.parameters(recurse=False))
+        if not isinstance(module, NeuronLayer) and all(p in owners for p in own):
+            continue  # it has none, or they are a converted layer's
+        if isinstance(module, FurtherNeurons):
             continue
-        converted = isinstance(module, NeuronLayer)
+        converted = isinstance(module, NeuronLayer) and calls_its_class(module)
         kind = stock_class(type(module)).__name__
         reason = "" if converted else reasons[name] or "convert was not called, or left it out"
+        if isinstance(module, NeuronLayer) and not converted:
+            reason = "its forward was replaced after convert, by one that does not call it"
         modules.append(ReportEntry(name, kind, converted, reason))
-    owners = traversal.neuron_owners(inner)
     following = {id(follower.parameter) for follower in followers(inner)}
     others = tuple(
         ReportEntry(name, "parameter", False, _other_reason(id(parameter) in following))
@@ -65,6 +74,31 @@ def conversion_report(model: nn.Module) -> ConversionReport:
         if parameter.requires_grad and (parameter not in owners or id(parameter) in following)
     )
     return ConversionReport(tuple(modules), others)
+
+
+def warn_of_little(model: nn.Module, filter: Filter | None, norms: bool) -> None:
+    """Warn if less than half of what learns in matrices has neurons, though all of it may have."""
+    owners = traversal.neuron_owners(model)
+    matrices = {p for p in model.parameters() if p.dim() > 1 and p.requires_grad}
+    total = sum(p.numel() for p in matrices)
+    left = total - sum(p.numel() for p in matrices.intersection(owners))
+    if filter is not None or 2 * left <= total:
+        return
+    reasons = reasons_against(model, None, norms)
+    costs: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter in matrices and parameter not in owners:
+                costs[f"{type(module).__name__} ({reasons[name] or 'a parameter of its own'})"] += (
+                    parameter.numel()
+                )
+    shares = (f"{kind} {size / total:.0%}" for kind, size in costs.most_common(3))
+    warnings.warn(
+        f"convert: only {1 - left / total:.0%} of the elements of matrices have neurons; the rest "
+        f"learns on, whatever is frozen: {', '.join(shares)}; see neq.conversion_report(model), "
+        "and neq.register for layers of your own",
+        stacklevel=3,
+    )
 
 
 def _other_reason(follows: bool) -> str:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-
-from neq_kernels.channels import ActiveChannels
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 class Attached(Protocol):
     """An optimizer attached to the model."""
 
-    def stand_in(self, channels: ActiveChannels) -> Parameter | None:
-        """What should get a gradient of zeros because nothing the optimizer holds learns; asked of
-        every wholly frozen layer, answered for one of them."""
+    def stand_in(self, frozen: Collection[Parameter]) -> Parameter | None:
+        """What should get a gradient of zeros because nothing the optimizer holds learns; asked for
+        the parameters of every wholly frozen layer, answered for those of one."""
 
 
 class ParameterAnchor:
@@ -43,6 +42,8 @@ class ParameterAnchor:
     def __init__(self, shared: bool) -> None:
         self.shared = shared
         self.waiting: dict[int, Parameter] = {}
+        # Which channels belong to which parameter, should a tool build its layer anew.
+        self.channels_of: Any = WeakIdKeyDictionary()
         self.stopped = False
         self.optimizers: WeakSet[Attached] = WeakSet()
 
@@ -67,14 +68,14 @@ class ParameterAnchor:
             )
         self.waiting.update(waiting)
 
-    def add_stand_ins(self, channels: ActiveChannels) -> None:
+    def add_stand_ins(self, frozen: Collection[Parameter]) -> None:
         """Let a parameter of each attached optimizer wait of which nothing learns.
 
         Args:
-            channels: of the wholly frozen layer that asks.
+            frozen: those of the wholly frozen layer that asks.
         """
         for optimizer in self.optimizers:
-            parameter = optimizer.stand_in(channels)
+            parameter = optimizer.stand_in(frozen)
             if parameter is not None:
                 self.waiting[id(parameter)] = parameter
 

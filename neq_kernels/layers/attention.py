@@ -230,6 +230,7 @@ class MultiheadAttention(NeuronLayer, nn.MultiheadAttention):
     def _anchored(self, output: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return output
+        self.channels.called = True
         if torch.is_grad_enabled() and in_process_group():
             self.anchor.add(p for p, channels, _ in self.owners() if channels.none_active)
         return self.anchor.tie(output)

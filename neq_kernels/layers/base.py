@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, ClassVar, TypeVar
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from neq_kernels.autograd import arguments
@@ -19,6 +21,8 @@ from neq_kernels.autograd.forward import detached
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.layers.anchor import ParameterAnchor
 from neq_kernels.layers.checkpoints import checkpointed
+from neq_kernels.layers.computed_weights import is_computed, sources
+from neq_kernels.layers.replaced_forward import rebind
 from neq_kernels.process_group import in_process_group
 
 Watcher = Callable[[Tensor], Tensor | None]
@@ -34,15 +38,19 @@ class NeuronLayer(nn.Module):
         channels: the active output channels. Layers that share a weight share this object.
         grad_input: ``"exact"`` or ``"active"`` (approximate), see :func:`neq_kernels.convert`.
         specialized: whether ``torch.compile`` may recompile when the layer stops or starts again.
+        hold_statistics: whether batch norm, while wholly frozen, normalises by its running
+            statistics and leaves them alone.
         anchor: where parameters of wholly frozen layers wait for a data-parallel reducer: the
             model's, or the layer's own until ``convert`` adopts a constructed layer.
     """
 
     is_norm: ClassVar[bool] = False
+    stock: ClassVar[type[nn.Module]]  # in the namespace of every class that convert gives
     is_embedding: ClassVar[bool] = False
     channels: ActiveChannels
     grad_input: arguments.GradInput
     specialized: bool = False
+    hold_statistics: bool = False
     anchor: ParameterAnchor
 
     # torch.nn declares these differently from class to class.
@@ -59,7 +67,9 @@ class NeuronLayer(nn.Module):
 
     def release(self) -> None:
         """Undo :meth:`adopt`."""
-        for name in ("channels", "grad_input", "specialized", "anchor"):
+        for parameter in self.parameters():
+            self.anchor.channels_of.pop(parameter, None)
+        for name in ("channels", "grad_input", "specialized", "hold_statistics", "anchor"):
             self.__dict__.pop(name, None)
 
     @classmethod
@@ -80,13 +90,15 @@ class NeuronLayer(nn.Module):
     @classmethod
     def parameters_in(cls, layer: nn.Module) -> list[tuple[Parameter, NeuronLayout]]:
         """:meth:`neuron_parameters` of a layer, converted or not."""
-        owned = []
+        owned: list[tuple[Parameter, NeuronLayout]] = []
         # Not the attributes, in whose place WeightReads may have put something else.
-        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-        if weight is not None:
-            owned.append((weight, cls.layout_in(layer)))
-        if bias is not None:
-            owned.append((bias, NeuronLayout()))
+        for name in ("weight", "bias"):
+            parameter = layer._parameters.get(name)
+            layout = cls.layout_in(layer) if name == "weight" else NeuronLayout()
+            if parameter is not None:
+                owned.append((parameter, layout))
+            elif is_computed(layer, name):
+                owned += sources(layer, name, layout) or []
         return owned
 
     @classmethod
@@ -113,6 +125,15 @@ class NeuronLayer(nn.Module):
         """The parameters the neurons own, with the layout of a neuron in each."""
         return self.parameters_in(self)
 
+    def computed(self) -> str | None:
+        """The name of a parameter that is computed now, several neurons from one another; None if
+        there is none, and frozen neurons can be held."""
+        for name in ("weight", "bias"):
+            layout = self.layout if name == "weight" else NeuronLayout()
+            if is_computed(self, name) and sources(self, name, layout) is None:
+                return name
+        return None
+
     def owners(self) -> list[tuple[Parameter, ActiveChannels, NeuronLayout]]:
         """The parameters the neurons own, each with the channels that decide about it: all of the
         layer's, or a part of them."""
@@ -126,6 +147,26 @@ class NeuronLayer(nn.Module):
     def learns(self) -> bool:
         """Whether a parameter of its neurons requires a gradient."""
         return any(parameter.requires_grad for parameter, _ in self.neuron_parameters())
+
+    @property
+    def qconfig(self) -> Any:
+        """What ``torch.ao.quantization`` leaves on every module that it looks at."""
+        if "qconfig" not in self.__dict__:
+            raise AttributeError("qconfig")
+        return self.__dict__["qconfig"]
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        warnings.warn(
+            "quantisation knows the classes of torch.nn and leaves the layers of a converted model "
+            "as they are; call neq.revert(model) first",
+            stacklevel=3,
+        )
+        self.__dict__["qconfig"] = value
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        del self.__dict__["qconfig"]
 
     def extra_repr(self) -> str:
         active = f"active={self.channels.n_active}/{len(self.channels)}"
@@ -172,8 +213,8 @@ class NeuronLayer(nn.Module):
             self.anchor.stopped = not output.requires_grad
             if none_active and in_process_group():
                 self.anchor.add(p for p, _ in self.neuron_parameters())
-            elif none_active:
-                self.anchor.add_stand_ins(channels)
+            elif none_active and self.anchor.optimizers:
+                self.anchor.add_stand_ins([p for p, _ in self.neuron_parameters()])
         elif self.anchor.stopped:
             learning = [] if none_active else [p for p, _ in self.neuron_parameters()]
             self.anchor.stopped = checkpointed(learning)
@@ -207,6 +248,31 @@ def stock_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The class that a layer of this class has without its neurons."""
     lineage = (base for base in kind.__mro__ if issubclass(base, nn.Module))
     return next(base for base in lineage if not issubclass(base, NeuronLayer))
+
+
+def become(layer: nn.Module, kind: type[nn.Module]) -> None:
+    """Change the class of a layer in place."""
+    rebind(layer, type(layer), kind)
+    layer.__class__ = kind
+
+
+def restore(layer: NeuronLayer) -> None:
+    """Give a layer its stock class back, under whatever parametrizations it has."""
+    kind = type(layer)
+    layer.release()
+    if "stock" in vars(kind):
+        become(layer, kind.stock)
+        return
+    stock = stock_class(kind)
+    own = {n: value for n, value in vars(kind).items() if n not in ("__dict__", "__weakref__")}
+    layer.__class__ = type(f"Parametrized{stock.__name__}", (stock,), own)
+
+
+def restorable(layer: NeuronLayer) -> bool:
+    """Whether the class is one that convert gives, or a parametrization of it."""
+    kind = vars(type(layer)).get("neq_original_class", type(layer))  # if parameters follow
+    made = kind.__bases__[0] if parametrize.is_parametrized(layer) else kind
+    return "stock" in vars(made)
 
 
 L = TypeVar("L", bound=NeuronLayer)

@@ -9,6 +9,7 @@ from torch.fx import Proxy
 
 from neq_kernels import functional
 from neq_kernels.layers.base import NeuronLayer, constructible
+from neq_kernels.layers.masked import Masked, Owned
 
 
 @constructible
@@ -22,9 +23,7 @@ class Embedding(NeuronLayer, nn.Embedding):
 
     @classmethod
     def reason_against(cls, layer: nn.Module) -> str | None:
-        if cast(nn.Embedding, layer).max_norm is not None:
-            return "max_norm: its forward renormalizes the rows it reads, frozen ones too"
-        return super().reason_against(layer)
+        return _reason_against(layer) or super().reason_against(layer)
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
@@ -39,3 +38,24 @@ class Embedding(NeuronLayer, nn.Embedding):
             sparse=self.sparse,
         )
         return self._anchored(out)
+
+
+class EmbeddingWithItsOwnForward(Masked):
+    """A subclass of ``torch.nn.Embedding`` that computes something else, scaled rows or positions:
+    one neuron per row all the same, at the cost of the dense gradient."""
+
+    is_embedding = True
+    owned = (Owned("weight"),)
+    output_dim = None
+
+    @classmethod
+    def reason_against(cls, layer: nn.Module) -> str | None:
+        if cast(nn.Embedding, layer).sparse:
+            return "sparse=True in a subclass with its own forward"
+        return _reason_against(layer) or super().reason_against(layer)
+
+
+def _reason_against(layer: nn.Module) -> str | None:
+    if cast(nn.Embedding, layer).max_norm is not None:
+        return "max_norm: its forward renormalizes the rows it reads, frozen ones too"
+    return None

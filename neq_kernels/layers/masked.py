@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import Parameter
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 from neq_kernels import functional
 from neq_kernels.autograd.arguments import GradInput
 from neq_kernels.autograd.call_state import learns, recorded, transformed, watched
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.layers.anchor import ParameterAnchor
-from neq_kernels.layers.base import NeuronLayer, constructible, reason_against_parameter
+from neq_kernels.layers.base import NeuronLayer, Watcher, constructible, reason_against_parameter
+from neq_kernels.layers.computed_weights import is_computed, sources
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,32 @@ class Masked(NeuronLayer):
                 self._modules[name] = FurtherNeurons(self, group)
                 child = self._modules[name]
                 assert isinstance(child, FurtherNeurons)
-                ((parameter, layout), *_) = child.neuron_parameters()
-                child.adopt(ActiveChannels(layout.n_neurons(parameter)), grad_input, anchor)
+                child.adopt(ActiveChannels(child.n_neurons), grad_input, anchor)
+
+    def watch(self, watcher: Watcher) -> RemovableHandle:
+        return self.register_forward_hook(lambda layer, args, output: self._shown(output, watcher))
+
+    def _shown(self, output: Any, watcher: Watcher) -> Any:
+        """The output with what the watcher puts in place of the tensor that holds the neurons."""
+        leaves, structure = tree_flatten(output)
+        k = len(self.channels)
+        for i, leaf in enumerate(leaves):
+            if self.output_dim is None or not isinstance(leaf, Tensor) or not leaf.dim():
+                continue
+            if leaf.shape[self.channel_dim(leaf)] == k:
+                shown = watcher(leaf)
+                if shown is None:
+                    return None
+                leaves[i] = shown
+                return tree_unflatten(leaves, structure)
+        return None
+
+    def computed(self) -> str | None:
+        for group in (self.owned, *self.further):
+            for owned in group:
+                if is_computed(self, owned.name) and not _parameters_of(self, (owned,)):
+                    return owned.name
+        return None
 
     def release(self) -> None:
         super().release()
@@ -182,6 +208,9 @@ class FurtherNeurons(NeuronLayer):
     def neuron_parameters(self) -> list[tuple[Parameter, NeuronLayout]]:
         return _parameters_of(self.__dict__["_layer"], self.owned)
 
+    def computed(self) -> str | None:
+        return None  # its layer says so
+
     def channel_dim(self, output: Tensor) -> int:
         raise ValueError("no dimension of the output holds these neurons")
 
@@ -201,8 +230,15 @@ def _child_name(group: tuple[Owned, ...]) -> str:
 def _parameters_of(
     layer: nn.Module, group: tuple[Owned, ...]
 ) -> list[tuple[Parameter, NeuronLayout]]:
-    parameters = [(owned, layer._parameters.get(owned.name)) for owned in group]
-    return [(p, owned.layout(p)) for owned, p in parameters if isinstance(p, Parameter)]
+    found: list[tuple[Parameter, NeuronLayout]] = []
+    for owned in group:
+        parameter = layer._parameters.get(owned.name)
+        if isinstance(parameter, Parameter):
+            found.append((parameter, owned.layout(parameter)))
+        elif is_computed(layer, owned.name) and owned.name in layer.__dict__:
+            computed: Tensor = layer.__dict__[owned.name]
+            found += sources(layer, owned.name, owned.layout(computed)) or []
+    return found
 
 
 def held(layer: NeuronLayer, parameter: Tensor, layout: NeuronLayout) -> Tensor:

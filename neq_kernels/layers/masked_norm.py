@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from neq_kernels.layers.base import constructible
 from neq_kernels.layers.masked import Masked, Owned
+from neq_kernels.layers.norm import holds_statistics
 
 
 class MaskedNorm(Masked):
@@ -22,6 +23,16 @@ class MaskedNorm(Masked):
         if reason is None and any(p.dim() != 1 for p, _ in cls.parameters_in(layer)):
             return "it normalises over more than one dimension"
         return reason
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        is_batch_norm = isinstance(self, nn.modules.batchnorm._BatchNorm)
+        if not (is_batch_norm and self.training and holds_statistics(self)):
+            return super().forward(*args, **kwargs)
+        self.training = False
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.training = True
 
     def channel_dim(self, output: Tensor) -> int:
         """``output_dim``, or dimension 1 or the last where the layer or the sizes say so."""

@@ -73,18 +73,24 @@ class GroupNorm(_Norm, nn.GroupNorm):
         return F.group_norm(input, self.num_groups, weight, bias, self.eps)
 
 
+def holds_statistics(layer: NeuronLayer) -> bool:
+    """Whether batch norm behaves as in evaluation, because it is wholly frozen."""
+    return layer.hold_statistics and layer.channels.none_active and layer.running_mean is not None
+
+
 class _BatchNorm(_Norm, nn.modules.batchnorm._BatchNorm):
-    """Running statistics are updated as in torch.nn, whatever is frozen."""
+    """Running statistics are updated as in torch.nn, whatever is frozen, unless they are held."""
 
     def _normalize(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        training = self.training and not holds_statistics(self)
         momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+        if training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
-        batch_statistics = self.training or (self.running_mean is None and self.running_var is None)
-        tracked = not self.training or self.track_running_stats
+        batch_statistics = training or (self.running_mean is None and self.running_var is None)
+        tracked = not training or self.track_running_stats
         return F.batch_norm(
             input,
             self.running_mean if tracked else None,

@@ -44,8 +44,7 @@ def share_channels(model: nn.Module, new: Collection[ActiveChannels] = ()) -> No
         owned = [key for layer in group.values() for key in layer.neuron_parameters()]
         every = list(dict.fromkeys(layer.channels for layer in group.values()))
         if owned:
-            parameter, layout = owned[0]
-            k = layout.n_neurons(parameter)
+            k = next(iter(group.values())).n_neurons
             every = [c for c in every if len(c) == k] or [ActiveChannels(k)]
         known = [channels for channels in every if channels not in new] or every
         channels = next((c for c in known if c not in taken), None) or copy.deepcopy(known[0])

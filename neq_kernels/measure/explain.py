@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from neq_kernels.conversion.convert import convert
 from neq_kernels.layers.traversal import neuron_layers, neuron_owners, unwrap
 from neq_kernels.measure import flops
 from neq_kernels.measure.flops import FlopCount, LayerFlops, human
-from neq_kernels.measure.recorder import LayerCall, Recorder
+from neq_kernels.measure.recorder import Recorder
 
 SHOWN = 5
 
@@ -33,8 +34,8 @@ class Backprop:
             through the whole model.
         stopped: the number of such layers (and other products with a parameter).
         lowest: the first parameter with a gradient.
-        kept_alive_by: parameters with a gradient that are read before the first layer with active
-            neurons: but for them backprop would stop there.
+        kept_alive_by: parameters that no neuron owns, with a gradient, read before the first active
+            neuron: but for them backprop would stop there.
         kept_alive_macs: MACs of the input gradients that are computed for them, for one image.
         bound: the most that freezing can speed a step up, by FLOPs of forward and backward alone:
             those of the dense step over those of this one. No measurement.
@@ -149,7 +150,6 @@ class _Forward:
 
     def __init__(self, model: nn.Module, example: Any, images: int) -> None:
         self._images = images
-        self._own = {m: set(m.parameters(recurse=False)) for m in model.modules()}
         self._names = {p: name for name, p in model.named_parameters()}
         self._in_neurons = {
             p for layer in neuron_layers(model) for p, _ in layer.neuron_parameters()
@@ -168,28 +168,24 @@ class _Forward:
     def backprop(self, dense: FlopCount) -> Backprop:
         calls, reached = self._calls, self._first_use
         alive = [call.input_needs_grad or call.parameter in reached for call in calls]
-        active = [
-            call.parameter in reached and call.parameter in self._in_neurons for call in calls
-        ]
         stopped = alive.index(True) if True in alive else len(calls)
-        first = active.index(True) if True in active else len(calls) - 1
-        needless = self._before(calls[first]) if True in active else set(reached)
-        for_them = calls[: first + 1] if needless else []
-        macs = sum(call.macs - call.bias_macs for call in for_them if call.input_needs_grad)
+        needed_from = min((n for p, n in reached.items() if p in self._in_neurons), default=inf)
         in_order = sorted(reached, key=reached.__getitem__)
+        needless = [p for p in in_order if reached[p] < needed_from and p not in self._in_neurons]
+        first = {p for p, n in reached.items() if n == needed_from}
+        for_them = [
+            call.macs - call.bias_macs
+            for call in calls
+            if call.input_needs_grad and (call.sequence < needed_from or call.parameter in first)
+        ]
         return Backprop(
             stops_after=calls[stopped - 1].name if stopped else None,
             stopped=len({call.name for call in calls[:stopped]}),
             lowest=self._names[in_order[0]] if in_order else None,
-            kept_alive_by=tuple(self._names[p] for p in in_order if p in needless),
-            kept_alive_macs=macs // self._images,
+            kept_alive_by=tuple(self._names[p] for p in needless),
+            kept_alive_macs=sum(for_them) // self._images if needless else 0,
             bound=dense.executed / self.count.executed,
         )
-
-    def _before(self, call: LayerCall) -> set[Parameter]:
-        """Parameters with a gradient that are read before a call, but for its layer's own."""
-        own = self._own.get(call.owner, set()) if call.owner is not None else set()
-        return {p for p, n in self._first_use.items() if n < call.sequence and p not in own}
 
 
 @contextmanager

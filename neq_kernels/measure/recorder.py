@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,14 @@ class LayerCall:
     parameter: Parameter | None = None
     bypasses: bool = False
     sequence: int = 0
+
+
+class _Origin(NamedTuple):
+    """The parameter a tensor was computed from, and whether as a stand-in of it in which frozen
+    neurons are constants."""
+
+    parameter: Parameter
+    masked: bool
 
 
 OnCall = Callable[[LayerCall, Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], None]
@@ -147,26 +155,30 @@ class Recorder(TorchFunctionMode):
         tensors = _tensors(inputs)
         if not outputs or not tensors:
             return
-        parameters = [p for t in tensors if (p := self._origin(t)) is not None]
+        origins = [found for t in tensors if (found := self._origin(t)) is not None]
         # Indices and masks made of data leave a weight a weight.
         data = [
             self._is_data(t)
             for t in tensors
-            if t.is_floating_point() or t.is_complex() or name in _LOOKUPS or not parameters
+            if t.is_floating_point() or t.is_complex() or name in _LOOKUPS or not origins
         ]
-        if parameters and not any(data) and not (is_product and not is_matrix_product(func)):
-            origin = max(parameters, key=Tensor.numel)
-        elif is_product or any(data):
-            origin = None
-        else:
+        origin = None
+        if origins and not any(data) and not (is_product and not is_matrix_product(func)):
+            largest = max((found.parameter for found in origins), key=Tensor.numel)
+            origin = _Origin(largest, any(found.masked for found in origins))
+        elif not is_product and not any(data):
             return
         for tensor in outputs:
             if id(tensor) not in self._known:
                 self._origins[tensor] = origin
 
-    def _origin(self, tensor: Tensor) -> Parameter | None:
-        known = self._known.get(id(tensor))
-        return known if known is not None else self._origins.get(tensor)
+    def _origin(self, tensor: Tensor) -> _Origin | None:
+        read = read_parameter(tensor)
+        known = self._known.get(id(read))
+        if known is not None:
+            return _Origin(known, read is not tensor)
+        found: _Origin | None = self._origins.get(tensor)
+        return found
 
     def _is_data(self, tensor: Tensor) -> bool:
         if id(tensor) in self._known:
@@ -216,15 +228,20 @@ class Recorder(TorchFunctionMode):
         bias_macs: int = 0,
         needs_grad: bool | None = None,
     ) -> None:
+        origin = None if weight is None else self._origin(weight)
         weight = read_parameter(weight)
-        owner, parameter, local = self._owner(weight)
+        owner, parameter, local = self._owner(weight, origin and origin.parameter)
         of_owner = self._module_names.get(owner, "") if owner is not None else kind
         name = ".".join(filter(None, (of_owner, local if part is None else part))) or kind
         if needs_grad is None:
             running, module_needs_grad = self._running[-1]
             # Within an autograd Function the input may be a cast copy that is not in the graph.
             needs_grad = input.requires_grad or (owner is running and module_needs_grad)
-        bypasses = isinstance(owner, NeuronLayer) and not self._calls_its_layer(owner, parameter)
+        bypasses = (
+            isinstance(owner, NeuronLayer)
+            and not (origin is not None and origin.masked)
+            and not self._calls_its_layer(owner, parameter)
+        )
         self.calls.append(
             LayerCall(
                 *(name, kind, owner, weight, macs, bias_macs, needs_grad, parameter),
@@ -233,10 +250,11 @@ class Recorder(TorchFunctionMode):
             )
         )
 
-    def _owner(self, weight: Tensor | None) -> tuple[nn.Module | None, Parameter | None, str]:
+    def _owner(
+        self, weight: Tensor | None, parameter: Parameter | None
+    ) -> tuple[nn.Module | None, Parameter | None, str]:
         """Who owns the weight, the parameter it came from, and what to add to the owner's name."""
         running, _ = self._running[-1]
-        parameter = None if weight is None else self._origin(weight)
         owner, name = self._owners.get(id(parameter), (None, ""))
         if parameter is not None:
             for module, _ in reversed(self._running):  # a tied weight has several owners

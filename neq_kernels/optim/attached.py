@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +14,6 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from neq_kernels.channels import ActiveChannels
 from neq_kernels.optim.agreement import Agreement
 from neq_kernels.optim.guard import Guard
 from neq_kernels.optim.invalidation import Watch
@@ -30,6 +30,16 @@ from neq_kernels.optim.row_steps import (
 from neq_kernels.optim.step_counts import State, drop_counts, restore_counts
 
 logger = logging.getLogger(__name__)
+
+
+# Of our hooks in the optimizer's dicts; torch's own keys are numbers.
+_KEY = "neq_kernels"
+
+
+def is_attached_optimizer(optimizer: Optimizer) -> bool:
+    """Whether :func:`attach` has been called for ``optimizer``."""
+    hooks: dict[Any, Any] = optimizer._optimizer_step_pre_hooks
+    return _KEY in hooks
 
 
 class ParameterUpdate(NamedTuple):
@@ -78,6 +88,7 @@ class AttachedOptimizer:
     ) -> None:
         self._optimizer = optimizer
         self._ownership = ownership
+        self._options = (frozen_state, free_frozen_state)
         self._guard = Guard(optimizer)
         self._agreement = Agreement()
         self._logged: set[str] = set()
@@ -92,18 +103,44 @@ class AttachedOptimizer:
         # A step compiled by the user breaks its graph here: what is active is decided on the host.
         eager: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.compiler.disable
         self._step_first = eager(self._run_closure_and_rows)
-        after_step = optimizer.register_step_post_hook(eager(self._after_step))
+        for name, hook in self._hooks().items():
+            getattr(optimizer, name)[_KEY] = eager(hook)
         # The user's own post-hooks must see the frozen neurons where they belong.
-        optimizer._optimizer_step_post_hooks.move_to_end(after_step.id, last=False)  # type: ignore[attr-defined]
-        self._hooks = [
-            optimizer.register_step_pre_hook(eager(self._before_step)),
-            after_step,
-            optimizer.register_state_dict_post_hook(self._after_state_dict),
-            optimizer.register_load_state_dict_post_hook(self._after_load),
-        ]
+        optimizer._optimizer_step_post_hooks.move_to_end(_KEY, last=False)  # type: ignore[attr-defined]
+        optimizer.__dict__["__getstate__"] = self._state_with_hooks
         for group, p in self._parameters():
             if p in ownership.parameters and (reason := self._refusal(group, p)):
                 self._log_once(ownership.parameters[p], reason)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_again": (self._optimizer, self._ownership.model, *self._options)}
+
+    def __getattr__(self, name: str) -> Any:
+        """A copy attaches itself when it is first used: by then optimizer and model are whole."""
+        if name.startswith("__") or "_again" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        optimizer, model, *options = self.__dict__.pop("_again")
+        AttachedOptimizer.__init__(self, optimizer, Ownership(model), *options)
+        return getattr(self, name)
+
+    def _hooks(self) -> dict[str, Callable[..., Any]]:
+        return {
+            "_optimizer_step_pre_hooks": self._before_step,
+            "_optimizer_step_post_hooks": self._after_step,
+            "_optimizer_state_dict_post_hooks": self._after_state_dict,
+            "_optimizer_load_state_dict_post_hooks": self._after_load,
+        }
+
+    def _state_with_hooks(self) -> dict[str, Any]:
+        """What copies and pickles of the optimizer are made from. Torch leaves all hooks out: ours
+        go along, and with them the model."""
+        optimizer = self._optimizer
+        hooks = {name: OrderedDict({_KEY: hook}) for name, hook in self._hooks().items()}
+        return {
+            **type(optimizer).__getstate__(optimizer),
+            **hooks,
+            "__getstate__": self._state_with_hooks,
+        }
 
     def report(self) -> list[ParameterUpdate]:
         """How each parameter of the optimizer is updated now, in the optimizer's order."""
@@ -128,20 +165,22 @@ class AttachedOptimizer:
 
     def remove(self) -> None:
         """Give the optimizer back to torch: from the next step on every neuron is updated."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        if not is_attached_optimizer(self._optimizer):
+            return
+        for name in self._hooks():
+            del getattr(self._optimizer, name)[_KEY]
+        del self._optimizer.__dict__["__getstate__"]
         for anchor in self._ownership.anchors:
             anchor.optimizers.discard(self)
         drop_counts(self._optimizer, self._ownership.parameters)
 
-    def stand_in(self, channels: ActiveChannels) -> Parameter | None:
+    def stand_in(self, frozen: Collection[Parameter]) -> Parameter | None:
         """The smallest parameter, where nothing that the optimizer holds learns; None otherwise,
         and for all wholly frozen layers but that of the first neurons it holds."""
         owned = self._ownership.parameters
         held = [p for _, p in self._parameters()]
-        first = next((owned[p] for p in held if p in owned), None)
-        if first is None or not any(channels is c for c, _ in first.owners):
+        first = next((p for p in held if p in owned), None)
+        if not any(p is first for p in frozen):
             return None
         self._ownership.update_active_sets()
         learning = [p for p in held if p.requires_grad]
@@ -272,7 +311,7 @@ class AttachedOptimizer:
 
     def _refresh(self) -> None:
         released = self._ownership.refresh(self._optimizer)
-        if self._hooks:
+        if is_attached_optimizer(self._optimizer):
             self._register()
         drop_counts(self._optimizer, released)
 

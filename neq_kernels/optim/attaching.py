@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from neq_kernels.layers.traversal import neuron_layers
-from neq_kernels.optim.attached import AttachedOptimizer
+from neq_kernels.optim.attached import AttachedOptimizer, is_attached_optimizer
 from neq_kernels.optim.ownership import Ownership
 from neq_kernels.optim.row_steps import ROW_STEPS, FrozenState
 from neq_kernels.optim.wrappers import inner_optimizer
@@ -31,6 +31,9 @@ def attach(
     parameters no neuron owns, torch's own step runs. ``state_dict`` can be loaded by the plain
     optimizer and the other way round. ``optimizer.step``, closures, schedulers, ``GradScaler``,
     parameter groups and ``add_param_group`` work as before.
+
+    A copy or a pickle of an attached optimizer is attached to the copy of the model that goes
+    along: copy both in one call, ``copy.deepcopy((model, optimizer))``.
 
     Any other optimizer, and any parameter that row steps do not support (a ``differentiable`` or
     ``capturable`` group, a sparse gradient, a tensor subclass), takes the guard: it steps
@@ -76,12 +79,11 @@ def attach(
             "free_frozen_state: expected SGD, Adam or AdamW and frozen_state='reset', which leave "
             f"zeros that need not be stored, got {type(optimizer).__name__} and {frozen_state!r}"
         )
-    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
-        if isinstance(getattr(hook, "__self__", None), AttachedOptimizer):
-            raise ValueError(
-                "optimizer: expected one that is not attached, got one that is: call remove() on "
-                "its handle first (for several models attach a torch.nn.ModuleList of them)"
-            )
+    if is_attached_optimizer(optimizer):
+        raise ValueError(
+            "optimizer: expected one that is not attached, got one that is: call remove() on its "
+            "handle first (for several models attach a torch.nn.ModuleList of them)"
+        )
     _refuse_flat_parameters(model)
     ownership = Ownership(model)
     if not ownership.parameters:

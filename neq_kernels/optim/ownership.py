@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from neq_kernels.channels import ActiveChannels, NeuronLayout
+from neq_kernels.conversion.repair import repair
 from neq_kernels.layers.base import NeuronLayer
 from neq_kernels.layers.following import Following, followers
 from neq_kernels.layers.ties import check_ties
@@ -111,6 +112,7 @@ class Ownership:
     """The owned parameters of a model, kept true by comparing the model with what was last read.
 
     Attributes:
+        model: the one inside the wrappers.
         parameters: every owned parameter. Keys compare by identity.
         anchors: of the neuron layers; one after ``convert``.
         version: grows whenever :meth:`refresh` finds the model or an active set changed.
@@ -124,9 +126,10 @@ class Ownership:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = unwrap(model)
+        self.model = unwrap(model)
+        repair(self.model)
         self._places = self._named()
-        self._structure = _Structure(self._model)
+        self._structure = _Structure(self.model)
         self.parameters = self._read()
         self.version = 0
         self._generations: list[int] = []
@@ -144,10 +147,11 @@ class Ownership:
         """
         released: list[Parameter] = []
         if self._structure.has_changed():
-            structure, parameters = _Structure(self._model), self._read()
+            repair(self.model)
+            structure, parameters = _Structure(self.model), self._read()
             released = [p for p in self.parameters if p not in parameters]
             optimized = {p for group in optimizer.param_groups for p in group["params"]}
-            for p in optimized.intersection(released).difference(self._model.parameters()):
+            for p in optimized.intersection(released).difference(self.model.parameters()):
                 raise RuntimeError(
                     f"{self.parameters[p].name}: the optimizer holds a parameter that the model "
                     "has replaced (by model.to or an assignment), so its steps would be lost: "
@@ -182,8 +186,8 @@ class Ownership:
             self.version += 1
 
     def _watch_active_sets(self) -> None:
-        layers = [layer for _, layer in named_neuron_layers(self._model)]
-        self._followers = followers(self._model)
+        layers = [layer for _, layer in named_neuron_layers(self.model)]
+        self._followers = followers(self.model)
         self._deciding: list[ActiveChannels | Following] = list(
             dict.fromkeys(
                 [
@@ -197,21 +201,19 @@ class Ownership:
 
     def layers(self) -> Iterator[tuple[str, NeuronLayer]]:
         """The model's neuron layers by name."""
-        return named_neuron_layers(self._model)
+        return named_neuron_layers(self.model)
 
     def names(self) -> dict[Parameter, str]:
         """The name of every parameter of the model."""
-        return {p: name for name, p in self._model.named_parameters()}
+        return {p: name for name, p in self.model.named_parameters()}
 
     def _named(self) -> dict[str, Parameter]:
-        return dict(self._model.named_parameters(remove_duplicate=False))
+        return dict(self.model.named_parameters(remove_duplicate=False))
 
     def _read(self) -> dict[Parameter, OwnedParameter]:
-        check_ties(self._model)
+        check_ties(self.model)
         names = self.names()
-        return {
-            p: OwnedParameter(names[p], p, who) for p, who in neuron_owners(self._model).items()
-        }
+        return {p: OwnedParameter(names[p], p, who) for p, who in neuron_owners(self.model).items()}
 
 
 class _Structure:

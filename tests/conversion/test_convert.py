@@ -7,12 +7,10 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
 
 import neq_kernels as neq
 from neq_kernels.layers.base import NeuronLayer
 from neq_kernels.layers.traversal import named_neuron_layers
-from tests.support import oracle
 from tests.support.models import OwnLinear, Scaled, converted, entries, small_net
 
 STOCK = [
@@ -155,21 +153,6 @@ def test_hooks_optimizers_and_references_survive():
         optimizer.step()
         assert optimizer.state[weight]["momentum_buffer"] is buffer
         neq.revert(model)
-
-
-def test_a_layer_parametrized_after_its_conversion():
-    model = neq.convert(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
-    parametrizations.weight_norm(model[0])
-    assert entries(model)["0"].converted
-    model[0].channels.set([1])
-    model(torch.randn(2, 3)).sum().backward()
-    oracle.assert_frozen_are_zero(model[0].bias.grad, [False, True, False, False])
-    with pytest.raises(ValueError, match="0: expected the class that convert gave it, got Param"):
-        neq.revert(model)
-    assert all(isinstance(layer, NeuronLayer) for layer in model)
-    torch.nn.utils.parametrize.remove_parametrizations(model[0], "weight")
-    neq.revert(model)
-    assert [type(m) for m in model] == [nn.Linear, nn.Linear]
 
 
 def test_a_filtered_second_convert_keeps_the_first():

@@ -8,30 +8,18 @@ from torch import nn
 
 import neq_kernels as neq
 from neq_kernels.layers.traversal import named_neuron_layers
-from tests.support.models import small_net
-
-
-class Functional(nn.Module):
-    """Uses one layer's weight without calling the layer, in a way that its source does not show."""
-
-    def __init__(self):
-        super().__init__()
-        self.called, self.bypassed = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        layer = self.bypassed
-        return nn.functional.linear(self.called(x), layer.weight, layer.bias)
+from tests.support.models import Bypassing, small_net
 
 
 def test_verify_finds_layers_that_are_bypassed():
-    assert neq.verify(neq.convert(Functional()), torch.randn(3, 4)) == [
+    assert neq.verify(neq.convert(Bypassing()), torch.randn(3, 4)) == [
         "bypassed.weight",
         "bypassed.bias",
     ]
 
 
 def test_verify_says_what_the_dense_gradients_cost():
-    dense = neq.verify(neq.convert(Functional()), torch.randn(3, 4))
+    dense = neq.verify(neq.convert(Bypassing()), torch.randn(3, 4))
     assert dense.macs == {"bypassed.weight": 3 * 16, "bypassed.bias": 0}
     assert dense.total_macs == 2 * 3 * 16
     assert dense.share == 0.5
@@ -43,7 +31,7 @@ def test_verify_says_what_the_dense_gradients_cost():
 
 
 def test_a_projection_that_starts_at_zero_hides_nothing():
-    model = nn.Sequential(Functional(), nn.Linear(4, 4))
+    model = nn.Sequential(Bypassing(), nn.Linear(4, 4))
     nn.init.zeros_(model[1].weight)
     assert neq.verify(neq.convert(model), torch.randn(3, 4)) == [
         "0.bypassed.weight",
@@ -52,7 +40,7 @@ def test_a_projection_that_starts_at_zero_hides_nothing():
 
 
 def test_a_layer_that_training_skips_at_random_is_found():
-    class LayerDrop(Functional):
+    class LayerDrop(Bypassing):
         def forward(self, x):
             return x if self.training else super().forward(x)
 
@@ -62,7 +50,7 @@ def test_a_layer_that_training_skips_at_random_is_found():
 
 
 def test_a_part_that_only_training_has_is_found():
-    class Auxiliary(Functional):
+    class Auxiliary(Bypassing):
         def forward(self, x):
             return super().forward(x) if self.training else x
 
@@ -73,7 +61,7 @@ def test_a_part_that_only_training_has_is_found():
 
 
 def test_a_model_that_refuses_another_mode_is_verified_in_its_own():
-    class OnlyTraining(Functional):
+    class OnlyTraining(Bypassing):
         def forward(self, x):
             if not self.training:
                 raise RuntimeError("no targets")
@@ -88,7 +76,7 @@ def test_a_model_that_refuses_another_mode_is_verified_in_its_own():
     "example", [torch.randn(3, 4), (torch.randn(3, 4),), {"x": torch.randn(3, 4)}]
 )
 def test_verify_takes_tensors_tuples_and_dicts(example):
-    assert len(neq.verify(neq.convert(Functional()), example)) == 2
+    assert len(neq.verify(neq.convert(Bypassing()), example)) == 2
 
 
 def test_verify_needs_something_to_learn():

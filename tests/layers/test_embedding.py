@@ -258,3 +258,50 @@ def test_sparse_gradients_take_the_guard(make):
     mask = ours.channels.mask
     assert torch.equal(ours.weight.detach()[~mask], before[~mask])
     oracle.assert_close64(ours.weight[mask], plain.weight[mask], 1e-12)
+
+
+class Scaled(nn.Embedding):
+    """As Gemma's."""
+
+    def forward(self, tokens):
+        return super().forward(tokens) * 3
+
+
+class Positions(nn.Embedding):
+    """As OPT's: rows by a running count, and an argument of another name."""
+
+    def forward(self, attention_mask, offset=0):
+        return super().forward(attention_mask.cumsum(1) + offset)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [(Scaled, (torch.tensor([[1, 3, 3]]),)), (Positions, (torch.ones(2, 3, dtype=torch.long), 1))],
+)
+def test_a_subclass_with_its_own_forward(kind, arguments):
+    plain = kind(ROWS, WIDTH).double()
+    ours = neq.convert(copy.deepcopy(plain))
+    assert isinstance(ours, kind)
+    assert ours.is_embedding
+    assert torch.equal(ours(*arguments), plain(*arguments))
+    ours.channels.set([1, 2, 4])
+    for layer in (plain, ours):
+        layer(*arguments).square().sum().backward()
+    mask = ours.channels.mask
+    oracle.assert_close64(ours.weight.grad[mask], plain.weight.grad[mask], 1e-12)
+    assert not ours.weight.grad[~mask].any()
+    ours.channels.set([])
+    assert not ours(*arguments).requires_grad
+    assert type(neq.revert(ours)) is kind
+
+
+def test_a_head_tied_to_a_scaled_embedding_shares_its_neurons():
+    model = nn.Sequential(Scaled(ROWS, WIDTH), nn.Linear(WIDTH, ROWS, bias=False))
+    model[1].weight = model[0].weight
+    neq.convert(model)
+    assert model[0].channels is model[1].channels
+    model[0].channels.set([0, 5])
+    model(torch.tensor([0, 1, 5])).square().sum().backward()
+    assert model[0].weight.grad.any(1).nonzero().flatten().tolist() == [0, 5]
+    sparse = neq.conversion_report(nn.Sequential(Scaled(ROWS, WIDTH, sparse=True)))
+    assert "sparse=True" in sparse.modules[0].reason

@@ -158,6 +158,31 @@ def test_multi_head_attention_projections_are_counted(separate):
     assert rows(count)["attention.out_proj"].dgrad_macs == 5 * 8 * 8
 
 
+@pytest.mark.parametrize("lengths", [(5, 5), (5, 3)])
+@pytest.mark.parametrize("separate", [False, True])
+def test_attention_with_neurons_counts_as_the_plain_one(lengths, separate):
+    sizes = {"kdim": 6, "vdim": 10} if separate else {}
+    layer = nn.MultiheadAttention(8, 2, batch_first=True, **sizes)
+    length, source = lengths
+    example = {
+        "query": torch.randn(2, length, 8),
+        "key": torch.randn(2, source, sizes.get("kdim", 8)),
+        "value": torch.randn(2, source, sizes.get("vdim", 8)),
+    }
+    plain = flops.count(layer, example)
+    model = neq.convert(layer)
+    count = flops.count(model, example)
+    for total in ("macs", "paper", "wgrad", "dgrad"):
+        assert getattr(count, total) == getattr(plain, total)
+    assert count.owned == 1
+    assert plain.owned == 0
+    model.channels.set([])
+    count = flops.count(model, example)
+    out = rows(count)["out_proj"].macs
+    assert count.wgrad == 2 * out
+    assert flops.frozen_fraction(model, count) == pytest.approx(1 - out / count.macs)
+
+
 def test_a_layer_called_twice_counts_twice_under_one_name():
     layer = nn.Linear(4, 4, bias=False)
     count = flops.count(nn.Sequential(layer, nn.ReLU(), layer), torch.randn(1, 4))

@@ -10,6 +10,7 @@ from torch import nn
 
 import neq_kernels as neq
 from neq_kernels.measure import flops
+from tests.support.models import product
 
 B, CIN, K = 3, 4, 5
 
@@ -239,7 +240,7 @@ class Functional(nn.Module):
         self.qkv, self.out = nn.Linear(16, 48), nn.Linear(48, 16)
 
     def forward(self, x):
-        return self.out(F.linear(x, self.qkv.weight, self.qkv.bias))
+        return self.out(product(x, self.qkv))
 
 
 def test_a_layer_that_is_bypassed_saves_nothing():

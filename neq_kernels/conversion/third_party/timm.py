@@ -48,11 +48,3 @@ def recipe(kind: type[nn.Module]) -> Recipe | None:
             dim = 1 if any(part in name for part in _CHANNELS_FIRST) else -1
             return Recipe(MaskedNorm, {"owned": owned, "output_dim": dim})
     return None
-
-
-def replacements() -> dict[type[nn.Module], type[nn.Module]]:
-    return {}
-
-
-def bypassing() -> dict[type[nn.Module], str]:
-    return {}

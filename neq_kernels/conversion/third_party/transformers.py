@@ -63,11 +63,3 @@ def _experts(name: str) -> Recipe:
         for matrix in _MATRICES.get(name, ("gate_up_proj", "down_proj"))
     )
     return Recipe(Experts, {"owned": first, "further": tuple(further)})
-
-
-def replacements() -> dict[type[nn.Module], type[nn.Module]]:
-    return {}
-
-
-def bypassing() -> dict[type[nn.Module], str]:
-    return {}
