@@ -85,6 +85,8 @@ def _own_reason(name: str, module: nn.Module, filter: Filter | None, norms: bool
         base, _ = known_base(kind)
         if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
             return _RECURRENT
+        if isinstance(module, nn.EmbeddingBag):
+            return "it adds up its rows in one operator, whose gradient is dense; see nn.Embedding"
         if base is None:
             return "not a supported layer type"
         names = ", ".join(redefined(kind, base))

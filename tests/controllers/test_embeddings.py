@@ -61,7 +61,10 @@ def test_embeddings_that_were_asked_for(make, tied):
     controller = make(model, include_output=True, embeddings=True)
     controller.step()
     assert model.table.channels.n_active < 9
-    assert controller.history[-1]["layers"].keys() == {"table", "mix", "head"}
+    layers = controller.history[-1]["layers"]
+    assert layers.keys() == {"table", "mix", "head"}
+    assert layers["table"]["elements"] == 36
+    assert layers["table"]["active_elements"] == 4 * model.table.channels.n_active
     model = Reader(tied)
     make(model, embeddings=True).step()
     # The head is the output layer; what is tied to it shares its fate.

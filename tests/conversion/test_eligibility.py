@@ -30,7 +30,7 @@ LEFT_ALONE = {
     "it has an attribute of its own that neurons would take: channels": with_channels,
     "not a supported layer type": lambda: nn.LSTM(3, 4),
     "max_norm": lambda: nn.Embedding(3, 4, max_norm=1.0),
-    "not a supported layer type: bags": lambda: nn.EmbeddingBag(3, 4),
+    "it adds up its rows in one operator": lambda: nn.EmbeddingBag(3, 4),
 }
 
 
