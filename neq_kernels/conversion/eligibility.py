@@ -10,7 +10,8 @@ from torch.nn.utils import parametrize
 from neq_kernels.channels import NeuronLayout
 from neq_kernels.conversion.neuron_classes import known_base, neuron_class, redefined
 from neq_kernels.conversion.third_party.peft import adapted
-from neq_kernels.layers.base import NeuronLayer
+from neq_kernels.layers.base import NeuronLayer, unparametrized
+from neq_kernels.layers.masked import Masked
 from neq_kernels.layers.replaced_forward import replaced_forward
 
 Filter = Callable[[str, nn.Module], bool]
@@ -56,7 +57,7 @@ def layouts(module: nn.Module) -> list[tuple[nn.Parameter, NeuronLayout]]:
     """The parameters that neurons of a layer own, converted or not yet, and where a neuron lies."""
     if isinstance(module, NeuronLayer):
         return module.neuron_parameters()
-    ours = neuron_class(type(module))
+    ours = neuron_class(unparametrized(module))
     assert ours is not None
     return [*ours.parameters_in(module)[:1], *ours.further_parameters_in(module)]
 
@@ -78,9 +79,7 @@ _RECURRENT = (
 def _own_reason(name: str, module: nn.Module, filter: Filter | None, norms: bool) -> str | None:
     if isinstance(module, NeuronLayer):
         return None
-    kind = type(module)
-    if parametrize.is_parametrized(module):
-        return "parametrized"
+    kind = unparametrized(module)
     ours = neuron_class(kind)
     if ours is None:
         base, _ = known_base(kind)
@@ -92,6 +91,8 @@ def _own_reason(name: str, module: nn.Module, filter: Filter | None, norms: bool
         return f"a subclass of {base.__name__} with its own {names}; see neq.register"
     if replaced_forward(module):
         return "its forward was replaced on the layer itself, before convert"
+    if parametrize.is_parametrized(module) and issubclass(ours, Masked):
+        return "parametrized"
     taken = _taken(module, ours)
     if taken:
         return f"it has an attribute of its own that neurons would take: {', '.join(taken)}"

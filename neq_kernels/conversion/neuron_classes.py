@@ -8,6 +8,7 @@ from weakref import WeakValueDictionary
 
 from torch import nn
 
+from neq_kernels.conversion.built_around import built_around
 from neq_kernels.conversion.recipe import REGISTERED, Recipe
 from neq_kernels.conversion.third_party.families import recipe_for
 from neq_kernels.layers import attention, conv, embedding, linear, masked, masked_norm, norm
@@ -81,11 +82,9 @@ def neuron_class(kind: type[nn.Module]) -> type[NeuronLayer] | None:
     known = NEURON_CLASSES.get(kind) or _made.get(kind)
     if known is not None:
         return known
-    recipe = REGISTERED.get(kind) or _recipe(kind)
+    recipe = REGISTERED.get(kind) or _around(kind) or _recipe(kind) or _inherited(kind)
     if recipe is None:
-        recipe = _inherited(kind)
-        if recipe is None:
-            return None
+        return None
     made = _make(recipe, kind)
     _made[kind] = made
     return made
@@ -106,6 +105,16 @@ def redefined(kind: type[nn.Module], base: type[nn.Module]) -> list[str]:
     of_base = {name for c in lineage for name in vars(c)} - _HARMLESS | _READS | _CALLS
     between = kind.__mro__[: kind.__mro__.index(base)]
     return sorted({name for c in between for name in vars(c)} & of_base)
+
+
+def _around(kind: type[nn.Module]) -> Recipe | None:
+    base = next((b for b in kind.__mro__[1:] if b in NEURON_CLASSES), None)
+    if base is None or redefined(kind, base) != ["forward"]:
+        return None
+    ours = NEURON_CLASSES[base]
+    if ours.is_norm or issubclass(ours, masked.Masked) or not built_around(kind, base):
+        return None  # a norm's channels are found better by a masked one
+    return Recipe(ours, around=True)
 
 
 def _recipe(kind: type) -> Recipe | None:
@@ -147,7 +156,7 @@ def _make(recipe: Recipe, kind: type[nn.Module]) -> type[NeuronLayer]:
     namespace = {name: getattr(kind, name) for name in names}
     made: type[NeuronLayer] = type(
         kind.__name__,
-        (recipe.ours, kind),
+        (kind, recipe.ours) if recipe.around else (recipe.ours, kind),
         {**namespace, **recipe.attributes, "stock": kind, "__reduce_ex__": reduce},
     )
     return constructible(made)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import Parameter
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from neq_kernels import functional
@@ -117,22 +117,7 @@ class Masked(NeuronLayer):
                 child.adopt(ActiveChannels(child.n_neurons), grad_input, anchor)
 
     def watch(self, watcher: Watcher) -> RemovableHandle:
-        return self.register_forward_hook(lambda layer, args, output: self._shown(output, watcher))
-
-    def _shown(self, output: Any, watcher: Watcher) -> Any:
-        """The output with what the watcher puts in place of the tensor that holds the neurons."""
-        leaves, structure = tree_flatten(output)
-        k = len(self.channels)
-        for i, leaf in enumerate(leaves):
-            if self.output_dim is None or not isinstance(leaf, Tensor) or not leaf.dim():
-                continue
-            if leaf.shape[self.channel_dim(leaf)] == k:
-                shown = watcher(leaf)
-                if shown is None:
-                    return None
-                leaves[i] = shown
-                return tree_unflatten(leaves, structure)
-        return None
+        return super().watch(watcher if self.output_dim is not None else lambda tensor: None)
 
     def computed(self) -> str | None:
         for group in (self.owned, *self.further):
