@@ -151,7 +151,7 @@ class NeuronLayer(nn.Module):
     def _shown(self, output: Any, watcher: Watcher) -> Any:
         leaves, structure = tree_flatten(output)
         for i, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor) and self._shows_neurons(leaf):
+            if isinstance(leaf, Tensor) and self._holds_neurons(leaf):
                 shown = watcher(leaf)
                 if shown is None:
                     return None
@@ -159,8 +159,8 @@ class NeuronLayer(nn.Module):
                 return tree_unflatten(leaves, structure)
         return None
 
-    def _shows_neurons(self, output: Tensor) -> bool:
-        if self.is_embedding:
+    def _holds_neurons(self, output: Tensor) -> bool:
+        if not self.shows_neurons:
             return True
         dim = self.channel_dim(output) if output.dim() else -1
         return 0 <= dim < output.dim() and output.shape[dim] == len(self.channels)
