@@ -267,6 +267,13 @@ class Scaled(nn.Embedding):
         return super().forward(tokens) * 3
 
 
+class LookedUp(nn.Embedding):
+    """Reads its weight itself."""
+
+    def forward(self, tokens):
+        return nn.functional.embedding(tokens, self.weight, sparse=self.sparse) * 3
+
+
 class Positions(nn.Embedding):
     """As OPT's: rows by a running count, and an argument of another name."""
 
@@ -276,7 +283,11 @@ class Positions(nn.Embedding):
 
 @pytest.mark.parametrize(
     ("kind", "arguments"),
-    [(Scaled, (torch.tensor([[1, 3, 3]]),)), (Positions, (torch.ones(2, 3, dtype=torch.long), 1))],
+    [
+        (Scaled, (torch.tensor([[1, 3, 3]]),)),
+        (LookedUp, (torch.tensor([[1, 3, 3]]),)),
+        (Positions, (torch.ones(2, 3, dtype=torch.long), 1)),
+    ],
 )
 def test_a_subclass_with_its_own_forward(kind, arguments):
     plain = kind(ROWS, WIDTH).double()
@@ -303,5 +314,5 @@ def test_a_head_tied_to_a_scaled_embedding_shares_its_neurons():
     model[0].channels.set([0, 5])
     model(torch.tensor([0, 1, 5])).square().sum().backward()
     assert model[0].weight.grad.any(1).nonzero().flatten().tolist() == [0, 5]
-    sparse = neq.conversion_report(nn.Sequential(Scaled(ROWS, WIDTH, sparse=True)))
+    sparse = neq.conversion_report(nn.Sequential(LookedUp(ROWS, WIDTH, sparse=True)))
     assert "sparse=True" in sparse.modules[0].reason
