@@ -26,7 +26,7 @@ from neq_kernels.layers.traversal import named_neuron_layers, neuron_owners
 
 CHECKS = ("forward", "gradients", "frozen", "sgd", "adamw", "revert", "stop")
 # Above it the parameters, gradients and both optimizers' states are kept in float32.
-MOST_IN_FLOAT64 = 60_000_000
+MOST_IN_FLOAT64 = 20_000_000
 _NOISE = 0.02
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1}
@@ -99,35 +99,36 @@ def check(build: Callable[[], Example]) -> dict[str, Any]:
     try:
         example = build()
         row["parameters"] = sum(p.numel() for p in example.model.parameters())
-        example, outputs, dtype = _running(example)
+        outputs, dtype = None, "float64"
+        if row["parameters"] <= MOST_IN_FLOAT64:
+            double = example.in_dtype(torch.float64)
+            outputs = _first_outputs(double, refused=(RuntimeError, ValueError, TypeError))
+            example = build() if outputs is None else double
+        if outputs is None:
+            outputs, dtype = _first_outputs(example, refused=()), "float32"
     except Exception as error:
         return row | {"built": False, "reason": f"not built: {_words(error)}"}
+    assert outputs is not None
     return row | {"built": True, "dtype": dtype} | _Checked(example, outputs, dtype).row()
 
 
-def _running(example: Example) -> tuple[Example, list[Tensor], str]:
-    """In float64 where the model runs in it; zero and constant weights get noise: a zero would
-    hide every gradient below it."""
+def _first_outputs(
+    example: Example, *, refused: tuple[type[Exception], ...]
+) -> list[Tensor] | None:
+    """Of one forward and backward; None if the model refuses. Constant weights get noise before: a
+    zero would hide every gradient below it."""
     with torch.no_grad():
         for parameter in example.model.parameters():
             is_constant = parameter.numel() > 1 and bool(parameter.min() == parameter.max())
             if is_constant and parameter.is_floating_point():
                 parameter.add_(_NOISE * torch.randn_like(parameter))
-    example.model.train()
-    plain = copy.deepcopy(example.model)
-    if sum(p.numel() for p in plain.parameters()) <= MOST_IN_FLOAT64:
-        try:
-            double = example.in_dtype(torch.float64)
-            outputs = double.forward(double.model)
-            weighted_sum(outputs).backward()
-            double.model.zero_grad(set_to_none=True)
-            return double, outputs, "float64"
-        except (RuntimeError, ValueError, TypeError):
-            example.model = plain
-    outputs = example.forward(example.model)
-    weighted_sum(outputs).backward()
+    try:
+        outputs = example.forward(example.model)
+        weighted_sum(outputs).backward()
+    except refused:
+        return None
     example.model.zero_grad(set_to_none=True)
-    return example, outputs, "float32"
+    return outputs
 
 
 class _Checked:
@@ -149,6 +150,8 @@ class _Checked:
         del again
         with self._cell("forward"):
             count = self._dense_backward()
+            if count is None:
+                return {"reason": "not checked: its gradients are not finite"}
             types = [type(module) for module in self.dense.modules()]
             hooks = _hooks(self.dense)
             model = neq.convert(_copy(self.dense))
@@ -156,16 +159,17 @@ class _Checked:
             self.cells["mac_share"] = count.share_of(_owned_shares(model))
             self._half_frozen(model)
             self._revert(model, types, hooks)
-            del model
-            self._stop(count)
+            self._stop(model, count)
         return self.cells | {"reason": "; ".join(self.reasons)}
 
-    def _dense_backward(self) -> Products:
+    def _dense_backward(self) -> Products | None:
         with Products(self.dense, (self.example.args, self.example.kwargs)) as count:
             loss = weighted_sum(self.example.forward(self.dense))
             count.in_backward = True
             loss.backward()
-        count._alive.clear()
+        gradients = (p.grad for p in self.dense.parameters() if p.grad is not None)
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+            return None
         if count.computes_in_float32:
             self.tolerance = FLOAT32
         return count
@@ -246,10 +250,10 @@ class _Checked:
             outputs = self.example.forward(self.dense)
             self._check("revert", same(outputs, self.example.forward(model)), "forward differs")
 
-    def _stop(self, count: Products) -> None:
+    def _stop(self, model: nn.Module, count: Products) -> None:
         """Freeze the first half of the neuron layers; count what backprop still computes."""
         with self._cell("stop"):
-            model = neq.convert(_copy(self.dense), others="follow")
+            neq.convert(model, others="follow")
             bottom, live = _halves(model, count.first_use)
             if not bottom:
                 self.reasons.append("stop: fewer than two neuron layers")
@@ -264,11 +268,9 @@ class _Checked:
                 if count.first_use.get(name, 0) < boundary
                 or any(p is parameter for p in _stopped(model))
             }
-            del model
-            plain = _copy(self.dense)
-            for name, parameter in plain.named_parameters():
+            for name, parameter in self.dense.named_parameters():
                 parameter.requires_grad_(parameter.requires_grad and name not in frozen)
-            needed = self._input_gradient_macs(plain)
+            needed = self._input_gradient_macs(self.dense)
             dense = count.input_gradient_macs
             self.cells["dgrad"] = ours / dense if dense else 0.0
             self.cells["dgrad_needed"] = needed / dense if dense else 0.0
@@ -333,13 +335,14 @@ def gradient_faults(
     """
     theirs = dict(dense.named_parameters())
     largest = max(
-        (float(p.grad.abs().max()) for p in theirs.values() if p.grad is not None), default=0.0
+        (float(p.grad.abs().max()) for p in theirs.values() if p.grad is not None and p.numel()),
+        default=0.0,
     )
     owners = neuron_owners(model)
     faults: dict[str, list[str]] = {}
     for name, parameter in model.named_parameters():
         want, got = theirs[name].grad, parameter.grad
-        if want is None and got is None:
+        if not parameter.numel() or (want is None and got is None):
             continue
         want = torch.zeros_like(parameter) if want is None else want
         got = torch.zeros_like(parameter) if got is None else got

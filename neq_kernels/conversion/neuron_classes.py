@@ -3,10 +3,13 @@ library, or derived for a subclass."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 from weakref import WeakValueDictionary
 
 from torch import nn
+from torch.fx import Proxy
 
 from neq_kernels.conversion.built_around import built_around
 from neq_kernels.conversion.recipe import REGISTERED, Recipe
@@ -154,12 +157,27 @@ def _make(recipe: Recipe, kind: type[nn.Module]) -> type[NeuronLayer]:
 
     names = ("__module__", "__qualname__", "__doc__")
     namespace = {name: getattr(kind, name) for name in names}
+    if recipe.around:
+        namespace["forward"] = _leaf(kind)
     made: type[NeuronLayer] = type(
         kind.__name__,
         (kind, recipe.ours) if recipe.around else (recipe.ours, kind),
         {**namespace, **recipe.attributes, "stock": kind, "__reduce_ex__": reduce},
     )
     return constructible(made)
+
+
+def _leaf(kind: Any) -> Callable[..., Any]:
+    """The forward of ``kind``, in a graph of torch.fx the call of the layer: else what is around
+    the forward of ours would be in the graph, and in the layer."""
+
+    @wraps(kind.forward)
+    def forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
+            return layer._traced(*args, **kwargs)
+        return kind.forward(layer, *args, **kwargs)
+
+    return forward
 
 
 def _new(kind: type[nn.Module], *arguments: Any) -> NeuronLayer:

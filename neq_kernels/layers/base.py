@@ -217,8 +217,10 @@ class NeuronLayer(nn.Module):
         own = self._parameters
         if "weight" in own and "bias" in own:  # where Module.__getattr__, too, would find them
             weight, bias = own["weight"], own["bias"]
-        else:
-            weight, bias = self.weight, getattr(self, "bias", None)
+        else:  # the parameter before the attribute, with which WeightReads may hide it
+            weight, bias = (
+                own[n] if n in own else getattr(self, n, None) for n in ("weight", "bias")
+            )
         if torch.compiler.is_compiling() and self._stops():
             return detached(weight), detached(bias)
         return weight, bias

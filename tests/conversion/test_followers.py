@@ -92,6 +92,19 @@ def test_a_layer_that_is_skipped_at_random_is_met():
     assert stops(model, "ab", lambda: model(x))
 
 
+def test_a_replica_shows_nothing():
+    """Those of DataParallel run in threads of their own."""
+    model = neq.convert(Wired(WIRINGS["below the head"][0]), others="follow")
+    x = torch.randn(4, 3)
+    replica = model._replicate_for_data_parallel()
+    replica.p = model.p * 1
+    assert torch.equal(replica(x), model(x))
+    assert not stops(model, "abc", lambda: model(x))
+    model.zero_grad()
+    replica(x).sum().backward()
+    assert model.p.grad is not None  # the replica's own tensor is what it reads
+
+
 def test_a_forward_that_raises_shows_nothing():
     fails = [True]
 

@@ -267,13 +267,6 @@ class Scaled(nn.Embedding):
         return super().forward(tokens) * 3
 
 
-class LookedUp(nn.Embedding):
-    """Reads its weight itself."""
-
-    def forward(self, tokens):
-        return nn.functional.embedding(tokens, self.weight, sparse=self.sparse) * 3
-
-
 class Positions(nn.Embedding):
     """As OPT's: rows by a running count, and an argument of another name."""
 
@@ -281,11 +274,16 @@ class Positions(nn.Embedding):
         return super().forward(attention_mask.cumsum(1) + offset)
 
 
+class ByItself(nn.Embedding):
+    def forward(self, tokens):
+        return nn.functional.embedding(tokens, self.weight * 2)
+
+
 @pytest.mark.parametrize(
     ("kind", "arguments"),
     [
+        (ByItself, (torch.tensor([[1, 3, 3]]),)),
         (Scaled, (torch.tensor([[1, 3, 3]]),)),
-        (LookedUp, (torch.tensor([[1, 3, 3]]),)),
         (Positions, (torch.ones(2, 3, dtype=torch.long), 1)),
     ],
 )
@@ -314,5 +312,15 @@ def test_a_head_tied_to_a_scaled_embedding_shares_its_neurons():
     model[0].channels.set([0, 5])
     model(torch.tensor([0, 1, 5])).square().sum().backward()
     assert model[0].weight.grad.any(1).nonzero().flatten().tolist() == [0, 5]
-    sparse = neq.conversion_report(nn.Sequential(LookedUp(ROWS, WIDTH, sparse=True)))
-    assert "sparse=True" in sparse.modules[0].reason
+
+
+def test_a_subclass_with_its_own_forward_stays_a_layer_in_a_trace():
+    model = neq.convert(nn.Sequential(Scaled(ROWS, WIDTH)))
+    traced = torch.fx.symbolic_trace(model)
+    x = tokens(5)
+    assert torch.equal(traced(x), model(x))
+
+
+def test_sparse_gradients_of_a_subclass_that_looks_up_by_itself_are_refused():
+    report = neq.conversion_report(nn.Sequential(ByItself(ROWS, WIDTH, sparse=True)))
+    assert "sparse=True" in report.modules[0].reason

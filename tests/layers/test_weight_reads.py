@@ -44,7 +44,7 @@ def both():
 
 
 def inputs():
-    return torch.randn(7, 6, dtype=torch.float64)
+    return torch.randn(7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
 
 def backward(model, x):
@@ -195,6 +195,16 @@ def test_exported_programs_are_plain():
     program = torch.export.export(ours, (x,))
     assert not [node for node in program.graph.nodes if "neq" in str(node.target)]
     oracle.assert_close64(program.module()(x), ours(x))
+
+
+def test_a_reader_is_one_module_in_a_graph_of_torch_fx():
+    plain, ours = both()
+    traced = torch.fx.symbolic_trace(ours)
+    assert [node.target for node in traced.graph.nodes][1:4] == ["0", "1", "2"]
+    set_ragged(ours)
+    for model in (plain, traced):
+        backward(model, inputs())
+    assert_model_gradients(ours, plain)
 
 
 def test_linear_cross_entropy():
