@@ -54,7 +54,7 @@ class ConversionReport:
 def conversion_report(model: nn.Module) -> ConversionReport:
     """List every module and parameter: converted or not, and why."""
     inner = unwrap(model)
-    owners = traversal.neuron_owners(inner)  # first: it may take neurons away
+    owners = traversal.neuron_owners(inner, following=False)  # first: it may take neurons away
     reasons = reasons_against(inner, None, norms=True)
     modules = []
     for name, module in inner.named_modules():
@@ -69,18 +69,18 @@ def conversion_report(model: nn.Module) -> ConversionReport:
         if isinstance(module, NeuronLayer) and not converted:
             reason = "its forward was replaced after convert, by one that does not call it"
         modules.append(ReportEntry(name, kind, converted, reason))
-    following = {id(follower.parameter) for follower in followers(inner)}
+    following = {follower.parameter for follower in followers(inner)}
     others = tuple(
-        ReportEntry(name, "parameter", False, _other_reason(id(parameter) in following))
+        ReportEntry(name, "parameter", False, _other_reason(parameter in following))
         for name, parameter in inner.named_parameters()
-        if parameter.requires_grad and (parameter not in owners or id(parameter) in following)
+        if parameter.requires_grad and parameter not in owners
     )
     return ConversionReport(tuple(modules), others)
 
 
 def warn_of_little(model: nn.Module, filter: Filter | None, norms: bool) -> None:
     """Warn if less than half of what learns in matrices has neurons, though all of it may have."""
-    owners = traversal.neuron_owners(model)
+    owners = traversal.neuron_owners(model, following=False)
     learning = (p for p in model.parameters() if p.requires_grad and not is_lazy(p))
     matrices = {p for p in learning if p.dim() > 1}
     total = sum(p.numel() for p in matrices)

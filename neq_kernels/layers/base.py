@@ -166,6 +166,11 @@ class NeuronLayer(nn.Module):
         return 0 <= dim < output.dim() and output.shape[dim] == len(self.channels)
 
     @property
+    def shows_neurons(self) -> bool:
+        """Whether a dimension of its output enumerates them, so that they can be watched."""
+        return not self.is_embedding
+
+    @property
     def learns(self) -> bool:
         """Whether a parameter of its neurons requires a gradient."""
         return any(parameter.requires_grad for parameter, _ in self.neuron_parameters())

@@ -98,6 +98,10 @@ class Masked(NeuronLayer):
     def further_parameters_in(cls, layer: nn.Module) -> list[tuple[Parameter, NeuronLayout]]:
         return [found for group in cls.further for found in _parameters_of(layer, group)]
 
+    @property
+    def shows_neurons(self) -> bool:
+        return self.output_dim is not None
+
     def channel_dim(self, output: Tensor) -> int:
         if self.output_dim is None:
             raise ValueError(f"{type(self).__name__}: no dimension of its output holds its neurons")
@@ -196,6 +200,10 @@ class FurtherNeurons(NeuronLayer):
 
     def computed(self) -> str | None:
         return None  # its layer says so
+
+    @property
+    def shows_neurons(self) -> bool:
+        return False
 
     def channel_dim(self, output: Tensor) -> int:
         raise ValueError("no dimension of the output holds these neurons")

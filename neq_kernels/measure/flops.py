@@ -244,7 +244,7 @@ def human(flops: float) -> str:
 
 
 def _rows(model: nn.Module, calls: Sequence[LayerCall], images: int) -> Iterator[LayerFlops]:
-    owners = neuron_owners(model)
+    owners, by_neurons = neuron_owners(model), neuron_owners(model, following=False)
     names = {p: name for name, p in model.named_parameters()}
     by_name: dict[str, list[LayerCall]] = {}
     for call in calls:
@@ -271,7 +271,7 @@ def _rows(model: nn.Module, calls: Sequence[LayerCall], images: int) -> Iterator
             wgrad_macs=wgrad // images,
             bypassed_macs=bypassed // images,
             parameter=names.get(first.parameter, "") if first.parameter is not None else "",
-            owned=first.parameter in owners,
+            owned=first.parameter in by_neurons,
         )
 
 
