@@ -32,7 +32,7 @@ def reasons_against(model: nn.Module, filter: Filter | None, norms: bool) -> dic
     elsewhere = {
         id(p): name
         for name, module in model.named_modules()
-        if id(module) not in candidates
+        if id(module) not in candidates and not isinstance(module, parametrize.ParametrizationList)
         for p in module.parameters(recurse=False)
     }
     neurons: dict[int, set[NeuronLayout]] = {}
@@ -47,7 +47,7 @@ def reasons_against(model: nn.Module, filter: Filter | None, norms: bool) -> dic
             if id(parameter) in elsewhere:
                 holder = elsewhere[id(parameter)] or "the model"
                 named = {id(p): n for n, p in module.named_parameters(recurse=False)}
-                reasons[name] = f"its {named[id(parameter)]} is shared with {holder}"
+                reasons[name] = f"its {named.get(id(parameter), 'weight')} is shared with {holder}"
             elif len(neurons[id(parameter)]) > 1:
                 reasons[name] = "its weight is shared with a layer that sees other neurons in it"
     return reasons

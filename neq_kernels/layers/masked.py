@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
-from torch.utils.hooks import RemovableHandle
 
 from neq_kernels import functional
 from neq_kernels.autograd.arguments import GradInput
 from neq_kernels.autograd.call_state import learns, recorded, transformed, watched
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.layers.anchor import ParameterAnchor
-from neq_kernels.layers.base import NeuronLayer, Watcher, constructible, reason_against_parameter
+from neq_kernels.layers.base import NeuronLayer, constructible, reason_against_parameter
 from neq_kernels.layers.computed_weights import is_computed, sources
 
 
@@ -120,8 +119,10 @@ class Masked(NeuronLayer):
                 assert isinstance(child, FurtherNeurons)
                 child.adopt(ActiveChannels(child.n_neurons), grad_input, anchor)
 
-    def watch(self, watcher: Watcher) -> RemovableHandle:
-        return super().watch(watcher if self.output_dim is not None else lambda tensor: None)
+    def _shows_neurons(self, output: Tensor) -> bool:
+        if self.output_dim is None and not self.is_embedding:
+            return False
+        return super()._shows_neurons(output)
 
     def computed(self) -> str | None:
         for group in (self.owned, *self.further):
