@@ -119,11 +119,6 @@ class Masked(NeuronLayer):
                 assert isinstance(child, FurtherNeurons)
                 child.adopt(ActiveChannels(child.n_neurons), grad_input, anchor)
 
-    def _shows_neurons(self, output: Tensor) -> bool:
-        if self.output_dim is None and not self.is_embedding:
-            return False
-        return super()._shows_neurons(output)
-
     def computed(self) -> str | None:
         for group in (self.owned, *self.further):
             for owned in group:
