@@ -300,3 +300,25 @@ def test_blocks_of_memory_that_is_not_dense_are_none():
     assert NeuronLayout().blocks(torch.randn(6, 8)[:, ::2]) is None
     assert NeuronLayout().blocks(torch.randn(6, 4, 3, 3).permute(0, 2, 1, 3)) is None
     assert NeuronLayout().blocks(torch.randn(1, 4).expand(6, 4)) is None
+
+
+def test_a_part_follows_the_whole():
+    channels = ActiveChannels(6)
+    channels.set([0, 3, 4])
+    part = channels.part(2, 5)
+    assert channels.part(2, 5) is part
+    assert part.active.tolist() == [1, 2]
+    assert (part.n_active, part.start, part.generation) == (2, 1, 1)
+    order = part.order("cpu")
+    channels.set([2, 5])
+    assert part.active.tolist() == [0]
+    assert order.tolist() == [0, 1, 2]
+    generation = part.generation
+    channels.set([2])  # changes no channel of the part
+    assert part.generation == generation
+    channels.set([])
+    assert part.none_active
+    copied = copy.deepcopy(channels)
+    copied.reset()
+    assert copied.part(2, 5).n_active == 3
+    assert part.none_active

@@ -272,6 +272,8 @@ class _Checked:
             boundary = min((count.first_use[name] for name in live), default=0)
             for channels in bottom:
                 channels.set([])
+            with torch.no_grad():
+                self.example.forward(model)  # the first forward shows who follows
             ours = self._input_gradient_macs(model)
             frozen = {
                 name

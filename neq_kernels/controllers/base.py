@@ -51,7 +51,8 @@ class Controller(Generic[Pending]):
         epoch: steps taken so far, the number of the epoch that comes.
         history: one JSON-serialisable dict per step: ``epoch`` (the epoch just trained, from 0),
             ``seconds`` spent in the step, and ``layers``, for each layer that it decides about a
-            dict with ``active`` and ``total`` neurons in the epoch that follows.
+            dict with ``active`` and ``total`` neurons in the epoch that follows; of an embedding,
+            which has no MACs, ``active_elements`` and ``elements`` too.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -149,10 +150,18 @@ class Controller(Generic[Pending]):
         raise NotImplementedError
 
     def _layer_history(self) -> dict[str, dict[str, Any]]:
-        return {
-            name: {"active": layer.channels.n_active, "total": len(layer.channels)}
-            for name, layer in self._decided().items()
-        }
+        entries = {}
+        for name, layer in self._decided().items():
+            entry: dict[str, Any] = {
+                "active": layer.channels.n_active,
+                "total": len(layer.channels),
+            }
+            if layer.is_embedding:
+                width = layer.weight.shape[1]
+                entry["active_elements"] = entry["active"] * width
+                entry["elements"] = entry["total"] * width
+            entries[name] = entry
+        return entries
 
     def _own_state(self) -> dict[str, Any]:
         return {}

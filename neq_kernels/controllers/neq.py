@@ -217,8 +217,8 @@ class NEqController(Controller[Response]):
         if new:
             self._warned.update(new)
             warnings.warn(
-                f"these layers did not run on the probe, or not as one epoch ago; their neurons "
-                f"stay active: {new}",
+                f"these layers did not run on the probe, or not as one epoch ago, or show their "
+                f"neurons in no output; their neurons stay active: {new}",
                 stacklevel=4,
             )
 

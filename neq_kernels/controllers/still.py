@@ -68,12 +68,11 @@ class StillWatch:
         """For each layer and parameter with frozen rows, what was read and the sum of its bits."""
         sums: dict[tuple[str, int], tuple[object, Tensor]] = {}
         for name, layer in self._layers.items():
-            channels = layer.channels
-            if channels.n_active == len(channels):
-                continue
-            for index, (parameter, layout) in enumerate(layer.neuron_parameters()):
+            for index, (parameter, channels, layout) in enumerate(layer.owners()):
                 # Not a shard, nor something without data.
                 if type(parameter) is not Parameter or parameter.is_meta:
+                    continue
+                if channels.n_active == len(channels):
                     continue
                 rows = parameter.detach()
                 if not channels.none_active:

@@ -19,7 +19,13 @@ from neq_kernels.conversion.repair import remember, repair, resize
 from neq_kernels.conversion.report import conversion_report, warn_of_little
 from neq_kernels.conversion.weight_readers import prepare_readers, remove_reads
 from neq_kernels.layers.anchor import ParameterAnchor
-from neq_kernels.layers.base import NeuronLayer, become, restorable, restore
+from neq_kernels.layers.base import (
+    NeuronLayer,
+    convert_in_place,
+    restorable,
+    restore,
+    unparametrized,
+)
 from neq_kernels.layers.following import followers
 from neq_kernels.layers.masked import FurtherNeurons
 from neq_kernels.layers.replaced_forward import calls_its_class, replaced_forward
@@ -90,13 +96,13 @@ def convert(
     for name, layer in list(inner.named_modules()):
         if isinstance(layer, NeuronLayer) or reasons[name] is not None:
             continue
-        ours = neuron_class(type(layer))
+        ours = neuron_class(unparametrized(layer))
         assert ours is not None
-        become(layer, ours)
-        assert isinstance(layer, NeuronLayer)
+        layer = convert_in_place(layer, ours)
         channels = ActiveChannels(layer.n_neurons)
         layer.adopt(channels, grad_input, anchor)
-        layer.hold_statistics = frozen_statistics == "hold"
+        if frozen_statistics == "hold":
+            layer.hold_statistics = True
         new.add(channels)
     share_channels(inner, new)
     if next(named_neuron_layers(inner), None) is None:
@@ -174,6 +180,8 @@ def _adopt_known(model: nn.Module, grad_input: GradInput, hold: bool) -> Paramet
     anchor = anchors[0] if anchors else ParameterAnchor(shared=True)
     for layer in known:
         if not layer.anchor.shared:
-            layer.grad_input, layer.hold_statistics = grad_input, hold
+            layer.grad_input = grad_input
+            if hold:
+                layer.hold_statistics = True
         layer.adopt(layer.channels, layer.grad_input, anchor)
     return anchor

@@ -10,7 +10,8 @@ from torch.nn.utils import parametrize
 from neq_kernels.channels import NeuronLayout
 from neq_kernels.conversion.neuron_classes import known_base, neuron_class, redefined
 from neq_kernels.conversion.third_party.peft import adapted
-from neq_kernels.layers.base import NeuronLayer
+from neq_kernels.layers.base import NeuronLayer, unparametrized
+from neq_kernels.layers.masked import Masked
 from neq_kernels.layers.replaced_forward import replaced_forward
 
 Filter = Callable[[str, nn.Module], bool]
@@ -31,7 +32,7 @@ def reasons_against(model: nn.Module, filter: Filter | None, norms: bool) -> dic
     elsewhere = {
         id(p): name
         for name, module in model.named_modules()
-        if id(module) not in candidates
+        if id(module) not in candidates and not isinstance(module, parametrize.ParametrizationList)
         for p in module.parameters(recurse=False)
     }
     neurons: dict[int, set[NeuronLayout]] = {}
@@ -46,7 +47,7 @@ def reasons_against(model: nn.Module, filter: Filter | None, norms: bool) -> dic
             if id(parameter) in elsewhere:
                 holder = elsewhere[id(parameter)] or "the model"
                 named = {id(p): n for n, p in module.named_parameters(recurse=False)}
-                reasons[name] = f"its {named[id(parameter)]} is shared with {holder}"
+                reasons[name] = f"its {named.get(id(parameter), 'weight')} is shared with {holder}"
             elif len(neurons[id(parameter)]) > 1:
                 reasons[name] = "its weight is shared with a layer that sees other neurons in it"
     return reasons
@@ -56,7 +57,7 @@ def layouts(module: nn.Module) -> list[tuple[nn.Parameter, NeuronLayout]]:
     """The parameters that neurons of a layer own, converted or not yet, and where a neuron lies."""
     if isinstance(module, NeuronLayer):
         return module.neuron_parameters()
-    ours = neuron_class(type(module))
+    ours = neuron_class(unparametrized(module))
     assert ours is not None
     return [*ours.parameters_in(module)[:1], *ours.further_parameters_in(module)]
 
@@ -78,20 +79,22 @@ _RECURRENT = (
 def _own_reason(name: str, module: nn.Module, filter: Filter | None, norms: bool) -> str | None:
     if isinstance(module, NeuronLayer):
         return None
-    kind = type(module)
-    if parametrize.is_parametrized(module):
-        return "parametrized"
+    kind = unparametrized(module)
     ours = neuron_class(kind)
     if ours is None:
         base, _ = known_base(kind)
         if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
             return _RECURRENT
+        if isinstance(module, nn.EmbeddingBag):
+            return "it adds up its rows in one operator, whose gradient is dense; see nn.Embedding"
         if base is None:
             return "not a supported layer type"
         names = ", ".join(redefined(kind, base))
         return f"a subclass of {base.__name__} with its own {names}; see neq.register"
     if replaced_forward(module):
         return "its forward was replaced on the layer itself, before convert"
+    if parametrize.is_parametrized(module) and issubclass(ours, Masked):
+        return "parametrized"
     taken = _taken(module, ours)
     if taken:
         return f"it has an attribute of its own that neurons would take: {', '.join(taken)}"

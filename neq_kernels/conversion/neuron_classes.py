@@ -3,11 +3,15 @@ library, or derived for a subclass."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 from weakref import WeakValueDictionary
 
 from torch import nn
+from torch.fx import Proxy
 
+from neq_kernels.conversion.built_around import built_around
 from neq_kernels.conversion.recipe import REGISTERED, Recipe
 from neq_kernels.conversion.third_party.families import recipe_for
 from neq_kernels.layers import attention, conv, embedding, linear, masked, masked_norm, norm
@@ -81,11 +85,9 @@ def neuron_class(kind: type[nn.Module]) -> type[NeuronLayer] | None:
     known = NEURON_CLASSES.get(kind) or _made.get(kind)
     if known is not None:
         return known
-    recipe = REGISTERED.get(kind) or _recipe(kind)
+    recipe = REGISTERED.get(kind) or _around(kind) or _recipe(kind) or _inherited(kind)
     if recipe is None:
-        recipe = _inherited(kind)
-        if recipe is None:
-            return None
+        return None
     made = _make(recipe, kind)
     _made[kind] = made
     return made
@@ -106,6 +108,16 @@ def redefined(kind: type[nn.Module], base: type[nn.Module]) -> list[str]:
     of_base = {name for c in lineage for name in vars(c)} - _HARMLESS | _READS | _CALLS
     between = kind.__mro__[: kind.__mro__.index(base)]
     return sorted({name for c in between for name in vars(c)} & of_base)
+
+
+def _around(kind: type[nn.Module]) -> Recipe | None:
+    base = next((b for b in kind.__mro__[1:] if b in NEURON_CLASSES), None)
+    if base is None or redefined(kind, base) != ["forward"]:
+        return None
+    ours = NEURON_CLASSES[base]
+    if ours.is_norm or issubclass(ours, masked.Masked) or not built_around(kind, base):
+        return None  # a norm's channels are found better by a masked one
+    return Recipe(ours, around=True)
 
 
 def _recipe(kind: type) -> Recipe | None:
@@ -145,12 +157,27 @@ def _make(recipe: Recipe, kind: type[nn.Module]) -> type[NeuronLayer]:
 
     names = ("__module__", "__qualname__", "__doc__")
     namespace = {name: getattr(kind, name) for name in names}
+    if recipe.around:
+        namespace["forward"] = _leaf(kind)
     made: type[NeuronLayer] = type(
         kind.__name__,
-        (recipe.ours, kind),
+        (kind, recipe.ours) if recipe.around else (recipe.ours, kind),
         {**namespace, **recipe.attributes, "stock": kind, "__reduce_ex__": reduce},
     )
     return constructible(made)
+
+
+def _leaf(kind: Any) -> Callable[..., Any]:
+    """The forward of ``kind``, in a graph of torch.fx the call of the layer: else what is around
+    the forward of ours would be in the graph, and in the layer."""
+
+    @wraps(kind.forward)
+    def forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
+            return layer._traced(*args, **kwargs)
+        return kind.forward(layer, *args, **kwargs)
+
+    return forward
 
 
 def _new(kind: type[nn.Module], *arguments: Any) -> NeuronLayer:

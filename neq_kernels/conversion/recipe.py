@@ -13,10 +13,15 @@ from neq_kernels.layers.base import NeuronLayer
 
 @dataclass(frozen=True)
 class Recipe:
-    """A neuron class has the bases ``(ours, the type)``, and these class attributes."""
+    """A neuron class has the bases ``(ours, the type)``, and these class attributes.
+
+    Attributes:
+        around: the bases are ``(the type, ours)``: its forward calls ``super().forward``, ours.
+    """
 
     ours: type[NeuronLayer]
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    around: bool = False
 
 
 # By the user: neq_kernels.conversion.registration.register.

@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from neq_kernels.conversion.eligibility import Filter, reasons_against
 from neq_kernels.layers import traversal
@@ -52,34 +54,35 @@ class ConversionReport:
 def conversion_report(model: nn.Module) -> ConversionReport:
     """List every module and parameter: converted or not, and why."""
     inner = unwrap(model)
-    owners = traversal.neuron_owners(inner)  # first: it may take neurons away
+    owners = traversal.neuron_owners(inner, following=False)  # first: it may take neurons away
     reasons = reasons_against(inner, None, norms=True)
     modules = []
     for name, module in inner.named_modules():
         own = list(module.parameters(recurse=False))
-        if not isinstance(module, NeuronLayer) and all(p in owners for p in own):
-            continue  # it has none, or they are a converted layer's
-        if isinstance(module, FurtherNeurons):
+        if isinstance(module, FurtherNeurons) or not (own or isinstance(module, NeuronLayer)):
             continue
+        if isinstance(module, parametrize.ParametrizationList) and all(p in owners for p in own):
+            continue  # they are those of the layer around it
         converted = isinstance(module, NeuronLayer) and calls_its_class(module)
         kind = stock_class(type(module)).__name__
         reason = "" if converted else reasons[name] or "convert was not called, or left it out"
         if isinstance(module, NeuronLayer) and not converted:
             reason = "its forward was replaced after convert, by one that does not call it"
         modules.append(ReportEntry(name, kind, converted, reason))
-    following = {id(follower.parameter) for follower in followers(inner)}
+    following = {follower.parameter for follower in followers(inner)}
     others = tuple(
-        ReportEntry(name, "parameter", False, _other_reason(id(parameter) in following))
+        ReportEntry(name, "parameter", False, _other_reason(parameter in following))
         for name, parameter in inner.named_parameters()
-        if parameter.requires_grad and (parameter not in owners or id(parameter) in following)
+        if parameter.requires_grad and parameter not in owners
     )
     return ConversionReport(tuple(modules), others)
 
 
 def warn_of_little(model: nn.Module, filter: Filter | None, norms: bool) -> None:
     """Warn if less than half of what learns in matrices has neurons, though all of it may have."""
-    owners = traversal.neuron_owners(model)
-    matrices = {p for p in model.parameters() if p.dim() > 1 and p.requires_grad}
+    owners = traversal.neuron_owners(model, following=False)
+    learning = (p for p in model.parameters() if p.requires_grad and not is_lazy(p))
+    matrices = {p for p in learning if p.dim() > 1}
     total = sum(p.numel() for p in matrices)
     left = total - sum(p.numel() for p in matrices.intersection(owners))
     if filter is not None or 2 * left <= total:

@@ -71,7 +71,7 @@ def verify(model: nn.Module, example_input: Any) -> DenseGradients:
     with _left_as_found(inner):
         for channels in {id(layer.channels): layer.channels for layer in layers}.values():
             channels.set(torch.arange((len(channels) + 1) // 2, device="cpu"))
-        owners = neuron_owners(inner)
+        owners = neuron_owners(inner, following=False)
         for i, mode in enumerate(_modes(inner)):
             if mode is not None:
                 inner.train(mode)

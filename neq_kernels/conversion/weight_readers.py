@@ -36,7 +36,7 @@ def remove_reads(module: nn.Module) -> None:
     """Undo :func:`prepare_readers` for one module."""
     reads = module.__dict__.pop("neq_weight_reads", None)
     if reads is not None:
-        reads.remove()
+        reads.remove(module)
 
 
 _known: WeakKeyDictionary[type[nn.Module], tuple[str, ...]] = WeakKeyDictionary()

@@ -58,14 +58,10 @@ class MultiheadAttention(NeuronLayer, nn.MultiheadAttention):
     ) -> None:
         super().adopt(channels, grad_input, anchor)
         self._watchers: OrderedDict[int, Watcher] = OrderedDict()
-        e = self.embed_dim
-        self._query, self._key_value = channels.part(0, e), channels.part(e, 3 * e)
-        self._key, self._value = channels.part(e, 2 * e), channels.part(2 * e, 3 * e)
 
     def release(self) -> None:
         super().release()
-        for name in ("_query", "_key", "_value", "_key_value", "_watchers"):
-            self.__dict__.pop(name, None)
+        self.__dict__.pop("_watchers", None)
 
     def channel_dim(self, output: Tensor) -> int:
         return output.dim() - 1
@@ -76,12 +72,13 @@ class MultiheadAttention(NeuronLayer, nn.MultiheadAttention):
         return [(p, NeuronLayout()) for p in own if p is not None]
 
     def owners(self) -> list[tuple[Parameter, ActiveChannels, NeuronLayout]]:
-        parts = dict(zip(_SEPARATE, (self._query, self._key, self._value), strict=True))
-        return [
-            (parameter, parts.get(name, self.channels), NeuronLayout())
-            for name in ("in_proj_weight", *_SEPARATE, "in_proj_bias")
-            if (parameter := self._parameters.get(name)) is not None
-        ]
+        parts = {id(self._parameters[n]): self._part(i, i + 1) for i, n in enumerate(_SEPARATE)}
+        owned = self.neuron_parameters()
+        return [(p, parts.get(id(p), self.channels), layout) for p, layout in owned]
+
+    def _part(self, start: int, stop: int) -> ActiveChannels:
+        """Queries are part 0 of the features, keys part 1, values part 2."""
+        return self.channels.part(start * self.embed_dim, stop * self.embed_dim)
 
     def watch(self, watcher: Watcher) -> RemovableHandle:
         """Give the projected inputs of each call to ``watcher``, ``[N, L, 3 * embed_dim]``; of
@@ -205,12 +202,12 @@ class MultiheadAttention(NeuronLayer, nn.MultiheadAttention):
             weights = tuple(getattr(self, name) for name in _SEPARATE)
         else:
             weights = weight.split(sizes)
-        q = self._project(query, weights[0], biases[0], self._query)
+        q = self._project(query, weights[0], biases[0], self._part(0, 1))
         if len(sizes) == 2:
-            k, v = _apart(self._project(key, weights[1], biases[1], self._key_value), 2)
+            k, v = _apart(self._project(key, weights[1], biases[1], self._part(1, 3)), 2)
         else:
-            k = self._project(key, weights[1], biases[1], self._key)
-            v = self._project(value, weights[2], biases[2], self._value)
+            k = self._project(key, weights[1], biases[1], self._part(1, 2))
+            v = self._project(value, weights[2], biases[2], self._part(2, 3))
         return self._watched_parts(q, k, v)
 
     def _project(
@@ -218,6 +215,8 @@ class MultiheadAttention(NeuronLayer, nn.MultiheadAttention):
     ) -> Tensor:
         if torch.compiler.is_compiling() and self._stops():
             weight, bias = weight.detach(), detached(bias)
+        if not torch.compiler.is_compiling():
+            channels.called = True
         constant = channels.none_active and not (
             input.requires_grad or recorded(weight) or transformed()
         )
@@ -228,12 +227,9 @@ class MultiheadAttention(NeuronLayer, nn.MultiheadAttention):
         return self._anchored(out)
 
     def _anchored(self, output: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return output
-        self.channels.called = True
-        if torch.is_grad_enabled() and in_process_group():
+        if in_process_group() and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.anchor.add(p for p, channels, _ in self.owners() if channels.none_active)
-        return self.anchor.tie(output)
+        return super()._anchored(output)
 
     def _learns(self) -> bool:
         own = self._parameters

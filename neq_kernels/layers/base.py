@@ -14,6 +14,7 @@ from torch.fx import Proxy
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from neq_kernels.autograd import arguments
@@ -75,12 +76,15 @@ class NeuronLayer(nn.Module):
     @classmethod
     def reason_against(cls, layer: nn.Module) -> str | None:
         """Why a layer of the stock class has no neurons that can be frozen, else None."""
-        weight = layer._parameters.get("weight")
-        if not isinstance(weight, Parameter):
-            if "weight" in layer._parameters:
-                return "it has no weight (affine=False)"
-            return "its weight is computed (weight norm, spectral norm, pruning)"
-        return reason_against_parameter("weight", weight)
+        if layer._parameters.get("weight", layer) is None:
+            return "it has no weight (affine=False)"
+        for name in ("weight", "bias"):
+            if is_computed(layer, name) and sources(layer, name, cls.layout_in(layer)) is None:
+                return f"its {name} is computed, neurons from one another (spectral norm, ...)"
+        owned = cls.parameters_in(layer)
+        if not owned:
+            return "it has no weight"
+        return reason_against_parameter("weight", owned[0][0])
 
     @classmethod
     def layout_in(cls, layer: nn.Module) -> NeuronLayout:
@@ -140,8 +144,31 @@ class NeuronLayer(nn.Module):
         return [(p, self.channels, layout) for p, layout in self.neuron_parameters()]
 
     def watch(self, watcher: Watcher) -> RemovableHandle:
-        """Give every output to ``watcher``, which may replace it, until the handle is removed."""
-        return self.register_forward_hook(lambda layer, args, output: watcher(output))
+        """Give every output to ``watcher``, which may replace it, until the handle is removed: of
+        several, the first that holds the neurons."""
+        return self.register_forward_hook(lambda layer, args, output: self._shown(output, watcher))
+
+    def _shown(self, output: Any, watcher: Watcher) -> Any:
+        leaves, structure = tree_flatten(output)
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and self._holds_neurons(leaf):
+                shown = watcher(leaf)
+                if shown is None:
+                    return None
+                leaves[i] = shown
+                return tree_unflatten(leaves, structure)
+        return None
+
+    def _holds_neurons(self, output: Tensor) -> bool:
+        if not self.shows_neurons:
+            return True
+        dim = self.channel_dim(output) if output.dim() else -1
+        return 0 <= dim < output.dim() and output.shape[dim] == len(self.channels)
+
+    @property
+    def shows_neurons(self) -> bool:
+        """Whether a dimension of its output enumerates them, so that they can be watched."""
+        return not self.is_embedding
 
     @property
     def learns(self) -> bool:
@@ -195,8 +222,10 @@ class NeuronLayer(nn.Module):
         own = self._parameters
         if "weight" in own and "bias" in own:  # where Module.__getattr__, too, would find them
             weight, bias = own["weight"], own["bias"]
-        else:
-            weight, bias = self.weight, getattr(self, "bias", None)
+        else:  # the parameter before the attribute, with which WeightReads may hide it
+            weight, bias = (
+                own[n] if n in own else getattr(self, n, None) for n in ("weight", "bias")
+            )
         if torch.compiler.is_compiling() and self._stops():
             return detached(weight), detached(bias)
         return weight, bias
@@ -264,8 +293,28 @@ def restore(layer: NeuronLayer) -> None:
         become(layer, kind.stock)
         return
     stock = stock_class(kind)
-    own = {n: value for n, value in vars(kind).items() if n not in ("__dict__", "__weakref__")}
-    layer.__class__ = type(f"Parametrized{stock.__name__}", (stock,), own)
+    layer.__class__ = type(f"Parametrized{stock.__name__}", (stock,), _own(kind))
+
+
+def convert_in_place(layer: nn.Module, ours: type[NeuronLayer]) -> NeuronLayer:
+    """Give a layer the class ``ours``, under whatever parametrizations it has."""
+    kind = type(layer)
+    if not parametrize.is_parametrized(layer):
+        become(layer, ours)
+    else:
+        layer.__class__ = type(kind.__name__, (ours,), _own(kind))
+    assert isinstance(layer, NeuronLayer)
+    return layer
+
+
+def _own(kind: type) -> dict[str, Any]:
+    return {n: value for n, value in vars(kind).items() if n not in ("__dict__", "__weakref__")}
+
+
+def unparametrized(layer: nn.Module) -> type[nn.Module]:
+    """The class of a layer without its parametrizations."""
+    kind = type(layer)
+    return kind.__bases__[0] if parametrize.is_parametrized(layer) else kind
 
 
 def restorable(layer: NeuronLayer) -> bool:

@@ -110,6 +110,8 @@ class Following:
         self._enter(module, args)
         if torch.compiler.is_compiling() or self._running is not module or unplanned():
             return
+        if getattr(module, "_is_replica", False):  # of DataParallel, in a thread
+            return
         self._stop_recording()
         missing = (1 << len(self._bit)) - 1 & ~self._called[module.training]
         recorded = self._recorded[module.training]

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import Parameter
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
-from torch.utils.hooks import RemovableHandle
+from torch.utils._pytree import tree_map_only
 
 from neq_kernels import functional
 from neq_kernels.autograd.arguments import GradInput
 from neq_kernels.autograd.call_state import learns, recorded, transformed, watched
 from neq_kernels.channels import ActiveChannels, NeuronLayout
 from neq_kernels.layers.anchor import ParameterAnchor
-from neq_kernels.layers.base import NeuronLayer, Watcher, constructible, reason_against_parameter
+from neq_kernels.layers.base import NeuronLayer, constructible, reason_against_parameter
 from neq_kernels.layers.computed_weights import is_computed, sources
 
 
@@ -99,6 +98,10 @@ class Masked(NeuronLayer):
     def further_parameters_in(cls, layer: nn.Module) -> list[tuple[Parameter, NeuronLayout]]:
         return [found for group in cls.further for found in _parameters_of(layer, group)]
 
+    @property
+    def shows_neurons(self) -> bool:
+        return self.output_dim is not None
+
     def channel_dim(self, output: Tensor) -> int:
         if self.output_dim is None:
             raise ValueError(f"{type(self).__name__}: no dimension of its output holds its neurons")
@@ -115,24 +118,6 @@ class Masked(NeuronLayer):
                 child = self._modules[name]
                 assert isinstance(child, FurtherNeurons)
                 child.adopt(ActiveChannels(child.n_neurons), grad_input, anchor)
-
-    def watch(self, watcher: Watcher) -> RemovableHandle:
-        return self.register_forward_hook(lambda layer, args, output: self._shown(output, watcher))
-
-    def _shown(self, output: Any, watcher: Watcher) -> Any:
-        """The output with what the watcher puts in place of the tensor that holds the neurons."""
-        leaves, structure = tree_flatten(output)
-        k = len(self.channels)
-        for i, leaf in enumerate(leaves):
-            if self.output_dim is None or not isinstance(leaf, Tensor) or not leaf.dim():
-                continue
-            if leaf.shape[self.channel_dim(leaf)] == k:
-                shown = watcher(leaf)
-                if shown is None:
-                    return None
-                leaves[i] = shown
-                return tree_unflatten(leaves, structure)
-        return None
 
     def computed(self) -> str | None:
         for group in (self.owned, *self.further):
@@ -210,6 +195,10 @@ class FurtherNeurons(NeuronLayer):
 
     def computed(self) -> str | None:
         return None  # its layer says so
+
+    @property
+    def shows_neurons(self) -> bool:
+        return False
 
     def channel_dim(self, output: Tensor) -> int:
         raise ValueError("no dimension of the output holds these neurons")

@@ -22,7 +22,7 @@ def tied_groups(model: nn.Module) -> list[Group]:
     groups: dict[int, Group] = {}
     group_of: dict[tuple[Parameter, NeuronLayout], Group] = {}
     for name, layer in named_neuron_layers(model):
-        found = [group_of[key] for key in layer.neuron_parameters() if key in group_of]
+        found = [group_of[key] for key in _keys(layer) if key in group_of]
         group = found[0] if found else {}
         for other in found:
             if other is not group:
@@ -31,8 +31,13 @@ def tied_groups(model: nn.Module) -> list[Group]:
         group[name] = layer
         groups[id(group)] = group
         for member in group.values():
-            group_of.update(dict.fromkeys(member.neuron_parameters(), group))
+            group_of.update(dict.fromkeys(_keys(member), group))
     return list(groups.values())
+
+
+def _keys(layer: NeuronLayer) -> list[tuple[Parameter, NeuronLayout]]:
+    """Where all neurons of a layer lie."""
+    return [(p, layout) for p, channels, layout in layer.owners() if channels is layer.channels]
 
 
 def share_channels(model: nn.Module, new: Collection[ActiveChannels] = ()) -> None:
@@ -41,20 +46,20 @@ def share_channels(model: nn.Module, new: Collection[ActiveChannels] = ()) -> No
     layers that have another number of neurons by now do not."""
     taken: set[ActiveChannels] = set()
     for group in tied_groups(model):
-        owned = [key for layer in group.values() for key in layer.neuron_parameters()]
         every = list(dict.fromkeys(layer.channels for layer in group.values()))
-        if owned:
-            k = next(iter(group.values())).n_neurons
-            every = [c for c in every if len(c) == k] or [ActiveChannels(k)]
+        k = next(
+            (layer.n_neurons for layer in group.values() if layer.neuron_parameters()),
+            len(every[0]),
+        )
+        every = [channels for channels in every if len(channels) == k] or [ActiveChannels(k)]
         known = [channels for channels in every if channels not in new] or every
         channels = next((c for c in known if c not in taken), None) or copy.deepcopy(known[0])
         if len(known) > 1:
             channels.set(torch.stack([c.mask for c in known]).any(0))
         taken.add(channels)
-        for parameter, _ in owned:
-            channels.prepare(parameter.device)
         for layer in group.values():
-            layer.channels = channels
+            if layer.channels is not channels:
+                layer.adopt(channels, layer.grad_input, layer.anchor)
 
 
 def check_ties(model: nn.Module) -> None:

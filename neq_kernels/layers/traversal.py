@@ -61,8 +61,9 @@ def named_neuron_layers(model: nn.Module) -> Iterator[tuple[str, NeuronLayer]]:
         )
 
 
-def neuron_owners(model: nn.Module) -> Owners:
-    """Every parameter that neurons own: who decides about it, and where each neuron lies in it."""
+def neuron_owners(model: nn.Module, following: bool = True) -> Owners:
+    """Every parameter that neurons own: who decides about it, and where each neuron lies in it.
+    With ``following``, those that follow too, as one neuron each."""
     owners: Owners = {}
     for _, layer in named_neuron_layers(model):
         for parameter, channels, layout in layer.owners():
@@ -70,6 +71,6 @@ def neuron_owners(model: nn.Module) -> Owners:
             known = owners.setdefault(parameter, [])
             if owner not in known:
                 known.append(owner)
-    for follower in followers(unwrap(model)):
+    for follower in followers(unwrap(model)) if following else ():
         owners.setdefault(follower.parameter, []).append((follower.channels, WHOLE_PARAMETER))
     return owners

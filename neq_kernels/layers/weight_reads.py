@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import Proxy
 from torch.utils._pytree import tree_map_only
 
 from neq_kernels.autograd.call_state import learns, transformed
@@ -41,20 +40,20 @@ class WeightReads:
     def __init__(self, reader: nn.Module, paths: Iterable[str]) -> None:
         self._layers = [(path, _owned_names(reader.get_submodule(path))) for path in paths]
         self._hooks = [
-            reader.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            reader.register_forward_pre_hook(self._before_forward),
             reader.register_forward_hook(self._after_forward, always_call=True),
         ]
+        # By this torch.fx knows modules that stay modules in a graph, which would else hold the
+        # weights without their layers.
+        reader.__dict__["__module__"] = "torch.nn"
 
-    def remove(self) -> None:
+    def remove(self, reader: nn.Module) -> None:
         """The module reads the parameters themselves again."""
+        reader.__dict__.pop("__module__", None)
         for hook in self._hooks:
             hook.remove()
 
-    def _before_forward(
-        self, reader: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        if any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
-            return
+    def _before_forward(self, reader: nn.Module, args: object) -> None:
         replaced: list[tuple[dict[str, Any], str, Any]] = []
         for path, names in self._layers:
             layer = reader.get_submodule(path)
@@ -64,7 +63,7 @@ class WeightReads:
 
     def _after_forward(self, reader: nn.Module, args: object, output: object) -> None:
         waiting = reader.__dict__.get("neq_replaced")
-        if waiting is None:  # of torch.fx, or a hook that ran before ours has failed
+        if waiting is None:  # a hook that ran before ours has failed
             return
         replaced = waiting.pop()
         if not waiting:
@@ -86,8 +85,12 @@ def _replace(
     layer: NeuronLayer, names: list[tuple[str, NeuronLayout]]
 ) -> list[tuple[dict[str, Any], str, Any]]:
     """Put what the reader is to see in place; returns (dictionary, name, what was there)."""
-    if in_process_group() and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        layer.anchor.add(p for p, channels, _ in layer.owners() if channels.none_active)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        layer.channels.called = True
+        if layer.channels.none_active:
+            parameters = [p for p, _ in layer.neuron_parameters()]
+            add = layer.anchor.add if in_process_group() else layer.anchor.add_stand_ins
+            add(parameters)
     watched = bool(layer._forward_hooks or layer._forward_pre_hooks)
     replaced: list[tuple[dict[str, Any], str, Any]] = []
     for name, layout in names:
@@ -107,6 +110,11 @@ def _replace(
             replaced.append((layer.__dict__, name, layer.__dict__.get(name)))
             layer.__dict__[name] = _Read.of(layer, parameter, layout)
     return replaced
+
+
+def calls_its_layer(weight: Tensor | None) -> bool:
+    """Whether ``F.linear`` with this weight is a call of the layer that it was read of."""
+    return isinstance(weight, _Read) and isinstance(weight.layer, Linear)
 
 
 def read_parameter(tensor: Tensor | None) -> Tensor | None:
@@ -148,8 +156,9 @@ class _Read(Tensor):
 
 def _call(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """The call of the layer that this product of its weight is; None if it is none."""
-    if not isinstance(weight, _Read) or not isinstance(weight.layer, Linear) or transformed():
+    if not calls_its_layer(weight) or transformed():
         return None
+    assert isinstance(weight, _Read)
     layer = weight.layer
     own = layer._parameters
     if isinstance(input, _Read):

@@ -244,7 +244,7 @@ def human(flops: float) -> str:
 
 
 def _rows(model: nn.Module, calls: Sequence[LayerCall], images: int) -> Iterator[LayerFlops]:
-    owners = neuron_owners(model)
+    owners, by_neurons = neuron_owners(model), neuron_owners(model, following=False)
     names = {p: name for name, p in model.named_parameters()}
     by_name: dict[str, list[LayerCall]] = {}
     for call in calls:
@@ -258,7 +258,8 @@ def _rows(model: nn.Module, calls: Sequence[LayerCall], images: int) -> Iterator
         dgrad = sum(call.macs - call.bias_macs for call in same if call.input_needs_grad)
         if getattr(first.owner, "grad_input", "exact") == "active":
             dgrad = dgrad * active // neurons
-        wgrad = bypassed + _wgrad_macs(first.kind, macs - bypassed, neurons, active)
+        whole = sum(call.macs for call in same if call.masked or call.kind == "norm")
+        wgrad = bypassed + _wgrad_macs(macs - bypassed, whole, neurons, active)
         yield LayerFlops(
             name=name,
             kind=first.kind,
@@ -270,15 +271,14 @@ def _rows(model: nn.Module, calls: Sequence[LayerCall], images: int) -> Iterator
             wgrad_macs=wgrad // images,
             bypassed_macs=bypassed // images,
             parameter=names.get(first.parameter, "") if first.parameter is not None else "",
-            owned=first.parameter in owners,
+            owned=first.parameter in by_neurons,
         )
 
 
-def _wgrad_macs(kind: str, macs: int, neurons: int, active: int) -> int:
-    if not active:
-        return 0
-    # A norm layer's gradients are computed whole and its frozen rows overwritten.
-    return macs if kind == "norm" else macs * active // neurons
+def _wgrad_macs(macs: int, whole: int, neurons: int, active: int) -> int:
+    """Of which ``whole`` have a gradient that is computed whole, if at all: norm layers, and layers
+    whose weight is masked."""
+    return whole + (macs - whole) * active // neurons if active else 0
 
 
 def _neurons(call: LayerCall, owners: Owners) -> tuple[int, int]:

@@ -52,6 +52,8 @@ class LayerCall:
         parameter: what the weight is or came from; None for none of the model's.
         bypasses: a neuron layer owns the parameter, and this is no call of it: frozen neurons get
             a dense gradient.
+        masked: frozen neurons are constants in the weight: its gradient is computed whole, and
+            arrives at active neurons only.
         sequence: autograd's sequence number at the call: nodes made before have smaller ones.
     """
 
@@ -64,15 +66,17 @@ class LayerCall:
     input_needs_grad: bool
     parameter: Parameter | None = None
     bypasses: bool = False
+    masked: bool = False
     sequence: int = 0
 
 
 class _Origin(NamedTuple):
-    """The parameter a tensor was computed from, and whether as a stand-in of it in which frozen
-    neurons are constants."""
+    """The parameter a tensor was computed from; whether a reader of weights did it, who sees frozen
+    neurons as constants; and whether they are constants in it, or in what it was computed from."""
 
     parameter: Parameter
-    masked: bool
+    read: bool = False
+    masked: bool = False
 
 
 OnCall = Callable[[LayerCall, Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], None]
@@ -165,7 +169,9 @@ class Recorder(TorchFunctionMode):
         origin = None
         if origins and not any(data) and not (is_product and not is_matrix_product(func)):
             largest = max((found.parameter for found in origins), key=Tensor.numel)
-            origin = _Origin(largest, any(found.masked for found in origins))
+            read = any(found.read for found in origins)
+            masked = read or name == "where" or any(found.masked for found in origins)
+            origin = _Origin(largest, read, masked)
         elif not is_product and not any(data):
             return
         for tensor in outputs:
@@ -181,10 +187,10 @@ class Recorder(TorchFunctionMode):
         return found
 
     def _is_data(self, tensor: Tensor) -> bool:
-        if id(tensor) in self._known:
+        if self._origin(tensor) is not None:
             return False
         # What came out of a Function of somebody's was never seen.
-        return self._origins.get(tensor, None if tensor.grad_fn is not None else tensor) is None
+        return tensor in self._origins or tensor.grad_fn is not None
 
     def _is_weight(self, tensor: Tensor) -> bool:
         return self._origin(tensor) is not None
@@ -239,13 +245,15 @@ class Recorder(TorchFunctionMode):
             needs_grad = input.requires_grad or (owner is running and module_needs_grad)
         bypasses = (
             isinstance(owner, NeuronLayer)
-            and not (origin is not None and origin.masked)
+            and not (origin is not None and origin.read)
             and not self._calls_its_layer(owner, parameter)
         )
         self.calls.append(
             LayerCall(
                 *(name, kind, owner, weight, macs, bias_macs, needs_grad, parameter),
                 bypasses=bypasses,
+                # Of a weight that is read, a linear product is a call of its layer.
+                masked=origin is not None and (origin.masked or (origin.read and kind != "linear")),
                 sequence=self._sequence,
             )
         )

@@ -28,6 +28,7 @@ from neq_kernels.optim.row_steps import (
     parameter_refusal,
 )
 from neq_kernels.optim.step_counts import State, drop_counts, restore_counts
+from neq_kernels.sharding import local
 
 logger = logging.getLogger(__name__)
 
@@ -217,6 +218,7 @@ class AttachedOptimizer:
     def _after_state_dict(self, optimizer: Optimizer, state_dict: State) -> State:
         if self._rows is None:
             return state_dict
+        self._ownership.update_active_sets()
         saved = dict(state_dict["state"])
         for i, (group, p) in enumerate(self._parameters()):
             owned = self._ownership.parameters.get(p)
@@ -307,16 +309,17 @@ class AttachedOptimizer:
         if scale is not None:
             for p in parameters:
                 if p.grad is not None:
-                    p.grad.div_(scale.to(p.grad.device))
+                    local(p.grad).div_(scale.to(p.grad.device))
 
     def _refresh(self) -> None:
         released = self._ownership.refresh(self._optimizer)
-        if is_attached_optimizer(self._optimizer):
+        if self._ownership.anchors is not self._anchors and is_attached_optimizer(self._optimizer):
             self._register()
         drop_counts(self._optimizer, released)
 
     def _register(self) -> None:
-        for anchor in self._ownership.anchors:
+        self._anchors = self._ownership.anchors
+        for anchor in self._anchors:
             anchor.optimizers.add(self)
 
     def _parameters(self) -> Iterator[tuple[Group, Parameter]]:

@@ -106,9 +106,10 @@ class RowSteps:
 
     def saved_state(self, group: Group, p: Parameter, owned: OwnedParameter) -> State:
         """The state as a checkpoint holds it: with the counts, if the group's steps count, and
-        with zeros for a wholly frozen parameter that has none."""
+        with zeros for a parameter that has none because it was wholly frozen, and maybe is."""
         state = dict(self._optimizer.state.get(p, {}))
-        if not state and self.is_stateful(group) and p.requires_grad and owned.none_active:
+        was_frozen = owned.none_active or bool(self._optimizer.state)
+        if not state and self.is_stateful(group) and p.requires_grad and was_frozen:
             self.prepare(group, p, owned, state)
         if state and self.counts(group):
             state[COUNTS] = as_digits(state.get(COUNTS), len(owned.channels), p.device)

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import neq_kernels as neq
 from neq_kernels.controllers import FixedController, NEqController, StochasticController
@@ -60,7 +61,10 @@ def test_embeddings_that_were_asked_for(make, tied):
     controller = make(model, include_output=True, embeddings=True)
     controller.step()
     assert model.table.channels.n_active < 9
-    assert controller.history[-1]["layers"].keys() == {"table", "mix", "head"}
+    layers = controller.history[-1]["layers"]
+    assert layers.keys() == {"table", "mix", "head"}
+    assert layers["table"]["elements"] == 36
+    assert layers["table"]["active_elements"] == 4 * model.table.channels.n_active
     model = Reader(tied)
     make(model, embeddings=True).step()
     # The head is the output layer; what is tied to it shares its fate.
@@ -160,6 +164,28 @@ def test_only_embeddings():
     assert model.table.channels.n_active == 1, "one stays active in the model"
     StochasticController(model, 1.0, include_output=True, embeddings=True, warmup=0)
     assert model.table.channels.n_active == 1
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_neurons_that_no_output_shows_stay_active(memory):
+    """Those of a mixture's experts."""
+    config = MixtralConfig(
+        vocab_size=9,
+        hidden_size=8,
+        intermediate_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    model = neq.convert(MixtralForCausalLM(config))
+    with pytest.warns(UserWarning, match="show their neurons in no output.*experts"):
+        controller = NEqController(model, TOKENS[:1], eps=9, memory=memory)
+    controller.step()
+    found = {name.split(".")[-1]: any(mask) for name, mask in masks(model).items()}
+    assert found["experts"]
+    assert found["down_proj_neurons"]
+    assert not found["q_proj"]
 
 
 def test_an_embedding_registered_last_is_no_output_layer():

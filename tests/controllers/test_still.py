@@ -90,14 +90,14 @@ def test_a_copy_is_trained():
     optimizer = sgd(model)
     handle = neq.attach(optimizer, model)
     trained = copy.deepcopy(model)
-    assert model[0].channels.holders
-    assert not trained[0].channels.holders
+    assert model[0].anchor.optimizers
+    assert not trained[0].anchor.optimizers
     controller = StochasticController(trained, 0.5)
     controller.step()
     with pytest.warns(UserWarning, match=UNATTACHED):
         controller.step()
     handle.remove()
-    assert not model[0].channels.holders
+    assert not model[0].anchor.optimizers
 
 
 class Adapted(nn.Module):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch._dynamo
 from torch import nn
+from torch.nn import functional as F
 
 import neq_kernels as neq
 from tests.support.models import Bypassing
@@ -46,6 +47,29 @@ def test_many_are_told_in_one_warning(told):
     model(torch.randn(3, 4)).sum().backward()
     (message,) = told()
     assert message.startswith("6.bypassed, 5.bypassed, 4.bypassed, 3.bypassed, 2.bypassed and 2 ")
+
+
+class Read(Bypassing):
+    def forward(self, x):
+        x = F.linear(self.called(x), self.bypassed.weight, self.bypassed.bias)
+        return x @ self.called.weight + self.bypassed.bias.exp()
+
+
+@pytest.mark.parametrize("active", [range(4), [1], []], ids=["all", "one", "none"])
+def test_weights_that_the_source_shows_to_be_read_are_not_accused(told, active):
+    model = neq.convert(nn.Sequential(nn.Linear(4, 4), Read()))
+    for layer in (model[1].called, model[1].bypassed):
+        layer.channels.set(active)
+    model(torch.randn(3, 4)).sum().backward()
+    assert told() == []
+
+
+@pytest.mark.parametrize("options", [{}, {"kdim": 6, "vdim": 5}], ids=str)
+def test_attention_is_not_accused(told, options):
+    attention = neq.convert(nn.MultiheadAttention(4, 2, **options))
+    key, value = (torch.randn(3, 2, options.get(n, 4)) for n in ("kdim", "vdim"))
+    attention(torch.randn(3, 2, 4), key, value)[0].sum().backward()
+    assert told() == []
 
 
 def test_a_gradient_that_is_zero_at_first_is_looked_at_again(told):

@@ -22,7 +22,7 @@ def lstm():
 def test_little_is_said_with_what_costs_most():
     message = (
         r"only 3% of the elements of matrices have neurons; .*: "
-        r"LSTM \(not a supported layer type\) 97%; see neq\.conversion_report"
+        r"LSTM \(recurrent.*\) 97%; see neq\.conversion_report"
     )
     with pytest.warns(UserWarning, match=message):
         neq.convert(lstm())

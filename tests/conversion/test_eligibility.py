@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 import neq_kernels as neq
 from tests.support.models import OwnLinear, converted, entries
@@ -19,18 +19,17 @@ def with_channels():
 
 LEFT_ALONE = {
     "a subclass of Linear": lambda: OwnLinear(3, 4),
-    "parametrized": lambda: parametrizations.weight_norm(nn.Linear(3, 4)),
-    "parametrized by spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(3, 4)),
-    "its weight is computed": lambda: prune.l1_unstructured(nn.Linear(3, 4), "weight", 2),
-    "its weight is computed by weight norm": lambda: weight_norm(nn.Linear(3, 4)),
+    "its weight is computed": lambda: parametrizations.spectral_norm(nn.Linear(3, 4)),
+    "its weight is computed by weight norm of columns": lambda: weight_norm(nn.Linear(3, 4), dim=1),
+    "parametrized": lambda: parametrizations.weight_norm(nn.Bilinear(3, 3, 4)),
     "its weight is computed by spectral norm": lambda: spectral_norm(nn.Linear(3, 4)),
     "it normalises over more than one dimension": lambda: nn.LayerNorm([3, 4]),
     "its weight is torch.complex64": lambda: nn.Linear(3, 4, dtype=torch.complex64),
     "its weight is empty": lambda: nn.Linear(0, 4),
     "it has an attribute of its own that neurons would take: channels": with_channels,
-    "not a supported layer type": lambda: nn.LSTM(3, 4),
+    "recurrent": lambda: nn.LSTM(3, 4),
     "max_norm": lambda: nn.Embedding(3, 4, max_norm=1.0),
-    "not a supported layer type: bags": lambda: nn.EmbeddingBag(3, 4),
+    "it adds up its rows in one operator": lambda: nn.EmbeddingBag(3, 4),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from itertools import combinations
 
 import pytest
@@ -90,6 +91,19 @@ def test_a_layer_that_is_skipped_at_random_is_met():
     assert not stops(model, "b", lambda: model(x))
     assert not stops(model, "a", lambda: model(x))
     assert stops(model, "ab", lambda: model(x))
+
+
+def test_a_replica_shows_nothing():
+    """Those of DataParallel run in threads of their own."""
+    model = neq.convert(Wired(WIRINGS["below the head"][0]), others="follow")
+    x = torch.randn(4, 3)
+    replica = model._replicate_for_data_parallel()
+    replica.p = model.p * 1
+    assert torch.equal(replica(x), model(x))
+    assert not stops(model, "abc", lambda: model(x))
+    model.zero_grad()
+    replica(x).sum().backward()
+    assert model.p.grad is not None  # the replica's own tensor is what it reads
 
 
 def test_a_forward_that_raises_shows_nothing():
@@ -191,3 +205,23 @@ def test_t5_stops_with_its_position_table():
     model(**batch).logits.sum().backward()
     learning = {name for name, p in model.named_parameters() if p.grad is not None}
     assert not any(name.startswith("encoder.block") for name in learning)
+
+
+def test_what_follows_is_not_counted_as_neurons():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.rnn(x)[0])
+
+    torch.manual_seed(0)
+    plain = Recurrent()
+    x = torch.randn(5, 3)
+    with warnings.catch_warnings(action="ignore"):
+        models = [neq.convert(copy.deepcopy(plain), others=o) for o in ("train", "follow")]
+    train, follow = models
+    assert neq.flops.count(follow, x).owned == neq.flops.count(train, x).owned < 1
+    names = [f"rnn.{name}" for name, _ in plain.rnn.named_parameters()]
+    assert list(neq.verify(follow, x)) == list(neq.verify(train, x)) == names

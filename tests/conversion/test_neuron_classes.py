@@ -14,6 +14,7 @@ from torchvision.models.video.resnet import Conv3DSimple
 
 import neq_kernels as neq
 from neq_kernels.conversion.neuron_classes import NEURON_CLASSES, neuron_class
+from neq_kernels.layers import linear
 from neq_kernels.layers.base import NeuronLayer, stock_class
 from tests.support import oracle
 from tests.support.models import OwnLinear, entries
@@ -231,3 +232,61 @@ def test_a_name_that_promised_too_much():
     assert type(layer) is BoundRMSNorm
     reason = entries(nn.Sequential(layer))["0"].reason
     assert "['bound', 'weight']; see neq.register" in reason
+
+
+class Around(nn.Linear):
+    """Computes around its base's forward, and asks its weight for nothing but its dtype."""
+
+    def forward(self, x, scale=1.0):
+        return self.after(super().forward(x.to(self.weight.dtype)) * scale), scale
+
+    def after(self, out):
+        return out.relu()
+
+
+class Further(Around):
+    pass
+
+
+class ReadsInAMethod(Around):
+    def after(self, out):
+        return out + self.weight.sum()
+
+
+class CallsItsBase(nn.Linear):
+    def forward(self, x):
+        return nn.Linear.forward(self, x).relu()
+
+
+@pytest.mark.parametrize("kind", [Around, Further])
+def test_a_forward_around_its_bases_keeps_the_kernels(kind):
+    layer, x = kind(3, 4), torch.randn(5, 3)
+    expected, _ = layer(x, scale=2.0)
+    neq.convert(layer)
+    assert isinstance(layer, linear.Linear)
+    assert isinstance(layer, kind)
+    layer.channels.set([1])
+    out, scale = layer(x, scale=2.0)
+    assert torch.equal(out, expected)
+    assert scale == 2.0
+    out.square().sum().backward()
+    oracle.assert_frozen_are_zero(layer.weight.grad, [False, True, False, False])
+    counted = neq.flops.count(layer, x)
+    assert (counted.macs, counted.wgrad) == (12, 2 * 3)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x)[0], layer(x)[0])
+    layer.channels.set([])
+    assert not layer(x)[0].requires_grad
+    assert repr(layer).endswith(", active=0/4)")
+    assert type(neq.revert(layer)) is kind
+
+
+@pytest.mark.parametrize("kind", [ReadsInAMethod, CallsItsBase, OwnLinear])
+def test_a_forward_that_reads_parameters_itself_is_left_alone(kind):
+    assert neuron_class(kind) is None
+
+
+def test_a_class_without_source_is_left_alone():
+    namespace = {"nn": nn}
+    exec("class K(nn.Linear):\n def forward(self, x):\n  return super().forward(x)", namespace)
+    assert neuron_class(namespace["K"]) is None

@@ -131,11 +131,14 @@ LAYERS = {
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("tool", ROW_BY_ROW)
-def test_neurons_of_a_weight_computed_row_by_row_are_held(name, tool):
+@pytest.mark.parametrize("before", [False, True], ids=["after convert", "before"])
+def test_neurons_of_a_weight_computed_row_by_row_are_held(name, tool, before):
     make, shape = LAYERS[name]
-    layer = neq.convert(make())
-    torch.manual_seed(0)
-    ROW_BY_ROW[tool](layer)
+    layer = make()
+    stock = type(layer)
+    for step in (ROW_BY_ROW[tool], neq.convert) if before else (neq.convert, ROW_BY_ROW[tool]):
+        torch.manual_seed(0)
+        step(layer)
     model = nn.Sequential(layer)
     assert entries(model)["0"].converted
     assert all(e.converted for e in entries(model).values())
@@ -153,6 +156,12 @@ def test_neurons_of_a_weight_computed_row_by_row_are_held(name, tool):
         optimizer.step()
     moved = (model(x) != before).movedim(1, 0).flatten(1).any(1)
     assert moved.tolist() == [False, True, False, False]
+    neq.revert(model)
+    assert not isinstance(layer, NeuronLayer)
+    model(x).sum().backward()
+    if tool == "weight_norm":
+        parametrize.remove_parametrizations(layer, "weight")
+    assert type(layer) is stock
 
 
 COUPLED = {

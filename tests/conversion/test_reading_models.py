@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import transformers
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 
@@ -105,7 +106,7 @@ MODELS = {
             )
         ),
         TOKENS,
-        {"in_proj"},
+        {"in_proj", "rel_embeddings"},
     ),
     "bloom": (
         lambda: transformers.BloomModel(
@@ -215,3 +216,13 @@ def test_swin_is_torchvisions_bit_for_bit(size, training):
         layer.channels.set([0])
     x = torch.randn(2, 3, size, size + 4)
     assert torch.equal(output_of(ours, x), output_of(plain, x))
+
+
+def test_torchvisions_feature_extractor_keeps_the_neurons():
+    plain = tiny_swin().double().eval()
+    ours = neq.convert(copy.deepcopy(plain))
+    extractors = [create_feature_extractor(m, ["features.3"]) for m in (plain, ours)]
+    set_ragged(ours)
+    for extractor in extractors:
+        extractor(IMAGE.double())["features.3"].square().sum().backward()
+    assert_gradients(ours, plain)

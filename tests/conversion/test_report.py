@@ -14,7 +14,10 @@ from tests.support.models import Scaled, entries, freeze
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
 @pytest.mark.parametrize("others", ["train", "follow"])
 def test_recurrent_layers_are_reported_with_what_they_keep_alive(kind, others):
-    model = neq.convert(nn.ModuleList([nn.Linear(4, 4), kind(4, 4)]), others=others)
+    with pytest.warns(
+        UserWarning, match=f"of the elements of matrices have neurons.*{kind.__name__}"
+    ):
+        model = neq.convert(nn.ModuleList([nn.Linear(4, 4), kind(4, 4)]), others=others)
     entry = entries(model)["1"]
     assert entry.kind == kind.__name__
     assert not entry.converted

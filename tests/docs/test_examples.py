@@ -10,6 +10,7 @@ from tests.docs.pages import ROOT
 
 EXAMPLES = {
     "five_lines.py": ["--epochs", "3", "--images", "100"],
+    "new_tokens.py": ["--before", "2", "--epochs", "2"],
     "continue_training.py": ["--before", "1", "--epochs", "3", "--images", "200"],
 }
 
@@ -42,6 +43,14 @@ def test_continued_training_freezes_and_prints_both() -> None:
     assert shares[-1] > 0
     assert re.search(r"^dense: accuracy [\d.]+%", done.stdout, re.M)
     assert re.search(r"^neq: accuracy [\d.]+%", done.stdout, re.M)
+
+
+def test_only_the_new_token_is_trained() -> None:
+    done = run("new_tokens.py", *EXAMPLES["new_tokens.py"])
+    assert done.returncode == 0, done.stderr
+    before, after = (float(loss) for loss in re.findall(r"trained: loss ([\d.]+)", done.stdout))
+    assert after < before
+    assert re.search(r"^1 of \d+ rows moved$", done.stdout, re.M)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -136,3 +136,15 @@ def test_autocast_inside_a_compiled_model() -> None:
         assert p.grad.dtype == torch.float32
         assert q.grad is not None, name
         torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0)
+
+
+def test_an_activation_in_place_after_a_linear_layer_of_many_dimensions() -> None:
+    """PyTorch's own output is a view there, which autograd does not let a Function return."""
+    model = neq.convert(nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)))
+    model[0].channels.set([0, 2])
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 5, 3)
+    expected = gradients(model, model, x)
+    for name, grad in gradients(model, compiled, x).items():
+        assert grad is not None
+        torch.testing.assert_close(grad, expected[name])

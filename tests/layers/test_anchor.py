@@ -104,3 +104,29 @@ def test_hooks_of_a_wholly_frozen_layer_see_zeros(below_learns):
     layer.channels.set([])
     DistributedDataParallel(model)(picture()).square().sum().backward()
     assert seen == [0.0] * len(list(layer.parameters()))
+
+
+class Towers(nn.Module):
+    """The second runs last, beside the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.first(x) * self.second(x)
+
+
+@pytest.mark.parametrize("finds_unused", [False, True])
+@pytest.mark.usefixtures("process_group")
+def test_a_frozen_tower_that_runs_last_needs_find_unused_parameters(finds_unused):
+    model = neq.convert(Towers())
+    wrapped = DistributedDataParallel(model, find_unused_parameters=finds_unused)
+    model.second.channels.set([])
+    wrapped(torch.ones(3, 4)).sum().backward()
+    if finds_unused:
+        wrapped(torch.ones(3, 4)).sum().backward()
+        assert bool(model.first.weight.grad.ne(0).any())
+    else:
+        with pytest.raises(RuntimeError, match="find_unused_parameters=True"):
+            wrapped(torch.ones(3, 4))

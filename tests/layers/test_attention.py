@@ -8,7 +8,9 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import neq_kernels as neq
 from neq_kernels.layers.attention import MultiheadAttention
@@ -300,6 +302,44 @@ def test_one_graph_for_all_masks():
             grads.append(ours.in_proj_weight.grad)
         assert torch.allclose(*grads, atol=1e-5)
         oracle.assert_frozen_are_zero(grads[1], [i in rows for i in range(3 * E)])
+
+
+class Attentive(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.below, self.above = nn.Linear(E, E), nn.Linear(E, 2)
+        self.attention = nn.MultiheadAttention(E, HEADS, **options)
+
+    def forward(self, query, key, value):
+        return self.above(self.attention(self.below(query), key, value)[0])
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{}, {"kdim": 6, "vdim": 10}], ids=str)
+@pytest.mark.usefixtures("process_group")
+def test_projections_stop_and_start_in_data_parallel_training(options):
+    torch.manual_seed(0)
+    ours = neq.convert(Attentive(**options).double())
+    alone = copy.deepcopy(ours)
+    wrapped = DistributedDataParallel(ours)
+    arguments = inputs(options, "three")
+    for rows, below in ((range(3 * E), E), (range(E), 0), (range(E, 3 * E), 0), ([], 0), ([3], E)):
+        for model in (ours, alone):
+            model.attention.channels.set(list(rows))
+            model.attention.out_proj.channels.set([0] if rows else [])
+            model.below.channels.set(range(below))
+        for model, run in ((ours, wrapped), (alone, alone)):
+            model.zero_grad()
+            run(*arguments).square().sum().backward()
+        for found, expected in zip(ours.parameters(), alone.parameters(), strict=True):
+            zero = torch.zeros_like(expected)
+            assert torch.equal(found.grad, zero if expected.grad is None else expected.grad)
 
 
 class Decoder(nn.Module):

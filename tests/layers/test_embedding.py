@@ -274,9 +274,18 @@ class Positions(nn.Embedding):
         return super().forward(attention_mask.cumsum(1) + offset)
 
 
+class ByItself(nn.Embedding):
+    def forward(self, tokens):
+        return nn.functional.embedding(tokens, self.weight * 2)
+
+
 @pytest.mark.parametrize(
     ("kind", "arguments"),
-    [(Scaled, (torch.tensor([[1, 3, 3]]),)), (Positions, (torch.ones(2, 3, dtype=torch.long), 1))],
+    [
+        (ByItself, (torch.tensor([[1, 3, 3]]),)),
+        (Scaled, (torch.tensor([[1, 3, 3]]),)),
+        (Positions, (torch.ones(2, 3, dtype=torch.long), 1)),
+    ],
 )
 def test_a_subclass_with_its_own_forward(kind, arguments):
     plain = kind(ROWS, WIDTH).double()
@@ -303,5 +312,15 @@ def test_a_head_tied_to_a_scaled_embedding_shares_its_neurons():
     model[0].channels.set([0, 5])
     model(torch.tensor([0, 1, 5])).square().sum().backward()
     assert model[0].weight.grad.any(1).nonzero().flatten().tolist() == [0, 5]
-    sparse = neq.conversion_report(nn.Sequential(Scaled(ROWS, WIDTH, sparse=True)))
-    assert "sparse=True" in sparse.modules[0].reason
+
+
+def test_a_subclass_with_its_own_forward_stays_a_layer_in_a_trace():
+    model = neq.convert(nn.Sequential(Scaled(ROWS, WIDTH)))
+    traced = torch.fx.symbolic_trace(model)
+    x = tokens(5)
+    assert torch.equal(traced(x), model(x))
+
+
+def test_sparse_gradients_of_a_subclass_that_looks_up_by_itself_are_refused():
+    report = neq.conversion_report(nn.Sequential(ByItself(ROWS, WIDTH, sparse=True)))
+    assert "sparse=True" in report.modules[0].reason

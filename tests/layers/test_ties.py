@@ -138,15 +138,14 @@ def test_a_vocabulary_that_grew_after_convert_needs_convert_again(make):
 
 def test_a_tie_broken_since_is_repaired_by_convert():
     _, model, _ = twins(llama, [3])
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    neq.attach(optimizer, model)
     model.lm_head.weight = nn.Parameter(table(model).detach().clone())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"model\.embed_tokens and lm_head, which share no para"):
-        optimizer.step()
+        neq.attach(optimizer, model)
     neq.convert(model)
     assert model.lm_head.channels is not model.model.embed_tokens.channels
     assert model.lm_head.channels.active.tolist() == [3]
-    neq.attach(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    neq.attach(optimizer, model)
 
 
 def test_layers_that_share_a_bias_share_their_neurons():

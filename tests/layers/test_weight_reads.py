@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import neq_kernels as neq
-from neq_kernels.layers.traversal import named_neuron_layers
+from neq_kernels.layers.traversal import named_neuron_layers, neuron_owners
 from tests.support import oracle
 from tests.support.models import assert_model_gradients, freeze, set_ragged
 
@@ -44,7 +44,7 @@ def both():
 
 
 def inputs():
-    return torch.randn(7, 6, dtype=torch.float64)
+    return torch.randn(7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
 
 def backward(model, x):
@@ -197,6 +197,16 @@ def test_exported_programs_are_plain():
     oracle.assert_close64(program.module()(x), ours(x))
 
 
+def test_a_reader_is_one_module_in_a_graph_of_torch_fx():
+    plain, ours = both()
+    traced = torch.fx.symbolic_trace(ours)
+    assert [node.target for node in traced.graph.nodes][1:4] == ["0", "1", "2"]
+    set_ragged(ours)
+    for model in (plain, traced):
+        backward(model, inputs())
+    assert_model_gradients(ours, plain)
+
+
 def test_linear_cross_entropy():
     torch.manual_seed(0)
     plain = nn.LinearCrossEntropyLoss(6, 5).double()
@@ -234,3 +244,41 @@ def test_stopped_and_started_in_data_parallel_training():
         for found, expected in zip(ours.parameters(), alone.parameters(), strict=True):
             zero = torch.zeros_like(expected)
             assert torch.equal(found.grad, zero if expected.grad is None else expected.grad)
+
+
+def test_derivatives_of_higher_order_hold_frozen_neurons():
+    """Against the dense model, with the frozen rows put in as constants."""
+    plain, ours = both()
+    set_ragged(ours)
+    owners = neuron_owners(ours)
+    x = inputs()
+    values = {}
+    for (name, parameter), own in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        values[name] = own
+        for channels, layout in owners.get(parameter, ()):
+            constant = own.detach().clone()
+            mask = torch.zeros_like(own, dtype=torch.bool)
+            layout.fill_(mask, channels.active, True)
+            values[name] = torch.where(mask, own, constant)
+
+    def penalty(outputs, parameters):
+        grads = torch.autograd.grad(outputs.square().sum(), parameters, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), parameters)
+
+    dense = penalty(torch.func.functional_call(plain, values, (x,)), tuple(plain.parameters()))
+    for found, expected in zip(penalty(ours(x), tuple(ours.parameters())), dense, strict=True):
+        oracle.assert_close64(found, expected, 1e-9)
+
+
+def test_function_transforms_hold_frozen_neurons():
+    _, ours = both()
+    set_ragged(ours)
+    x = inputs()
+    backward(ours, x)
+
+    def loss(parameters):
+        return torch.func.functional_call(ours, parameters, (x,)).square().sum()
+
+    grads = torch.func.grad(loss)(dict(ours.named_parameters()))
+    for name, parameter in ours.named_parameters():
+        oracle.assert_close64(grads[name], parameter.grad, 1e-9)

@@ -285,6 +285,38 @@ def test_functions_of_ours_do_not_bypass():
         assert qkv.active == len(active)
 
 
+class Scaled(Functional):
+    """Reads a weight where convert sees it, but multiplies by something computed from it."""
+
+    def forward(self, x):
+        return self.out(F.linear(x, self.qkv.weight * 2))
+
+
+@pytest.mark.parametrize(("active", "wgrad"), [(range(48), 1), (range(12), 1), ([], 0)])
+def test_gradients_of_masked_weights_are_computed_whole(active, wgrad):
+    model = neq.convert(Scaled())
+    model.qkv.channels.set(active)
+    qkv = flops.count(model, torch.randn(4, 16)).layers[0]
+    assert (qkv.name, qkv.bypassed_macs, qkv.active) == ("qkv", 0, len(active))
+    assert qkv.wgrad_macs == wgrad * qkv.macs
+    layer = neq.convert(nn.Bilinear(4, 4, 48))
+    layer.channels.set(active)
+    (row,) = flops.count(layer, {"input1": torch.ones(2, 4), "input2": torch.ones(2, 4)}).layers
+    assert (row.bypassed_macs, row.active) == (0, len(active))
+    assert row.wgrad_macs == wgrad * row.macs
+
+
+def test_a_weight_that_is_read_for_a_linear_product_saves_what_its_layer_does():
+    class Read(Functional):
+        def forward(self, x):
+            return self.out(F.linear(x, self.qkv.weight, self.qkv.bias))
+
+    model = neq.convert(Read())
+    model.qkv.channels.set(range(12))
+    qkv = flops.count(model, torch.randn(4, 16)).layers[0]
+    assert (qkv.name, qkv.bypassed_macs, qkv.wgrad_macs) == ("qkv", 0, qkv.macs // 4)
+
+
 def test_weights_that_do_not_learn_bypass_nothing():
     model = neq.convert(Functional())
     model.qkv.requires_grad_(False)

@@ -118,13 +118,16 @@ def test_parameters_without_counts_say_so_and_load_without():
     assert "neq_step" not in optimizer.state[net[1].weight]
 
 
-def test_a_wholly_frozen_parameter_without_state_is_saved_as_zeros(make):
+@pytest.mark.parametrize("thaws", [False, True])
+def test_a_wholly_frozen_parameter_without_state_is_saved_as_zeros(make, thaws):
     net = make_net()
     net[0].channels.set([])
     optimizer = make(net.parameters())
     attach(optimizer, net)
     step(net, optimizer, 0)
     assert net[0].weight not in optimizer.state
+    if thaws:  # before the checkpoint
+        net[0].channels.reset()
     saved = through_a_file(optimizer.state_dict())["state"][0]
     assert all(bool((tensor == 0).all()) for tensor in saved.values())
     plain_net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).double()

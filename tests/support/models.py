@@ -25,7 +25,7 @@ class OwnLinear(nn.Linear):
     """A subclass that computes something else."""
 
     def forward(self, input):
-        return super().forward(input).tanh()
+        return nn.functional.linear(input, self.weight.tanh(), self.bias)
 
 
 def small_net():

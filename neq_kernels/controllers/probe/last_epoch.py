@@ -316,7 +316,7 @@ class Activations:
 
 def _with_outputs(layers: Layers) -> Layers:
     """Those that are compared by their outputs."""
-    return {name: layer for name, layer in layers.items() if not layer.is_embedding}
+    return {name: layer for name, layer in layers.items() if layer.shows_neurons}
 
 
 def _tables(layers: Layers) -> Outputs:
