@@ -36,6 +36,8 @@ class TransposedLinear(NeuronLayer):
         return output.dim() - 1
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return self._traced(x)
         weight, bias = self._learned()
         rows = x.view(-1, x.size(-1))
         out = functional.linear(rows, weight.t(), bias, self.channels, grad_input=self.grad_input)

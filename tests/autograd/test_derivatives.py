@@ -283,3 +283,27 @@ def test_everything_active_is_pytorchs_in_a_transform():
     with oracle.CalledOps() as called:
         torch.func.grad(lambda w: linear(x, w, None, channels).sum())(weight)
     assert "where" not in called.that_compute()
+
+
+@pytest.mark.parametrize("mask", ["none", "half", "all"])
+def test_embeddings_in_transforms_and_forward_mode(mask):
+    tokens, ours = torch.tensor([[0, 3, 3], [1, 5, 2]]), neq.convert(nn.Embedding(6, 4).double())
+    ours.channels.set(MASKS[mask](6))
+    table, is_active = ours.weight.detach(), ours.channels.mask[:, None]
+
+    def loss(model):
+        return lambda w: model(w).sin().square().sum()
+
+    def frozen(w):
+        return functional_call(ours, {"weight": w}, (tokens,))
+
+    def dense(w):
+        return nn.functional.embedding(tokens, torch.where(is_active, w, w.detach()))
+
+    for transform in (
+        lambda f: torch.func.grad(loss(f))(table),
+        lambda f: torch.func.jvp(f, (table,), (table.cos(),))[1],
+        lambda f: torch.func.jvp(torch.func.grad(loss(f)), (table,), (table.cos(),))[1],
+        lambda f: torch.func.jacrev(f)(table),
+    ):
+        oracle.assert_close64(transform(frozen), transform(dense), 1e-12)

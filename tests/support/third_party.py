@@ -26,7 +26,8 @@ def outcome(layer, *inputs):
 
 def assert_holds(plain, *inputs, exact=True):
     """The converted layer computes what the plain one does; with every third neuron frozen its
-    gradients are the dense ones but for exact zeros; frozen wholly, there are none; it reverts."""
+    gradients are the dense ones but for exact zeros; frozen wholly, there are none; in a graph of
+    torch.fx it stays one layer; it reverts."""
     kind = type(plain)
     ours = neq.convert(copy.deepcopy(plain))
     assert isinstance(ours, NeuronLayer), neq.conversion_report(ours)
@@ -57,6 +58,12 @@ def assert_holds(plain, *inputs, exact=True):
     assert all(
         g is None for n, g in outcome(ours, *inputs)[2].items() if n in dense and _owned(ours, n)
     )
+    if len(inputs) == 1:
+        traced = torch.fx.symbolic_trace(torch.nn.Sequential(ours))
+        assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0"]
+        torch.manual_seed(3)
+        for a, b in zip(tree_leaves(traced(*inputs)), outputs, strict=True):
+            assert same(a, b)
     assert type(neq.revert(ours)) is kind
     assert set(vars(ours)) == set(vars(plain))
     assert list(ours._modules) == list(plain._modules)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from neq_kernels.conversion.recipe import Recipe
 from neq_kernels.layers import conv, linear
@@ -28,6 +29,8 @@ class SameConv2d(conv._Conv):
     def forward(self, x: Tensor) -> Tensor:
         from timm.layers.padding import pad_same
 
+        if isinstance(x, Proxy):
+            return self._traced(x)
         weight, bias = self._learned()
         padded = cast(Tensor, pad_same(x, weight.shape[-2:], self.stride, self.dilation))
         return self._convolve(padded, weight, bias, (0, 0))
