@@ -48,8 +48,8 @@ class Tolerance:
     step: float
 
 
-FLOAT64 = Tolerance(gradient=1e-9, least_scale=1e-6, step=1e-12)
-FLOAT32 = Tolerance(gradient=5e-4, least_scale=1e-4, step=1e-6)
+FLOAT64 = Tolerance(gradient=1e-9, least_scale=1e-4, step=1e-12)
+FLOAT32 = Tolerance(gradient=5e-4, least_scale=1e-2, step=1e-6)
 
 
 @dataclass

@@ -210,7 +210,7 @@ def test_a_model_without_neurons_has_no_share() -> None:
 def test_gradients_that_are_not_finite_are_not_compared() -> None:
     class Root(Net):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x).relu().sqrt()
+            return (super().forward(x) * 0).sqrt()
 
     row = row_of(lambda: example(Root()))
     assert row["reason"] == "not checked: its gradients are not finite"
