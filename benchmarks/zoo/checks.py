@@ -152,7 +152,7 @@ class _Checked:
             count = self._dense_backward()
             if count is None:
                 return {"reason": "not checked: its gradients are not finite"}
-            types = [type(module) for module in self.dense.modules()]
+            types = _classes(self.dense)
             hooks = _hooks(self.dense)
             model = self._converted()
             if model is None:
@@ -246,7 +246,7 @@ class _Checked:
             self._check(cell, not off, f"active rows differ: {[names[p] for p in off[:3]]}")
             handle.remove()
 
-    def _revert(self, model: nn.Module, types: list[type], hooks: int) -> None:
+    def _revert(self, model: nn.Module, types: list[list[str]], hooks: int) -> None:
         with self._cell("revert"):
             before = {name: value.clone() for name, value in model.state_dict().items()}
             neq.revert(model)
@@ -254,7 +254,7 @@ class _Checked:
             equal = list(before) == list(after) and all(
                 torch.equal(before[name], after[name]) for name in before
             )
-            back = [type(module) for module in model.modules()] == types
+            back = _classes(model) == types
             self._check("revert", equal, "state_dict differs")
             self._check("revert", back, "classes differ")
             self._check("revert", _hooks(model) == hooks, "hooks are left")
@@ -443,6 +443,14 @@ def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
         x.dtype == y.dtype and x.shape == y.shape and bool((x.eq(y) | (x.ne(x) & y.ne(y))).all())
         for x, y in zip(a, b, strict=True)
     )
+
+
+def _classes(model: nn.Module) -> list[list[str]]:
+    """By name, with their bases: a parametrization makes a class anew for every layer."""
+    return [
+        [f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__]
+        for module in model.modules()
+    ]
 
 
 def _hooks(model: nn.Module) -> int:
