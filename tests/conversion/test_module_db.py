@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.testing._internal.common_modules import ModuleInfo, module_db
 
 from benchmarks.zoo.checks import (
     FLOAT64,
@@ -22,6 +21,7 @@ from benchmarks.zoo.checks import (
 )
 from neq_kernels.conversion.convert import convert
 from neq_kernels.conversion.neuron_classes import neuron_class
+from tests.support.torch_databases import ModuleInfo, module_db
 
 CONVERTED = (
     *("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Conv1d", "Conv2d", "Conv3d"),

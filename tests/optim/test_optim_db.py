@@ -9,15 +9,12 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import LBFGS, Adafactor, Muon, SparseAdam
-from torch.testing._internal.common_optimizers import (
-    _get_optim_inputs_including_global_cliquey_kwargs,
-    optim_db,
-)
 
 from benchmarks.zoo.checks import freeze_half
 from neq_kernels.conversion.convert import convert
 from neq_kernels.layers.traversal import neuron_owners
 from neq_kernels.optim import attach
+from tests.support.torch_databases import optim_db, optimizer_inputs
 
 REFUSED = (LBFGS,)
 # An active row's step depends on the frozen rows, too.
@@ -31,9 +28,7 @@ SETTINGS = [
     for info in optim_db
     for i, given in enumerate(
         # A differentiable step refuses parameters that are leaves, as a model's are.
-        _get_optim_inputs_including_global_cliquey_kwargs(
-            "cpu", torch.float64, info, skip=("differentiable",)
-        )
+        optimizer_inputs("cpu", torch.float64, info, skip=("differentiable",))
     )
 ]
 

@@ -243,9 +243,9 @@ def run(make, dtype, channels_last, frozen_state, device):
         set_gradients(net, numbers)
         optimizer.step()
         schedule.step()
-    state = optimizer.state_dict()["state"].values()
-    moments = [v for s in state for k, v in s.items() if isinstance(v, Tensor) and k != "step"]
-    counts = [s.get(key) for s in state for key in ("step", "neq_step")]
+    state, counted = optimizer.state.values(), ("step", "neq_step")
+    moments = [v for s in state for k, v in s.items() if isinstance(v, Tensor) and k not in counted]
+    counts = [s[key].tolist() for s in state for key in counted if key in s]
     return [p.detach() for p in net.parameters()] + moments, counts
 
 
