@@ -28,6 +28,8 @@ CHECKS = ("forward", "gradients", "frozen", "sgd", "adamw", "revert", "stop")
 # Above it the parameters, gradients and both optimizers' states are kept in float32.
 MOST_IN_FLOAT64 = 20_000_000
 _NOISE = 0.02
+# Of the MACs in neurons: below it, a row says what is left out.
+_SAY_WHAT_IS_OUTSIDE = 0.95
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1}
 
@@ -158,11 +160,17 @@ class _Checked:
             if model is None:
                 return {"mac_share": 0.0, "reason": "no layer of it can be converted"}
             self._check("forward", same(self.outputs, self.example.forward(model)), "differs")
-            self.cells["mac_share"] = count.share_of(_owned_shares(model))
+            self._note_share(count, _owned_shares(model))
             self._half_frozen(model)
             self._revert(model, types, hooks)
             self._stop(model, count)
         return self.cells | {"reason": "; ".join(self.reasons)}
+
+    def _note_share(self, count: Products, owned: Mapping[str, float]) -> None:
+        self.cells["mac_share"] = share = count.share_of(owned)
+        outside = count.largest_outside(owned) if share < _SAY_WHAT_IS_OUTSIDE else None
+        if outside is not None:
+            self.reasons.append(f"MACs outside: {outside[0]} has most, {outside[1]:.0%} of all")
 
     def _converted(self) -> nn.Module | None:
         model = _copy(self.dense)

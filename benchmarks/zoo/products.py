@@ -88,6 +88,20 @@ class Products(TorchDispatchMode):
         )
         return inside / self.macs
 
+    def largest_outside(self, owned: Mapping[str, float]) -> tuple[str, float] | None:
+        """The parameter without neurons whose products are most, with their share, all of those of
+        its name in other blocks included; None: there is none."""
+        outside: dict[str, float] = {}
+        for product in self.forward:
+            for name in product.names:
+                if not owned.get(name, 0.0):
+                    alike = ".".join("*" if part.isdigit() else part for part in name.split("."))
+                    outside[alike] = outside.get(alike, 0.0) + product.macs / len(product.names)
+        if not outside:
+            return None
+        largest = max(outside, key=lambda name: outside[name])
+        return largest, outside[largest] / self.macs
+
     def __torch_dispatch__(
         self,
         func: Any,

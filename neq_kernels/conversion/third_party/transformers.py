@@ -43,6 +43,8 @@ def recipe(kind: type[nn.Module]) -> Recipe | None:
         return Recipe(linear.TransposedLinear)
     if name == "GroupedLinearLayer":
         return Recipe(Masked, {"owned": (Owned("weight", axis=2, groups=None), Owned("bias"))})
+    if name == "XLNetRelativeAttention":
+        return _xlnet()
     if name.endswith("ParallelExperts"):
         return Recipe(Experts, {"owned": (Owned("weight", axis=1, groups=None),)})
     if name.endswith("Experts") and not issubclass(kind, (nn.ModuleDict, nn.ModuleList)):
@@ -54,6 +56,15 @@ def recipe(kind: type[nn.Module]) -> Recipe | None:
     if "RMSNorm" in name or name.endswith(("LayerNorm", "NoNorm")):
         return None if issubclass(kind, nn.LayerNorm) else Recipe(RecognisedNorm)
     return None
+
+
+def _xlnet() -> Recipe:
+    """Its projections are ``[in, head, feature]``: a neuron is a head, in all that it projects
+    with; the way back, ``[out, head, feature]``, has neurons of its own."""
+    heads = (*(Owned(name, axis=1) for name in "qkvr"), Owned("seg_embed", axis=1))
+    biases = tuple(Owned(f"r_{name}_bias") for name in "rsw")
+    further = ((Owned("o"),),)
+    return Recipe(Masked, {"owned": (*heads, *biases), "further": further, "output_dim": None})
 
 
 def _experts(name: str) -> Recipe:

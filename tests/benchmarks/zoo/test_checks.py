@@ -47,6 +47,20 @@ def test_a_model_that_is_right() -> None:
     assert row["dgrad"] == row["dgrad_needed"] == 8 * 4 / (8 * 8 + 8 * 4)
 
 
+def test_a_row_says_which_products_are_outside() -> None:
+    class Mixed(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) @ self.mix
+
+    row = row_of(lambda: example(Mixed()))
+    assert row["mac_share"] == 1 - 16 / (6 * 8 + 8 * 8 + 8 * 4 + 16)
+    assert row["reason"] == "MACs outside: mix has most, 10% of all"
+
+
 def test_half_of_every_layer_is_frozen_and_ties_agree() -> None:
     net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 1))
     net[1].weight = net[0].weight

@@ -80,6 +80,16 @@ def test_shares_are_of_products_and_of_their_parameters() -> None:
     assert counted(both, torch.ones(1, 4)).share_of({"weight": 1.0}) == 0.5
 
 
+def test_what_is_outside_is_added_up_over_blocks_that_are_alike() -> None:
+    model = nn.Sequential(
+        nn.Linear(4, 4, bias=False), nn.Linear(4, 5, bias=False), nn.Linear(5, 5, bias=False)
+    )
+    count = counted(model, torch.ones(1, 4))
+    assert count.largest_outside({}) == ("*.weight", 1.0)
+    assert count.largest_outside({"0.weight": 1.0, "2.weight": 1.0}) == ("*.weight", 20 / 61)
+    assert count.largest_outside({f"{i}.weight": 1.0 for i in range(3)}) is None
+
+
 def test_the_first_use_of_a_parameter_is_where_the_forward_reads_it() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     first = counted(nn.Sequential(*reversed(model)), torch.ones(1, 4)).first_use

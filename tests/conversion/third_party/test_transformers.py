@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
-from transformers import GptOssConfig, Llama4TextConfig, MixtralConfig, NemotronHConfig
+from transformers import (
+    GptOssConfig,
+    Llama4TextConfig,
+    MixtralConfig,
+    NemotronHConfig,
+    XLNetConfig,
+)
 from transformers.models.convbert.modeling_convbert import GroupedLinearLayer
 from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
 from transformers.models.deberta.modeling_deberta import DebertaLayerNorm
@@ -19,6 +27,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.squeezebert.modeling_squeezebert import SqueezeBertLayerNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
+from transformers.models.xlnet.modeling_xlnet import XLNetModel
 from transformers.pytorch_utils import Conv1D
 
 import neq_kernels as neq
@@ -193,3 +202,34 @@ def test_experts_that_are_stored_another_way_round_are_left_alone():
     experts.gate_up_proj = nn.Parameter(torch.randn(3, 6, 8))
     model = neq.convert(nn.Sequential(experts, nn.Linear(2, 2)))
     assert entries(model)["0"].reason == ("its experts are stored otherwise: (3, 6, 8), (3, 6, 4)")
+
+
+def test_xlnets_attention_has_a_neuron_for_each_head():
+    config = XLNetConfig(d_model=6, n_head=3, n_layer=1, d_inner=4, vocab_size=5)
+    model = XLNetModel(config).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    ours = neq.convert(copy.deepcopy(model))
+    attention = ours.layer[0].rel_attn
+    assert (len(attention.channels), len(attention.o_neurons.channels)) == (3, 6)
+    attention.channels.set([2])
+    attention.o_neurons.channels.set([0, 4])
+    tokens = torch.tensor([[1, 3, 2, 4]])
+    for net in (model, ours):
+        net(tokens).last_hidden_state.square().sum().backward()
+    dense = dict(model.layer[0].rel_attn.named_parameters())
+    for name, parameter in attention.named_parameters():
+        if name.startswith("layer_norm") or parameter.grad is None:
+            continue
+        dim, active = (0, [0, 4]) if name == "o" else (int(parameter.dim() == 3), [2])
+        frozen = [i for i in range(parameter.shape[dim]) if i not in active]
+        expected = dense[name].grad.index_fill(dim, torch.tensor(frozen), 0)
+        torch.testing.assert_close(parameter.grad, expected)
+        assert parameter.grad.any(), name
+    attention.channels.set([])
+    attention.o_neurons.channels.set([])
+    ours.zero_grad()
+    ours(tokens).last_hidden_state.square().sum().backward()
+    grads = {n for n, p in attention.named_parameters() if p.grad is not None}
+    assert grads == {"layer_norm.weight", "layer_norm.bias"}
+    assert type(neq.revert(ours).layer[0].rel_attn) is type(model.layer[0].rel_attn)
