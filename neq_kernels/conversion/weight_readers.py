@@ -28,8 +28,9 @@ def prepare_readers(model: nn.Module) -> None:
         if isinstance(module, (NeuronLayer, *_READS_WITHOUT_LEARNING)):
             continue
         paths = [p for p in layers_read(type(module)) if _is_neuron_layer(module, p)]
-        if paths:
-            module.__dict__["neq_weight_reads"] = WeightReads(module, paths)
+        arguments = arguments_read(type(module))
+        if paths or arguments:
+            module.__dict__["neq_weight_reads"] = WeightReads(module, paths, arguments)
 
 
 def remove_reads(module: nn.Module) -> None:
@@ -48,6 +49,35 @@ def layers_read(kind: type[nn.Module]) -> tuple[str, ...]:
     if kind not in _known:
         _known[kind] = tuple(_find(kind))
     return _known[kind]
+
+
+_known_arguments: WeakKeyDictionary[type[nn.Module], dict[str, int]] = WeakKeyDictionary()
+
+
+def arguments_read(kind: type[nn.Module]) -> dict[str, int]:
+    """The arguments of its forward whose weight or bias the class reads there, by position: layers
+    that are handed to it."""
+    if kind not in _known_arguments:
+        forward = next(_definitions(kind, "forward"), None)
+        _known_arguments[kind] = {} if forward is None else _find_arguments(forward)
+    return _known_arguments[kind]
+
+
+def _find_arguments(forward: FunctionType) -> dict[str, int]:
+    tree, code = _tree(forward), forward.__code__
+    if tree is None:
+        return {}
+    names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    read = {
+        node.value.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.attr in READ
+        and _reads_values(node, parents[node])
+    }
+    return {name: position for position, name in enumerate(names) if name in read}
 
 
 def _find(kind: type[nn.Module]) -> dict[str, None]:
@@ -76,9 +106,8 @@ def _definitions(kind: type[nn.Module], name: str) -> Iterator[FunctionType]:
 
 def _read_by(function: FunctionType) -> tuple[frozenset[str], frozenset[str]]:
     """The submodules whose weight it reads, and the names of ``self`` that may be methods."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
+    tree = _tree(function)
+    if tree is None:
         return frozenset(), frozenset()
     itself = function.__code__.co_varnames[:1]
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
@@ -95,6 +124,14 @@ def _read_by(function: FunctionType) -> tuple[frozenset[str], frozenset[str]]:
         if len(path) > 2 and path[-1] in READ and _reads_values(node, parents[node]):
             reads.add(".".join(path[1:-1]))
     return frozenset(reads), frozenset(names)
+
+
+def _tree(function: FunctionType) -> ast.AST | None:
+    """None where Python has no source."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return None
 
 
 def _path(node: ast.expr) -> list[str] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -35,12 +35,16 @@ class WeightReads:
     Args:
         reader: the module.
         paths: the neuron layers whose weight it reads, by name.
+        arguments: those of its forward that may be such layers, by position.
     """
 
-    def __init__(self, reader: nn.Module, paths: Iterable[str]) -> None:
+    def __init__(
+        self, reader: nn.Module, paths: Iterable[str], arguments: Mapping[str, int]
+    ) -> None:
+        self._arguments = arguments
         self._layers = [(path, _owned_names(reader.get_submodule(path))) for path in paths]
         self._hooks = [
-            reader.register_forward_pre_hook(self._before_forward),
+            reader.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             reader.register_forward_hook(self._after_forward, always_call=True),
         ]
         # By this torch.fx knows modules that stay modules in a graph, which would else hold the
@@ -53,12 +57,18 @@ class WeightReads:
         for hook in self._hooks:
             hook.remove()
 
-    def _before_forward(self, reader: nn.Module, args: object) -> None:
+    def _before_forward(
+        self, reader: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         replaced: list[tuple[dict[str, Any], str, Any]] = []
         for path, names in self._layers:
             layer = reader.get_submodule(path)
             if isinstance(layer, NeuronLayer):
                 replaced += _replace(layer, names)
+        for name, position in self._arguments.items():
+            given = args[position] if position < len(args) else kwargs.get(name)
+            if isinstance(given, NeuronLayer):
+                replaced += _replace(given, _owned_names(given))
         reader.__dict__.setdefault("neq_replaced", []).append(replaced)
 
     def _after_forward(self, reader: nn.Module, args: object, output: object) -> None:

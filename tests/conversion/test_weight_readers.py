@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models import swin_transformer
 
 import neq_kernels as neq
-from neq_kernels.conversion.weight_readers import layers_read
+from neq_kernels.conversion.weight_readers import arguments_read, layers_read
 
 
 class Base(nn.Module):
@@ -44,6 +44,17 @@ def test_weights_read_in_forward_and_what_it_calls_are_found():
     assert set(layers_read(Reads)) == {"base", "inner.deep", "blocks.first", "tables", "scaled"}
     assert layers_read(nn.Linear) == ()
     assert layers_read(nn.Sequential) == ()
+
+
+def test_arguments_whose_weight_forward_reads_are_found():
+    class Handed(nn.Module):
+        def forward(self, x, layer, *, other=None, unread=None):
+            if unread.weight.dtype == x.dtype:
+                x = x + other.bias
+            return x @ layer.weight
+
+    assert arguments_read(Handed) == {"layer": 1, "other": 2}
+    assert arguments_read(Reads) == {}
 
 
 def test_a_class_without_source_reads_nothing():

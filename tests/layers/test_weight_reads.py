@@ -282,3 +282,41 @@ def test_function_transforms_hold_frozen_neurons():
     grads = torch.func.grad(loss)(dict(ours.named_parameters()))
     for name, parameter in ours.named_parameters():
         oracle.assert_close64(grads[name], parameter.grad, 1e-9)
+
+
+class Decoder(nn.Module):
+    """As Perceiver's: the table comes as an argument, and is called elsewhere."""
+
+    def forward(self, x, table, bias=None):
+        return x @ table.weight.t() + (0 if bias is None else bias)
+
+
+class Handing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.decoder = nn.Embedding(6, 4), Decoder()
+
+    def forward(self, tokens, by_name):
+        x = self.table(tokens)
+        return self.decoder(x, table=self.table) if by_name else self.decoder(x, self.table)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("active", [[1, 4], range(6), []])
+def test_a_layer_that_is_handed_to_the_module_that_reads_it(by_name, active):
+    plain = Handing().double()
+    ours = neq.convert(copy.deepcopy(plain))
+    ours.table.channels.set(active)
+    tokens = torch.tensor([0, 1, 4])
+    outputs = [model(tokens, by_name) for model in (plain, ours)]
+    assert torch.equal(*outputs)
+    if not len(active):
+        assert not outputs[1].requires_grad
+        return
+    for output in outputs:
+        output.square().sum().backward()
+    frozen = ours.table.channels.frozen
+    expected = plain.table.weight.grad.index_fill(0, frozen, 0)
+    torch.testing.assert_close(ours.table.weight.grad, expected, rtol=1e-12, atol=1e-12)
+    assert not ours.table.weight.grad[frozen].any()
+    assert neq.verify(ours, {"tokens": tokens, "by_name": by_name}) == []
