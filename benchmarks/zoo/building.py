@@ -37,7 +37,7 @@ def _torchvision(entry: Entry) -> Example:
     if entry.input == "segmentation":
         return Example(model, (torch.randn(2, 3, 64, 64),))
     if entry.input == "flow":
-        return Example(model, (torch.rand(2, 3, 128, 128), torch.rand(2, 3, 128, 128)))
+        return Example(model, (torch.rand(2, 3, 128, 128), torch.rand(2, 3, 128, 128), 2))
     return Example(model, (_tensor(entry),))
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import neq_kernels as neq
 from benchmarks.zoo.products import Products
@@ -408,8 +408,9 @@ def _copy(model: nn.Module) -> nn.Module:
     """Of a model that has run, too: some keep what they computed, which cannot be copied."""
     for module in model.modules():
         for name, value in module.__dict__.items():
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                setattr(module, name, value.detach())
+            kept = [] if name.startswith("_") else tree_leaves(value)
+            if any(isinstance(leaf, Tensor) and leaf.grad_fn is not None for leaf in kept):
+                setattr(module, name, tree_map_only(Tensor, Tensor.detach, value))
     return copy.deepcopy(model)
 
 
