@@ -74,6 +74,9 @@ def attach(
         raise ValueError(
             f"frozen_state: expected one of {get_args(FrozenState)}, got {frozen_state!r}"
         )
+    if not isinstance(free_frozen_state, bool):
+        got = type(free_frozen_state).__name__
+        raise TypeError(f"free_frozen_state: expected a bool, got {got}")
     if free_frozen_state and (frozen_state != "reset" or type(optimizer) not in ROW_STEPS):
         raise ValueError(
             "free_frozen_state: expected SGD, Adam or AdamW and frozen_state='reset', which leave "

@@ -97,3 +97,5 @@ def test_only_where_the_state_would_be_zeros():
         optimizer = optimizer_class(net.parameters())
         with pytest.raises(ValueError, match="free_frozen_state: expected SGD, Adam or AdamW and"):
             neq.attach(optimizer, net, frozen_state, free_frozen_state=True)
+    with pytest.raises(TypeError, match="free_frozen_state: expected a bool, got int"):
+        neq.attach(Adam(net.parameters()), net, free_frozen_state=3)
