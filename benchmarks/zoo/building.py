@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.zoo import transformers_models as tiny
-from benchmarks.zoo.checks import Example
+from benchmarks.zoo.comparison import Example
 from benchmarks.zoo.entries import Entry
 
 

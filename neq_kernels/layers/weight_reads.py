@@ -122,7 +122,7 @@ def _replace(
     return replaced
 
 
-def calls_its_layer(weight: Tensor | None) -> bool:
+def _calls_its_layer(weight: Tensor | None) -> bool:
     """Whether ``F.linear`` with this weight is a call of the layer that it was read of."""
     return isinstance(weight, _Read) and isinstance(weight.layer, Linear)
 
@@ -166,7 +166,7 @@ class _Read(Tensor):
 
 def _call(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """The call of the layer that this product of its weight is; None if it is none."""
-    if not calls_its_layer(weight) or transformed():
+    if not _calls_its_layer(weight) or transformed():
         return None
     assert isinstance(weight, _Read)
     layer = weight.layer

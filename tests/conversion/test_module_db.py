@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.zoo.checks import (
+from benchmarks.zoo.comparison import (
     FLOAT64,
     Example,
     freeze_half,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import LBFGS, Adafactor, Muon, SparseAdam
 
-from benchmarks.zoo.checks import freeze_half
+from benchmarks.zoo.comparison import freeze_half
 from neq_kernels.conversion.convert import convert
 from neq_kernels.layers.traversal import neuron_owners
 from neq_kernels.optim import attach

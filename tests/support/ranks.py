@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,26 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 import neq_kernels as neq
 from neq_kernels.controllers import FixedController, NEqController, StochasticController
 from tests.support.nets import conv_net, images, picture, train, wiggle
+from tests.support.scenarios import run_all
 
 
 def run(rank: int, folder: str) -> None:
     """Run every scenario as rank ``rank`` of 2; the results go to a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meet",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=100),
-    )
-    results = {}
-    try:
-        for scenario in SCENARIOS:
-            torch.manual_seed(0)
-            results[scenario.__name__] = scenario(rank)
-    finally:
-        torch.save(results, Path(folder, f"results{rank}.pt"))
-        dist.destroy_process_group()
+    run_all(rank, folder, SCENARIOS)
 
 
 def shards(rank: int) -> list[torch.Tensor]:

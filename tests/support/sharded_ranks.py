@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -26,6 +24,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 import neq_kernels as neq
 from neq_kernels.optim import agreement
 from tests.support.optimizer_nets import layers, make_net, random_masks
+from tests.support.scenarios import run_all
 
 MAKE = {
     "SGD": lambda ps: SGD(ps, lr=0.05, momentum=0.9, weight_decay=0.1),
@@ -39,21 +38,8 @@ N_STEPS = 5
 
 def run(rank: int, folder: str) -> None:
     """Run every scenario as rank ``rank`` of 2; the results go to a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meet",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=100),
-    )
-    results = {}
-    try:
-        for scenario in (fsdp, tensor_parallel, checkpoint, different_masks):
-            results[scenario.__name__] = scenario(rank, folder)
-    finally:
-        torch.save(results, Path(folder, f"results{rank}.pt"))
-        dist.destroy_process_group()
+    scenarios = (fsdp, tensor_parallel, checkpoint, different_masks)
+    run_all(rank, folder, scenarios, folder)
 
 
 def net_of_layers() -> nn.Module:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import neq_kernels as neq
-from benchmarks.zoo.checks import CHECKS, Example, check, freeze_half
+from benchmarks.zoo.checks import CHECKS, check
+from benchmarks.zoo.comparison import Example, freeze_half
 from neq_kernels.layers.traversal import neuron_owners
 
 
