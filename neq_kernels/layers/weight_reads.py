@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import checkpoint
 from torch.utils._pytree import tree_map_only
 
 from neq_kernels.autograd.call_state import learns, transformed
@@ -64,11 +66,11 @@ class WeightReads:
         for path, names in self._layers:
             layer = reader.get_submodule(path)
             if isinstance(layer, NeuronLayer):
-                replaced += _replace(layer, names)
+                replaced += _replace(reader, layer, names)
         for name, position in self._arguments.items():
             given = args[position] if position < len(args) else kwargs.get(name)
             if isinstance(given, NeuronLayer):
-                replaced += _replace(given, _owned_names(given))
+                replaced += _replace(reader, given, _owned_names(given))
         reader.__dict__.setdefault("neq_replaced", []).append(replaced)
 
     def _after_forward(self, reader: nn.Module, args: object, output: object) -> None:
@@ -92,7 +94,7 @@ def _owned_names(layer: nn.Module) -> list[tuple[str, NeuronLayout]]:
 
 
 def _replace(
-    layer: NeuronLayer, names: list[tuple[str, NeuronLayout]]
+    reader: nn.Module, layer: NeuronLayer, names: list[tuple[str, NeuronLayout]]
 ) -> list[tuple[dict[str, Any], str, Any]]:
     """Put what the reader is to see in place; returns (dictionary, name, what was there)."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -118,7 +120,7 @@ def _replace(
         elif learning or watched:
             # An attribute hides the parameter from readers, and from nobody else.
             replaced.append((layer.__dict__, name, layer.__dict__.get(name)))
-            layer.__dict__[name] = _Read.of(layer, parameter, layout)
+            layer.__dict__[name] = _Read.of(reader if learning else None, layer, parameter, layout)
     return replaced
 
 
@@ -133,17 +135,20 @@ def read_parameter(tensor: Tensor | None) -> Tensor | None:
 
 
 class _Read(Tensor):
-    """A weight or bias of a neuron layer, as a module reads it."""
+    """A weight or bias of a neuron layer, as a module reads it (None: nothing learns)."""
 
+    reader: nn.Module | None
     layer: NeuronLayer
     parameter: Tensor
     neuron_layout: NeuronLayout
     stand_in: Tensor | None
 
     @staticmethod
-    def of(layer: NeuronLayer, parameter: Tensor, layout: NeuronLayout) -> _Read:
+    def of(
+        reader: nn.Module | None, layer: NeuronLayer, parameter: Tensor, layout: NeuronLayout
+    ) -> _Read:
         read = parameter.detach().as_subclass(_Read)
-        read.layer, read.parameter = layer, parameter
+        read.reader, read.layer, read.parameter = reader, layer, parameter
         read.neuron_layout, read.stand_in = layout, None
         return read
 
@@ -169,6 +174,7 @@ def _call(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor |
     if not _calls_its_layer(weight) or transformed():
         return None
     assert isinstance(weight, _Read)
+    _refuse_inner_checkpoint(weight.reader)
     layer = weight.layer
     own = layer._parameters
     if isinstance(input, _Read):
@@ -210,8 +216,30 @@ class _Added(torch.autograd.Function):
 
 def _seen(func: Callable[..., Any], read: _Read) -> Tensor:
     """What a function gets that is called with a weight."""
-    if func in _ABOUT or not learns(read.parameter, None):
+    if func in _ABOUT:
+        return read.parameter
+    _refuse_inner_checkpoint(read.reader)
+    if not learns(read.parameter, None):
         return read.parameter
     if read.stand_in is None:
         read.stand_in = held(read.layer, read.parameter, read.neuron_layout)
     return read.stand_in
+
+
+def _refuse_inner_checkpoint(reader: nn.Module | None) -> None:
+    """Raise if the weight is read in a checkpoint inside the reader's forward: the recomputation
+    runs without it, would see the parameters themselves, and give frozen neurons gradients."""
+    frame = None if reader is None else sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == checkpoint.__file__:
+            raise RuntimeError(
+                f"{type(reader).__name__} reads the weight of a converted layer inside a "
+                "checkpoint in its own forward, where frozen neurons cannot be held: expected it "
+                "to call the layer, or a checkpoint around the whole module; or leave the layer "
+                "out: convert(model, filter=...)"
+            )
+        own = code.co_varnames[:1]
+        if code.co_name == "forward" and own and frame.f_locals.get(own[0]) is reader:
+            return
+        frame = frame.f_back

@@ -320,3 +320,32 @@ def test_a_layer_that_is_handed_to_the_module_that_reads_it(by_name, active):
     torch.testing.assert_close(ours.table.weight.grad, expected, rtol=1e-12, atol=1e-12)
     assert not ours.table.weight.grad[frozen].any()
     assert neq.verify(ours, {"tokens": tokens, "by_name": by_name}) == []
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant, product):
+        super().__init__()
+        self.layer, self.reentrant, self.product = nn.Linear(4, 4), reentrant, product
+
+    def body(self, x):
+        if self.product:
+            return F.linear(x, self.layer.weight, self.layer.bias).tanh()
+        return (x @ self.layer.weight.t()).tanh()
+
+    def forward(self, x):
+        return checkpoint(self.body, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("product", [False, True])
+def test_a_checkpoint_inside_the_reader_is_refused(reentrant, product):
+    """Its recomputation would see the parameters themselves."""
+    plain = nn.Sequential(nn.Linear(4, 4), Checkpointed(reentrant, product))
+    model, x = neq.convert(copy.deepcopy(plain)), torch.randn(3, 4)
+    with pytest.raises(RuntimeError, match=r"Checkpointed reads .* checkpoint in its own forward"):
+        model(x)
+    with torch.no_grad():
+        assert torch.equal(model(x), plain(x))
+    model[1].layer.requires_grad_(False)
+    model(x).sum().backward()
+    assert model[0].weight.grad.any()
