@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 from neq_kernels.channels import NeuronLayout
 from neq_kernels.conversion.neuron_classes import known_base, neuron_class, redefined
 from neq_kernels.conversion.third_party.peft import adapted
+from neq_kernels.conversion.weight_readers import checkpoints_inside
 from neq_kernels.layers.base import NeuronLayer, unparametrized
 from neq_kernels.layers.masked import Masked
 from neq_kernels.layers.replaced_forward import replaced_forward
@@ -95,6 +96,8 @@ def _own_reason(name: str, module: nn.Module, filter: Filter | None, norms: bool
         return "its forward was replaced on the layer itself, before convert"
     if parametrize.is_parametrized(module) and issubclass(ours, Masked):
         return "parametrized"
+    if issubclass(ours, Masked) and checkpoints_inside(kind):
+        return "its forward has a checkpoint inside, whose recomputation would not hold neurons"
     taken = _taken(module, ours)
     if taken:
         return f"it has an attribute of its own that neurons would take: {', '.join(taken)}"

@@ -10,6 +10,7 @@ from types import FunctionType
 from weakref import WeakKeyDictionary
 
 from torch import nn
+from torch.utils import checkpoint
 
 from neq_kernels.layers.base import NeuronLayer
 from neq_kernels.layers.weight_reads import READ, WeightReads
@@ -17,6 +18,7 @@ from neq_kernels.layers.weight_reads import READ, WeightReads
 # What is asked of a tensor without reading its values.
 _ABOUT = {"data", "device", "dim", "dtype", "grad", "is_cuda", "is_meta", "ndim", "numel"}
 _ABOUT |= {"requires_grad", "shape", "size", "stride"}
+_CHECKPOINTS = {"checkpoint", "_gradient_checkpointing_func"}
 # Reads weights for a fast path where nothing learns, and leaves it when it sees a hook.
 _READS_WITHOUT_LEARNING = (nn.TransformerEncoderLayer,)
 
@@ -78,6 +80,22 @@ def _find_arguments(forward: FunctionType) -> dict[str, int]:
         and _reads_values(node, parents[node])
     }
     return {name: position for position, name in enumerate(names) if name in read}
+
+
+def checkpoints_inside(kind: type[nn.Module]) -> bool:
+    """Whether a method of the class calls a checkpoint: a recomputation runs without the forward
+    around it."""
+    functions = (
+        inspect.unwrap(member)
+        for base in kind.__mro__[: kind.__mro__.index(nn.Module)]
+        for member in vars(base).values()
+        if isinstance(member, FunctionType)
+    )
+    return any(
+        name in _CHECKPOINTS or function.__globals__.get(name) is checkpoint.checkpoint
+        for function in functions
+        for name in function.__code__.co_names
+    )
 
 
 def _find(kind: type[nn.Module]) -> dict[str, None]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 import neq_kernels as neq
 from neq_kernels.channels import NeuronLayout
@@ -138,3 +139,22 @@ def test_a_layer_that_does_not_fit_is_left_alone_and_says_why():
     model = neq.convert(nn.Sequential(stack, nn.Linear(4, 4)))
     reason = entries(model)["0"].reason
     assert reason == "its parameters hold different numbers of neurons: {'matrix': 4, 'shift': 3}"
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_layer_with_a_checkpoint_inside_its_forward_is_left_alone(renamed):
+    """The recomputation would read the parameters themselves, frozen neurons' too."""
+
+    class ByName(Stack):
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+    class Renamed(Stack):
+        def forward(self, x):
+            return recomputed(super().forward, x, use_reentrant=False)
+
+    kind = Renamed if renamed else ByName
+    neq.register(kind, weight="matrix", bias="shift", axis=1, channel_dim=0)
+    model = neq.convert(nn.Sequential(nn.Linear(3, 3), kind()))
+    assert "has a checkpoint inside" in entries(model)["1"].reason
+    assert type(model[1]) is kind
