@@ -195,7 +195,9 @@ def plan_conv(
 
     geometry = ConvGeometry(stride, padding, dilation, transposed, output_padding, groups)
     everything = all_active(channels, weight)
-    if everything and not dispatch.replaces_dense(input, weight, geometry):
+    if everything and (
+        channels.served_densely or not dispatch.replaces_dense(input, weight, geometry)
+    ):
         return LayerPlan(channels, forward)
     if grad_input == "active" and not everything:
         return None

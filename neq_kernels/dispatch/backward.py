@@ -11,7 +11,7 @@ from neq_kernels.backends.base import BackwardCall, Grads
 from neq_kernels.backends.problem import ConvGeometry, KernelChoice, Problem, Strategy
 from neq_kernels.channels import Active, ActiveChannels, NeuronLayout
 from neq_kernels.dispatch.cuda_graphs import clear_frozen
-from neq_kernels.dispatch.selection import selector
+from neq_kernels.dispatch.selection import ExecutionContext, selector
 
 _DENSE = KernelChoice(Strategy.DENSE)
 
@@ -45,7 +45,7 @@ def linear_backward(
             choice = selector.choice_in_graph(problem, context, output_mask)
             active = replace(active, n=k, start=-1)
         else:
-            choice = selector.choice(problem, active.n, context)
+            choice = _chosen(problem, active, context)
     backend = selector.backend_of(choice, context)
     grad_input = None
     if active_dgrad and output_mask[0] and active.n < k:
@@ -87,7 +87,7 @@ def conv_backward(
             if replayed:
                 choice = selector.choice_in_graph(problem, context, output_mask)
             else:
-                choice = selector.choice(problem, active.n, context)
+                choice = _chosen(problem, active, context)
         if replayed:
             active = replace(active, n=k, start=-1)
     backend = selector.backend_of(choice, context)
@@ -120,6 +120,10 @@ def _refuse_active_dgrad(is_asked: bool) -> None:
         )
 
 
+def _chosen(problem: Problem, active: Active, context: ExecutionContext) -> KernelChoice:
+    return _DENSE if active.dense else selector.choice(problem, active.n, context)
+
+
 def linear_call(input: Tensor, weight: Tensor, channels: ActiveChannels) -> BackwardCall:
     """The backward of a linear layer with its kernel chosen: for as long as shapes, ``channels``
     and ``selector.revision`` do not change."""
@@ -127,7 +131,7 @@ def linear_call(input: Tensor, weight: Tensor, channels: ActiveChannels) -> Back
     choice, active = _DENSE, channels.on(weight.device)
     if active.n > 0:
         problem = Problem.linear(input.numel() // max(1, weight.shape[1]), weight)
-        choice = selector.choice(problem, active.n, context)
+        choice = _chosen(problem, active, context)
     backend = selector.backend_of(choice, context)
     return backend.linear_call(weight, input.shape, active, choice)
 
@@ -139,7 +143,7 @@ def conv_call(
     context = selector.context(weight.device.type)
     choice, active = _DENSE, channels.on(weight.device)
     if active.n > 0:
-        choice = selector.choice(Problem.conv(input, weight, geometry), active.n, context)
+        choice = _chosen(Problem.conv(input, weight, geometry), active, context)
     backend = selector.backend_of(choice, context)
     return backend.conv_call(weight, input.shape, geometry, active, choice)
 
