@@ -19,10 +19,12 @@ from neq_kernels.dispatch.tuning_table import count_bucket, parsed
 from neq_kernels.doctor import runner
 from neq_kernels.layers.traversal import unwrap
 from neq_kernels.measure.problems import problems_of
+from neq_kernels.optim.dense_serving import DenseServing
 
 logger = logging.getLogger(__name__)
 
 _DEVICE_TYPES = ("cpu", "cuda")
+_DENSE = "dense"
 
 
 def tune(
@@ -96,15 +98,18 @@ def tune(
 
 def tuning_state_dict() -> dict[str, Any]:
     """The measured winners in use and the backends in use, by type of device, for a checkpoint:
-    those of the present number of threads and, where there is one, of the GPU."""
+    those of the present number of threads and, where there is one, of the GPU; and, where PyTorch's
+    dense kernels serve a model by the verdict of a step check, which."""
     contexts = [selector.context(name) for name in _device_types()]
-    return {
+    state: dict[str, Any] = {
         context.device_type: {
             **selector.table(context).state_dict(),
             "backends": list(context.backends),
         }
         for context in contexts
     }
+    verdicts = DenseServing.verdicts()
+    return {**state, _DENSE: verdicts} if verdicts else state
 
 
 def load_tuning_state_dict(state: Mapping[str, Any]) -> None:
@@ -114,9 +119,13 @@ def load_tuning_state_dict(state: Mapping[str, Any]) -> None:
     Raises:
         ValueError: ``state`` is not what :func:`tuning_state_dict` returned; nothing is changed.
     """
-    if not isinstance(state, Mapping) or not set(state) <= set(_DEVICE_TYPES):
+    if not isinstance(state, Mapping) or not set(state) <= {*_DEVICE_TYPES, _DENSE}:
         found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(f"tuning: expected winners for {list(_DEVICE_TYPES)}, got {found}")
+    state = dict(state)
+    verdicts = state.pop(_DENSE, [])
+    if not isinstance(verdicts, list) or not all(isinstance(v, str) for v in verdicts):
+        raise ValueError(f"tuning: expected a list of strings for {_DENSE!r}, got {verdicts!r}")
     for winners in state.values():
         parsed(winners)
     for device_type, winners in state.items():
@@ -129,6 +138,7 @@ def load_tuning_state_dict(state: Mapping[str, Any]) -> None:
                 *(device_type, before, now),
             )
     selector.forget_choices()
+    DenseServing.load(verdicts)
 
 
 def _device_types() -> tuple[str, ...]:

@@ -15,6 +15,7 @@ faster, so a ratio above 1 is no error there.
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -32,6 +33,7 @@ from benchmarks.steps.comparison import (
     cells,
     rows,
 )
+from neq_kernels.optim import step_check
 
 SHARES_OF_CHANNELS = (1.0, 0.5, 0.25, 0.1, 0.02, 0.0)
 QUICK = (("resnet32", "nhwc"), ("mlp", "any"))
@@ -100,4 +102,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault(step_check.VARIABLE, "1")
     sys.exit(main())
