@@ -23,7 +23,7 @@ class DenseServing:
     """
 
     _every: ClassVar[WeakSet[DenseServing]] = WeakSet()
-    _loaded: ClassVar[frozenset[str] | None] = None
+    _loaded: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, ownership: Ownership) -> None:
         self._ownership = ownership
@@ -64,10 +64,9 @@ class DenseServing:
     @classmethod
     def verdicts(cls) -> list[str]:
         """The models, with their active sets, that dense kernels serve by a verdict."""
-        loaded = cls._loaded or frozenset()
-        digests = {s.digest() for s in cls._every if s.by_verdict}
+        serving = {s.digest() for s in cls._every if s.by_verdict}
         waiting = {s.digest() for s in cls._every if s._waiting is not None}
-        return sorted(digests | (waiting & loaded))
+        return sorted(serving | (waiting & cls._loaded))
 
     @classmethod
     def load(cls, verdicts: Iterable[str]) -> None:
@@ -78,16 +77,6 @@ class DenseServing:
             serving._stop_waiting()
             serving.serve(False)
             serving._wait_for_masks()
-
-    @classmethod
-    def is_loaded(cls) -> bool:
-        """Whether a checkpoint says by what gradients are computed."""
-        return cls._loaded is not None
-
-    @classmethod
-    def forget(cls) -> None:
-        """As if nothing had been loaded."""
-        cls._loaded = None
 
     def digest(self) -> str:
         """Of the names, sizes and active sets of the model's parameters."""
@@ -106,7 +95,7 @@ class DenseServing:
 
     def _look_at_masks(self) -> None:
         self._stop_waiting()
-        if self._loaded and self.digest() in self._loaded:
+        if self.digest() in self._loaded:
             self.serve(True, by_verdict=True)
 
     def _stop_waiting(self) -> None:

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
-from neq_kernels.dispatch import tuning_table
 from neq_kernels.dispatch.selection import selector
+from neq_kernels.dispatch.tuning_table import MEASURE_VARIABLE
 from neq_kernels.optim.dense_serving import DenseServing
 from neq_kernels.optim.forward_watch import ForwardWatch
 from neq_kernels.optim.ownership import Ownership
@@ -30,7 +30,9 @@ THRESHOLD = 0.97
 LEAST_RATIOS, MOST_RATIOS = 8, 16
 MOST_DENSE_SHARE = 0.01  # of the steps since the optimizer was attached
 LEAST_STEPS_BETWEEN_CHANGES = 200
-WARMUP_STEPS = 5
+# After a change: until contests of kernels are over, which slow steps down. Some never are, since
+# their layer does not run.
+WARMUP_STEPS, MOST_STEPS_OF_CONTESTS = 5, 200
 _ERROR = 0.05
 
 
@@ -149,7 +151,7 @@ class StepCheck:
         unchanged = self._steps - self._last_change
         return (
             not self._is_done
-            and unchanged >= WARMUP_STEPS
+            and unchanged >= (MOST_STEPS_OF_CONTESTS if selector.is_measuring else WARMUP_STEPS)
             and self.dense_steps + 1 <= MOST_DENSE_SHARE * self._steps
             and max(self._usual, unchanged) >= LEAST_STEPS_BETWEEN_CHANGES
             and not self._is_off()
@@ -167,12 +169,11 @@ class StepCheck:
             return "under a process group"
         if any(len(anchor.optimizers) > 1 for anchor in self._ownership.anchors):
             return "with several optimizers attached to the model"
-        if torch.are_deterministic_algorithms_enabled():
-            return "with deterministic algorithms"
-        if os.environ.get(tuning_table.MEASURE_VARIABLE) in ("0", "never"):
-            return f"with {tuning_table.MEASURE_VARIABLE}=never"
-        if DenseServing.is_loaded():
-            return "after load_tuning_state_dict"
+        if not selector.context(self._device().type).measures:
+            return (
+                f"where nothing is measured: with deterministic algorithms, {MEASURE_VARIABLE}="
+                "never or a loaded table"
+            )
         devices = {p.device for p in self._ownership.parameters}
         if len(devices) > 1 or self._device().type not in ("cpu", "cuda"):
             return f"for parameters on {', '.join(sorted(map(str, devices)))}"

@@ -16,8 +16,8 @@ from torch.optim import SGD
 
 import neq_kernels as neq
 from neq_kernels.backends.problem import Strategy
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.optim import attach, is_attached, step_check
-from neq_kernels.optim.dense_serving import DenseServing
 from neq_kernels.optim.forward_watch import ForwardWatch
 from tests.support.checked_steps import (
     FakeClock,
@@ -225,4 +225,4 @@ def test_a_checkpoint_that_says_something_else_is_refused(wrong):
     state = {**neq.tuning_state_dict(), "dense": wrong}
     with pytest.raises(ValueError, match="tuning: expected a list of strings for 'dense', got"):
         neq.load_tuning_state_dict(state)
-    assert not DenseServing.is_loaded()
+    assert selector.context("cpu").measures

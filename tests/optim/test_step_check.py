@@ -15,7 +15,7 @@ from torch.optim import SGD, RMSprop
 import neq_kernels as neq
 from neq_kernels.backends.problem import Strategy
 from neq_kernels.dispatch import tuning_table
-from neq_kernels.dispatch.selection import selector
+from neq_kernels.dispatch.selection import Selector, selector
 from neq_kernels.optim import attach, is_attached, step_check
 from neq_kernels.optim.step_check import EventClock, StepCheck, interval_of_median
 from tests.support.checked_steps import (
@@ -304,13 +304,26 @@ def test_it_is_off_where_masks_change_often(monkeypatch, period, is_checked):
 
 
 @pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize(("open_for", "begins_at"), [(0, 6), (30, 30), (500, 201)])
+def test_it_waits_for_contests_of_kernels_but_not_for_ever(monkeypatch, open_for, begins_at):
+    net, optimizer, _ = make(monkeypatch)
+    steps = 0
+    monkeypatch.setattr(Selector, "is_measuring", property(lambda self: steps < open_for))
+    while not hooks(net):
+        steps += 1
+        step(net, optimizer)
+    assert steps == begins_at
+
+
+@pytest.mark.usefixtures("hasty")
 def test_the_reason_is_logged_once(monkeypatch, caplog):
     caplog.set_level(logging.INFO, step_check.logger.name)
     net, optimizer, _ = make(monkeypatch)
     deterministic(monkeypatch, net, optimizer)
     train(net, optimizer, 60)
     assert [r.getMessage() for r in logged(caplog)] == [
-        "step check: off with deterministic algorithms"
+        "step check: off where nothing is measured: with deterministic algorithms, "
+        "NEQ_KERNELS_TUNE=never or a loaded table"
     ]
 
 

@@ -13,7 +13,7 @@ from torch.optim import SGD
 
 from neq_kernels.backends.problem import Strategy
 from neq_kernels.conversion.convert import convert
-from neq_kernels.dispatch import tuning_table
+from neq_kernels.dispatch import calibration, tuning_table
 from neq_kernels.dispatch.selection import Selector, selector
 from neq_kernels.optim import attach, step_check
 from neq_kernels.optim.dense_serving import DenseServing
@@ -61,9 +61,11 @@ def asked_for(monkeypatch) -> Iterator[None]:
     monkeypatch.setenv(step_check.VARIABLE, "1")
     monkeypatch.setenv(tuning_table.MEASURE_VARIABLE, "")
     monkeypatch.setattr(DenseServing, "_every", WeakSet())  # those of other tests may live on
-    monkeypatch.setattr(DenseServing, "_loaded", None)
+    monkeypatch.setattr(DenseServing, "_loaded", frozenset())
+    monkeypatch.setenv(calibration.SWITCH, "0")
     with selector.forced_strategy(Strategy.PACK):
         yield
+    selector.forget()  # what was loaded
 
 
 def recorded_strategies(monkeypatch):
