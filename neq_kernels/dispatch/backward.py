@@ -122,7 +122,12 @@ def _refuse_active_dgrad(is_asked: bool) -> None:
 
 
 def _chosen(problem: Problem, active: Active, context: ExecutionContext) -> KernelChoice:
-    return _DENSE if active.dense else selector.choice(problem, active.n, context)
+    """In a backward that is not planned."""
+    if active.dense:
+        return _DENSE
+    if active.n < problem.neurons:
+        selector.calibrate(context)
+    return selector.choice(problem, active.n, context)
 
 
 class _Undecided:

@@ -187,10 +187,12 @@ def test_events_are_not_waited_for(monkeypatch):
     start, end = clock.mark(), clock.mark()
     assert start.stream == "stream of cuda:1"
     assert clock.seconds(start, end) is None
-    start.is_done = True
-    assert clock.seconds(start, end) is None
     end.is_done = True
+    assert clock.seconds(start, end) is None
+    start.is_done = True
     assert clock.seconds(start, end) == 1.5
+    end.is_done = False
+    assert clock.seconds(start, end) is None
 
 
 @pytest.mark.usefixtures("hasty")
@@ -274,7 +276,7 @@ def test_it_is_off(monkeypatch, reason):
 
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("reason", [no_reason, *OFF])
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("steps", [0, 1, 2])
 def test_it_goes_off_in_the_midst_of_a_trial(monkeypatch, reason, steps):
     net, optimizer, attached = make(monkeypatch)
     while not hooks(net):
@@ -283,7 +285,7 @@ def test_it_goes_off_in_the_midst_of_a_trial(monkeypatch, reason, steps):
     reason(monkeypatch, net, optimizer)
     train(net, optimizer, 60)
     assert is_dense(net) == (reason is no_reason)
-    assert attached._check.dense_steps == (9 if reason is no_reason else steps - 1 or 1)
+    assert attached._check.dense_steps == (9 if reason is no_reason else min(steps, 1))
     assert not hooks(net)
 
 
@@ -301,6 +303,18 @@ def test_it_is_off_where_masks_change_often(monkeypatch, period, is_checked):
     assert (attached._check.dense_steps > before) == is_checked
     train(net, optimizer, 200)  # they may have stopped changing
     assert attached._check.dense_steps > before
+
+
+@pytest.mark.usefixtures("hasty")
+def test_how_often_masks_change_is_a_running_mean(monkeypatch):
+    net, optimizer, attached = make(monkeypatch, faster)
+    checks = []
+    for i, steps in enumerate((100, 400, 150, 100, 150)):  # means: 100, 250, 200, 150
+        before = attached._check.dense_steps
+        train(net, optimizer, steps)
+        checks.append(attached._check.dense_steps > before)
+        net[0].channels.set([i])
+    assert checks == [True, True, True, True, False]
 
 
 @pytest.mark.usefixtures("hasty")
