@@ -29,6 +29,7 @@ from benchmarks.steps.comparison import (
     OURS,
     WARMUP,
     StepOptions,
+    settle,
     without_wgrads,
 )
 from neq_kernels.dispatch.selection import selector
@@ -95,7 +96,9 @@ class Account:
         make = OPTIMIZERS[options.optimizer]
         built = {each.name: each.build(workload.model(layout), make) for each in (DENSE, OURS)}
         self._ours = built[OURS.name][0]
-        OURS.masks(self._ours, random_masks(self._ours, r), r)
+        masks = random_masks(self._ours, r)
+        OURS.masks(self._ours, masks, r)
+        settle(Variant(OURS.name, self._ours, workload.loss), self._batches, masks)
         self._shares = backward_shares(
             built[DENSE.name][0], self._batches, workload.loss, make, warmup=1, repeats=2
         )

@@ -15,14 +15,14 @@ from benchmarks.kernels import goals
 from benchmarks.steps import account
 from benchmarks.steps import goals as step_goals
 from benchmarks.steps.comparison import NO_WGRAD
-from benchmarks.suite import figures, summary
+from benchmarks.suite import cost_data, figures, strategy_map, summary
 
 SUITE = RESULTS / "suite"
 BLOCK = Block("suite", "python -m benchmarks.suite --publish")
 MEBI = 2**20
 PICTURES = {
     "kernel_speedups.png": "Speed-up of the weight gradient against the share of active channels",
-    "step_speedups.png": "Speed-up of whole steps against the share of active channels, with bounds",
+    "step_speedups.png": "Speed-up of whole steps against the share of active channels, with bound",
     "roofline.png": "Roofline",
     "strategies.png": "Strategy chosen for every layer",
 }
@@ -35,13 +35,19 @@ def published() -> str:
     Raises:
         ValueError: a table in the folder of another class than its machine's.
     """
-    lines = ["### Side by side", "", *summary.lines(), ""]
+    lines = ["### Side by side", "", *summary.lines(), "", *_strategy_map()]
     for name, folder in by_class.folders(SUITE).items():
         lines += [f"### {name}", "", *_pictures(folder)]
         for part in TABLES:
             if (folder / f"{part}.csv").exists():
                 lines += _section(part, folder / f"{part}.csv", name)
     return "\n".join(lines)
+
+
+def _strategy_map() -> Iterator[str]:
+    path = cost_data.COSTS / strategy_map.PICTURE
+    if path.exists():
+        yield from (f"![What each strategy is chosen for, by class]({BLOCK.link(path)})", "")
 
 
 def _pictures(folder: Path) -> Iterator[str]:
@@ -285,4 +291,5 @@ def publish(run: Path) -> None:
         shutil.copy(path, folder / path.name)
     for path, (header, rows) in loaded.items():
         write_csv(folder / f"{path.stem}.csv", header, rows)
+    strategy_map.draw()
     BLOCK.write(published())

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from benchmarks.common.records import Record, load
 from benchmarks.kernels import comparison, cpu, fit_cost_model, goals, layer_shapes, peers
 from benchmarks.kernels.layer_shapes import Shape
-from benchmarks.suite import __main__ as suite
-from benchmarks.suite import figures, page
+from benchmarks.suite import figures
 from neq_kernels.backends.problem import ConvGeometry, Problem, Strategy
 from neq_kernels.dispatch import backward, cost_model, trial
 
@@ -170,35 +167,3 @@ def test_fit_without_a_record_of_strategies(tmp_path, capsys):
         record.add(row(1.0))
     assert fit_cost_model.main([str(tmp_path / "kernels.jsonl")]) == 2
     assert "expected a record of benchmarks.kernels.cpu --strategies" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("tiny_shapes")
-def test_pictures_and_page_come_from_the_records(tmp_path, monkeypatch):
-    assert cpu.main([*FAST, "--tuned", "--out", str(tmp_path)]) == 0
-    block = replace(page.BLOCK, page=tmp_path / "page.md")
-    block.page.write_text(f"before\n{block.begin}old\n{block.end}after\n")
-    monkeypatch.setattr(page, "BLOCK", block)
-    monkeypatch.setattr(page, "TABLES_AND_PICTURES", tmp_path / "results")
-    assert suite.main(["--publish", "--out", str(tmp_path)]) == 0
-    text = block.page.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "old" not in text
-    assert "| fewer active, against dense | worst cell |" in text
-    published = {path.name for path in (tmp_path / "results").iterdir()}
-    assert published == {"kernels.csv", "kernel_speedups.png", "roofline.png", "strategies.png"}
-
-
-def test_a_page_needs_records_and_a_place(tmp_path, monkeypatch, capsys):
-    assert suite.main(["--publish", "--out", str(tmp_path)]) == 2
-    assert "expected records" in capsys.readouterr().err
-    with Record(tmp_path, "overhead", {}) as record:
-        record.add(
-            {"case": "c", "what": "w", **{f"seconds_{q}": 1.0 for q in ("p20", "median", "p80")}}
-        )
-    block = replace(page.BLOCK, page=tmp_path / "page.md")
-    block.page.write_text("no markers")
-    monkeypatch.setattr(page, "BLOCK", block)
-    assert suite.main(["--publish", "--out", str(tmp_path)]) == 2
-    assert block.page.read_text() == "no markers"
-    assert figures.main([str(tmp_path)]) == 2

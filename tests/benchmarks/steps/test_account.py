@@ -65,15 +65,15 @@ def test_a_slow_layer_is_found():
 
         @staticmethod
         def backward(ctx, grad):
-            time.sleep(0.02)
+            time.sleep(0.1)
             return grad
 
     forward = one._ours[4].forward
     one._ours[4].forward = lambda x: forward(Slow.apply(x))
     rows = {row["layer"]: row for row in one.rows()}
-    assert rows["4"]["neq_us"] > 20_000
+    assert rows["4"]["neq_us"] > 100_000
     assert rows["4"]["miss_us"] == max(rows[name]["miss_us"] for name in "01348")
-    assert rows["4"]["share_of_miss"] > 0.9
+    assert rows["4"]["share_of_miss"] > 0.5
 
 
 def test_nodes_of_a_layer_end_at_its_input():
