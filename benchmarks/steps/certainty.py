@@ -11,7 +11,7 @@ from neq_kernels.measure.timing import PHASES, StepTime, StepTimes
 CONFIDENCE = 0.95
 # Wider than this share of the median, an interval is measured again.
 WIDEST = 0.06
-# So many times the rounds of the first try.
+# A try has at most so many times the rounds that it begins with.
 MORE_ROUNDS = 3
 
 
@@ -58,18 +58,26 @@ def until_certain(
     rounds: int,
     again: bool = True,
 ) -> Certain:
-    """If ``again``, a wide interval gets more rounds, then a second try from the start; of the two
-    the narrower one counts, whatever its median."""
-    first = measure(rounds)
-    wide = _width(ratios(first)) > WIDEST
-    if not wide or not again:
-        return Certain(first, 1, wide)
-    first = together(first, measure((MORE_ROUNDS - 1) * rounds))
-    if _width(ratios(first)) <= WIDEST:
-        return Certain(first, 1, wide=False)
-    second = measure(MORE_ROUNDS * rounds)
-    counted = min(first, second, key=lambda times: _width(ratios(times)))
-    return Certain(counted, 2, wide=_width(ratios(counted)) > WIDEST)
+    """If ``again``, a wide interval gets more rounds, as many again at a time, then a second try
+    from the start; of the two the narrower one counts, whatever its median."""
+
+    def width(times: StepTimes) -> float:
+        interval = median_interval(ratios(times))
+        return math.inf if interval is None else interval.width
+
+    def one_try() -> StepTimes:
+        times = measure(rounds)
+        for _ in range(MORE_ROUNDS - 1 if again else 0):
+            if width(times) <= WIDEST:
+                break
+            times = together(times, measure(rounds))
+        return times
+
+    tries = [one_try()]
+    if again and width(tries[0]) > WIDEST:
+        tries.append(one_try())
+    counted = min(tries, key=width)
+    return Certain(counted, len(tries), wide=width(counted) > WIDEST)
 
 
 def together(first: StepTimes, second: StepTimes) -> StepTimes:
@@ -83,8 +91,3 @@ def together(first: StepTimes, second: StepTimes) -> StepTimes:
         ),
         first.machine,
     )
-
-
-def _width(ratios: Sequence[float]) -> float:
-    interval = median_interval(ratios)
-    return math.inf if interval is None else interval.width

@@ -58,9 +58,10 @@ def ratios(times):
     [
         ([0.01], True, [15], 1, False, 15),
         ([0.5], False, [15], 1, True, 15),
-        ([0.5, 0.0], True, [15, 30], 1, False, 45),
-        ([0.5, 0.5, 0.0], True, [15, 30, 45], 2, False, 45),
-        ([0.5, 0.5, 0.4], True, [15, 30, 45], 2, True, 45),
+        ([0.5, 0.0], True, [15, 15], 1, False, 30),
+        ([0.5, 0.5, 0.0], True, [15, 15, 15], 1, False, 45),
+        ([0.5, 0.5, 0.5, 0.0], True, [15, 15, 15, 15], 2, False, 15),
+        ([0.5, 0.5, 0.5, 0.4, 0.4, 0.4], True, [15] * 6, 2, True, 45),
     ],
 )
 def test_a_wide_interval_is_measured_again(spreads, again, asked, tries, wide, rounds):
@@ -72,7 +73,7 @@ def test_a_wide_interval_is_measured_again(spreads, again, asked, tries, wide, r
 
 
 def test_of_two_tries_the_narrower_counts_not_the_faster():
-    machine = Machine([0.3, 0.3, 0.9])
+    machine = Machine([0.3] * 3 + [0.9] * 3)
     found = until_certain(machine.measure, ratios, 15)
     assert max(ratios(found.times)) == pytest.approx(1.3)
     assert found.wide

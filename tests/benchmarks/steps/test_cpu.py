@@ -48,7 +48,7 @@ def test_one_row_per_cell_and_provider(tmp_path, capsys):
         ["tiny", layout, "float32", r] for layout in ("nchw", "nhwc") for r in (1.0, 0.5, 0.0)
     ]
     for row in rows:
-        assert row["rounds"] in (6, 18)
+        assert row["rounds"] in (6, 12, 18)
         for phase in ("forward", "backward", "optimizer", "total"):
             quantiles = [row[f"{phase}_seconds_{level}"] for level in ("p20", "median", "p80")]
             assert quantiles == sorted(quantiles)
