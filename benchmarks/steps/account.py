@@ -136,6 +136,8 @@ class Account:
             "neq_us": 1e6 * sum(ours.phases.values()),
             "miss_us": whole,
             "share_of_miss": 1.0,
+            "read_bandwidth": self._shares.read_bandwidth,
+            "write_bandwidth": self._shares.write_bandwidth,
         }
 
     def _layer(self, name: str, dense: _Step, ours: _Step, passed: _Step) -> Row:

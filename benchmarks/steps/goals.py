@@ -91,13 +91,15 @@ def judge(rows: Iterable[Row]) -> Iterator[Judged]:
                     lambda row: float(row["speedup_median"]),
                     NEVER_SLOWER,
                 )
-        wide = [row for row in here if row.get("wide", "speedup_low" not in row)]
-        yield Judged(
-            f"{dtype}: 95 % interval of the speed-up at most {WIDEST:.0%} wide",
-            f"wider: {len(wide)} of {len(here)}",
-            not wide,
-            wide,
-        )
+        certain = [row for row in here if "wide" in row]  # older records hold no intervals
+        wide = [row for row in certain if row["wide"]]
+        if certain:
+            yield Judged(
+                f"{dtype}: 95 % interval of the speed-up at most {100 * WIDEST:g} % wide",
+                f"wider: {len(wide)} of {len(certain)}",
+                not wide,
+                wide,
+            )
 
 
 def _every(goal: str, rows: Sequence[Row], figure: Callable[[Row], float], least: float) -> Judged:

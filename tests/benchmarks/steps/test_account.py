@@ -49,7 +49,13 @@ def test_every_layer_and_what_it_moves(tmp_path, capsys, dtype):
     for row in layers:
         if row["kind"] == "product":
             assert row["strategy"] in ("dense", "pack", "custom")
-            assert row["floor_us"] > 0
+            reads = row["input_bytes"] + row["active_grad_output_bytes"]
+            floor = reads / whole["read_bandwidth"]
+            floor += row["grad_weight_bytes"] / whole["write_bandwidth"]
+            assert row["floor_us"] == pytest.approx(1e6 * floor, rel=1e-2)
+            dense = row["dense_us"]
+            allowed = min(max(dense * row["active"] / row["channels"], 1e6 * floor), dense)
+            assert row["allowed_us"] == pytest.approx(allowed, rel=1e-2, abs=0.1)
     parts = [*layers, optimizer, rest]
     assert sum(row["miss_us"] for row in parts) == pytest.approx(whole["miss_us"], rel=0.02, abs=1)
     assert sum(row["share_of_miss"] for row in parts) == pytest.approx(1, rel=0.02)
