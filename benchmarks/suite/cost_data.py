@@ -3,32 +3,28 @@ them."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from benchmarks.common.files import RESULTS
-from benchmarks.kernels.layer_shapes import TINY, problems_by_cell
+from benchmarks.kernels import wgrad_times
+from benchmarks.kernels.layer_shapes import TINY
 from neq_kernels.backends.problem import Problem, Strategy
 from neq_kernels.dispatch.cost_model import CostModel
 from neq_kernels.machine import CPU_CLASSES
 
-COSTS = RESULTS / "costs"
-
 
 @dataclass(frozen=True)
-class Cell:
-    """One weight gradient.
+class Choice:
+    """Of a strategy for one weight gradient.
 
     Attributes:
-        times: microseconds by strategy.
+        times: seconds by strategy, each of its fastest run.
         chosen: by the class's table of costs.
     """
 
     problem: Problem
+    dtype: str
     active: int
     times: dict[Strategy, float]
     chosen: Strategy
@@ -45,23 +41,18 @@ class Cell:
 
 def paths() -> dict[str, Path]:
     """The committed files, by class."""
-    return {name: COSTS / f"{name}.csv" for name in CPU_CLASSES if (COSTS / f"{name}.csv").exists()}
+    every = {name: wgrad_times.DATA / f"{name}.csv" for name in CPU_CLASSES}
+    return {name: path for name, path in every.items() if path.exists()}
 
 
-def cells(cpu_class: str) -> Iterator[Cell]:
-    """Those of real networks, in float32; none for a class that was not measured."""
+def choices(cpu_class: str) -> Iterator[Choice]:
+    """For the layers of real networks; none for a class that was not measured."""
     path = paths().get(cpu_class)
     if path is None:
         return
-    problems, costs = problems_by_cell(), CostModel.of_class(cpu_class)
-    with path.open(newline="") as file:
-        rows = csv.DictReader(line for line in file if not line.startswith("#"))
-        for row in rows:
-            problem = problems.get((row["network"], row["layer"], row["layout"]))
-            if problem is None or row["network"] == TINY:
-                continue
-            if row.get("dtype", "float32") != str(torch.float32).removeprefix("torch."):
-                continue
-            times = {s: float(row[s.name.lower()]) for s in Strategy if row[s.name.lower()]}
-            n = int(row["active"])
-            yield Cell(problem, n, times, costs.strategy(problem, n, list(times)))
+    cells = wgrad_times.fastest(wgrad_times.read(path))
+    cells = {cell: times for cell, times in cells.items() if cell.network != TINY}
+    problems, costs = wgrad_times.problems_of(cells), CostModel.of_class(cpu_class)
+    for cell, times in cells.items():
+        chosen = costs.strategy(problems[cell], cell.active, list(times))
+        yield Choice(problems[cell], cell.dtype, cell.active, times, chosen)

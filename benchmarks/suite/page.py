@@ -11,11 +11,11 @@ from benchmarks.common.files import RESULTS
 from benchmarks.common.markdown import table
 from benchmarks.common.readme_block import Block
 from benchmarks.common.records import Row, load, load_csv, write_csv
-from benchmarks.kernels import goals
+from benchmarks.kernels import goals, wgrad_times
 from benchmarks.steps import account
 from benchmarks.steps import goals as step_goals
 from benchmarks.steps.comparison import NO_WGRAD
-from benchmarks.suite import cost_data, figures, strategy_map, summary
+from benchmarks.suite import figures, strategy_map, summary
 
 SUITE = RESULTS / "suite"
 BLOCK = Block("suite", "python -m benchmarks.suite --publish")
@@ -45,7 +45,7 @@ def published() -> str:
 
 
 def _strategy_map() -> Iterator[str]:
-    path = cost_data.COSTS / strategy_map.PICTURE
+    path = wgrad_times.DATA / strategy_map.PICTURE
     if path.exists():
         yield from (f"![What each strategy is chosen for, by class]({BLOCK.link(path)})", "")
 

@@ -21,9 +21,10 @@ from matplotlib.patches import Patch, Rectangle
 
 from benchmarks.common import cli
 from benchmarks.common.plot_style import STYLE
+from benchmarks.kernels import wgrad_times
 from benchmarks.kernels.goals import geometric_mean
 from benchmarks.suite import cost_data
-from benchmarks.suite.cost_data import Cell
+from benchmarks.suite.cost_data import Choice
 from benchmarks.suite.figures import STRATEGY_COLORS
 from neq_kernels.backends.problem import Strategy
 from neq_kernels.dispatch.cost_model import kind
@@ -36,21 +37,24 @@ GAP = 0.08
 
 def draw(folder: Path | None = None) -> Path | None:
     """The picture, in ``folder`` (None: beside the data); None without cost data."""
-    folder = folder or cost_data.COSTS
-    by_class = {name: list(cost_data.cells(name)) for name in cost_data.paths()}
-    if not by_class:
+    folder = folder or wgrad_times.DATA
+    found: dict[str, list[Choice]] = defaultdict(list)
+    for name in cost_data.paths():
+        for choice in cost_data.choices(name):
+            found[f"{name}, {choice.dtype}"].append(choice)
+    if not found:
         return None
-    kinds = sorted({kind(cell.problem) for cells in by_class.values() for cell in cells})
+    kinds = sorted({kind(choice.problem) for choices in found.values() for choice in choices})
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(
-            len(by_class), 2, squeeze=False, figsize=(9, 1 + 0.32 * len(kinds) * len(by_class))
+            len(found), 2, squeeze=False, figsize=(9, 1 + 0.32 * len(kinds) * len(found))
         )
-        for row, (name, cells) in zip(axes, by_class.items(), strict=True):
-            regret = geometric_mean([cell.regret for cell in cells])
-            _panel(row[0], cells, kinds, lambda cell: cell.chosen)
-            row[0].set_title(f"{name}: chosen ({regret:.3f} of the fastest's time)", fontsize=9)
-            _panel(row[1], cells, kinds, lambda cell: cell.fastest)
-            row[1].set_title(f"{name}: fastest, as measured", fontsize=9)
+        for row, (name, choices) in zip(axes, found.items(), strict=True):
+            regret = geometric_mean([choice.regret for choice in choices])
+            _panel(row[0], choices, kinds, lambda choice: choice.chosen)
+            row[0].set_title(f"{name}: chosen, {regret:.3f} of the best", fontsize=8)
+            _panel(row[1], choices, kinds, lambda choice: choice.fastest)
+            row[1].set_title(f"{name}: the best, as measured", fontsize=8)
             row[1].set_yticklabels([])
         handles = [Patch(color=ink, label=name) for name, ink in STRATEGY_COLORS.items()]
         fig.legend(handles=handles, ncols=len(handles), loc="upper center")
@@ -62,14 +66,14 @@ def draw(folder: Path | None = None) -> Path | None:
 
 
 def shares(
-    cells: Sequence[Cell], strategy_of: Callable[[Cell], Strategy]
+    choices: Sequence[Choice], strategy_of: Callable[[Choice], Strategy]
 ) -> dict[tuple[str, str], dict[str, float]]:
-    """What part of the cells of a kind, with a share of active channels, each strategy has."""
+    """What part of the layers of a kind, with a share of active channels, each strategy has."""
     counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
-    for cell in cells:
-        share = cell.active / cell.problem.neurons
+    for choice in choices:
+        share = choice.active / choice.problem.neurons
         column = next(name for name, least in COLUMNS.items() if share >= least)
-        counts[kind(cell.problem), column][strategy_of(cell).name.lower()] += 1
+        counts[kind(choice.problem), column][strategy_of(choice).name.lower()] += 1
     return {
         where: {name: n / found.total() for name, n in found.items()}
         for where, found in counts.items()
@@ -78,12 +82,12 @@ def shares(
 
 def _panel(
     axis: Axes,
-    cells: Sequence[Cell],
+    choices: Sequence[Choice],
     kinds: Sequence[str],
-    strategy_of: Callable[[Cell], Strategy],
+    strategy_of: Callable[[Choice], Strategy],
 ) -> None:
     """A field for each kind of layer and share of channels, divided among the strategies."""
-    found = shares(cells, strategy_of)
+    found = shares(choices, strategy_of)
     for y, of_layer in enumerate(kinds):
         for x, column in enumerate(COLUMNS):
             left = x + GAP / 2
@@ -106,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder (default: beside the data)")
     path = draw(parser.parse_args(arguments).out)
     if path is None:
-        return cli.user_error(f"no cost data in {cost_data.COSTS}")
+        return cli.user_error(f"no cost data in {wgrad_times.DATA}")
     print(path)
     return 0
 

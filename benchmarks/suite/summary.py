@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks.common import cli
 from benchmarks.common.files import RESULTS
@@ -77,10 +78,13 @@ def slower_wgrads(cpu_class: str) -> str:
 
 def regret(cpu_class: str) -> str:
     """Of what the cost table chooses, on the times that it was fitted to."""
-    cells = [c for c in cost_data.cells(cpu_class) if c.active < c.problem.neurons]
-    if not cells:
-        return ""
-    return f"{geometric_mean([cell.regret for cell in cells]):.3f} over {len(cells):,} cells"
+    found: dict[str, list[float]] = defaultdict(list)
+    for choice in cost_data.choices(cpu_class):
+        if choice.active < choice.problem.neurons:
+            found[choice.dtype].append(choice.regret)
+    return _parts(
+        {dtype: f"{geometric_mean(r):.3f} over {len(r):,} cells" for dtype, r in found.items()}
+    )
 
 
 def short_steps(bound: str) -> Callable[[str], str]:
@@ -111,14 +115,19 @@ def steps_over_dense(r: float) -> Callable[[str], str]:
 def _by_dtype(figure: Callable[[Sequence[Row]], str]) -> Callable[[str], str]:
     def text(cpu_class: str) -> str:
         rows = step_goals.ours(_rows(cpu_class, "step"))
-        dtypes = list(dict.fromkeys(map(step_goals.dtype_of, rows)))
-        parts = []
-        for dtype in dtypes:
-            found = figure([row for row in rows if step_goals.dtype_of(row) == dtype])
-            parts.append(found if len(dtypes) == 1 else f"{dtype}: {found}")
-        return "; ".join(parts)
+        dtypes = dict.fromkeys(map(step_goals.dtype_of, rows))
+        return _parts(
+            {d: figure([row for row in rows if step_goals.dtype_of(row) == d]) for d in dtypes}
+        )
 
     return text
+
+
+def _parts(by_dtype: Mapping[str, str]) -> str:
+    """Float32 alone needs no name."""
+    if list(by_dtype) == [step_goals.FLOAT32]:
+        return by_dtype[step_goals.FLOAT32]
+    return "; ".join(f"{dtype}: {figure}" for dtype, figure in by_dtype.items())
 
 
 def _rows(cpu_class: str, part: str) -> list[Row]:

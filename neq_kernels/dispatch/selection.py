@@ -380,8 +380,8 @@ class Selector:
                 return
             known = file.read()
             if known is None:
-                tables = calibration.tables_for(cpu_class())
-                known = calibration.fitted(calibration.measure(self.backends["cpu"]), tables)
+                times = calibration.measure(self.backends["cpu"])
+                known = calibration.fitted(times, cost_model.tables(), own=cpu_class())
                 file.write(known)
         self.use_calibration(context, known)
 

@@ -9,8 +9,9 @@ import pytest
 
 from benchmarks.common import by_class
 from benchmarks.common.records import Record, write_csv
+from benchmarks.kernels import wgrad_times
 from benchmarks.suite import __main__ as suite
-from benchmarks.suite import cost_data, figures, page, summary
+from benchmarks.suite import figures, page, summary
 from benchmarks.training.report import publish
 from neq_kernels.machine import cpu_class
 
@@ -42,7 +43,7 @@ def results(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "SUITE", folder / "suite")
     monkeypatch.setattr(summary, "SUITE", folder / "suite")
     monkeypatch.setattr(summary, "DEMO", folder / "demo")
-    monkeypatch.setattr(cost_data, "COSTS", folder / "costs")
+    monkeypatch.setattr(wgrad_times, "DATA", folder / "costs")
     block = replace(page.BLOCK, page=tmp_path / "page.md")
     block.page.write_text(f"before\n{block.begin}old\n{block.end}after\n")
     monkeypatch.setattr(page, "BLOCK", block)
