@@ -44,6 +44,8 @@ def test_good_steps_pass():
 def test_each_goal_can_fail(bad, failed):
     found = verdicts([bad, row(r=1), row(r=0.5)])
     assert {name for name, each in found.items() if not each.passes} == failed
+    red = [line for line in goals.summary([bad]) if line.startswith("red")]
+    assert red == (["red cells: 1 of 1"] if failed & {WORST, ALL, HALF} else [])
 
 
 def test_other_providers_and_wrong_rows_are_not_judged():
