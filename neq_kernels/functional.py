@@ -135,9 +135,12 @@ def conv(
     arguments: tuple[Any, ...]
     arguments = (stride, padding, dilation, groups, transposed, output_padding)
     known = None if torch.compiler.is_compiling() else eager.call_key(input, weight, bias)
-    if known is not None and list not in map(type, arguments):
+    if known is not None:
         key = (known, arguments, grad_input)
-        plan = channels.plans.get(key, eager.MISSING)
+        try:
+            plan = channels.plans.get(key, eager.MISSING)
+        except TypeError:  # a list has no hash
+            plan = None
         if plan is eager.MISSING:
             plan = eager.plan_conv(input, weight, bias, channels, arguments, grad_input)
             eager.keep(channels, key, plan)
