@@ -17,7 +17,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ _ROUNDS = 3
 MOST_MISFIT = 0.47
 # A group's scale is drawn towards 1 as if it had been seen so often more: each time is a little
 # off.
-_PRIOR = 1.0
+_PRIOR = 0.5
 _FORMAT = 1
 
 # (rows, inputs, outputs) of linear layers.
@@ -47,10 +46,11 @@ _LINEAR = ((3528, 192, 192), (512, 384, 1536), (128, 1536, 768), (2048, 384, 192
 # (images, inputs, size, outputs, kernel, stride, padding, groups) of convolutions.
 _CONVOLUTIONS = (
     # 3x3 and the like
-    (128, 32, 16, 64, 3, 2, 1, 1),
+    (128, 16, 32, 16, 3, 1, 1, 1),
+    (128, 32, 16, 32, 3, 1, 1, 1),
     (8, 128, 16, 128, 3, 1, 1, 1),
     (8, 96, 32, 192, 2, 2, 0, 1),
-    (128, 16, 32, 32, 3, 2, 1, 1),
+    (16, 256, 8, 512, 3, 2, 1, 1),
     # depthwise
     (32, 88, 16, 88, 3, 1, 1, 88),
     (32, 72, 32, 72, 3, 2, 1, 72),
@@ -155,22 +155,21 @@ def _measured(backend: Backend, most_seconds: float) -> Times:
     return times
 
 
-def fitted(times: Times, tables: Sequence[CostModel]) -> Calibration:
-    """The first table that fits such times, scaled; where none does, none.
+def fitted(times: Times, tables: Sequence[CostModel], own: str = "") -> Calibration:
+    """The table that fits such times best, scaled; where none does, none.
 
     Args:
-        tables: those to try, the likeliest first.
+        own: the table of the machine's class, which is preferred where it fits.
     """
-    best: Calibration | None = None
-    for table in tables:
-        scales, misfit = _scales(times, table)
-        if best is None or best.misfit is None or misfit < best.misfit:
-            best = Calibration(table.name, scales, misfit)
-        if misfit <= MOST_MISFIT:
-            break
-    if best is None or best.misfit is None or best.misfit > MOST_MISFIT:
-        return Calibration(None, {}, None if best is None else best.misfit)
-    return best
+    found = [Calibration(table.name, *_scales(times, table)) for table in tables]
+    found.sort(key=lambda each: (each.table != own or _is_off(each), each.misfit))
+    if not found or _is_off(found[0]):
+        return Calibration(None, {}, found[0].misfit if found else None)
+    return found[0]
+
+
+def _is_off(known: Calibration) -> bool:
+    return known.misfit is None or known.misfit > MOST_MISFIT
 
 
 def _scales(times: Times, table: CostModel) -> tuple[dict[str, float], float]:
@@ -268,8 +267,3 @@ def is_busy() -> bool:
         return os.getloadavg()[0] > (os.cpu_count() or 1)
     except OSError:
         return False
-
-
-def tables_for(name: str) -> list[CostModel]:
-    """Every table, that of the class ``name`` first."""
-    return sorted(cost_model.tables(), key=lambda table: table.name != name)
