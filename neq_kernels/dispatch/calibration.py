@@ -33,6 +33,9 @@ SWITCH = "NEQ_KERNELS_CALIBRATE"
 # Of one calibration, whatever the machine; no measurement begins after MOST_SECONDS.
 MOST_SECONDS = 1.5
 _ROUNDS = 3
+# What the slowest of a call's rounds may take of the fastest one's, typically: where it is more,
+# something else is running.
+_STEADY = 1.3
 # How far, in logarithms, times may typically lie from the scaled table (a factor of 1.6): tables
 # that serve lie within 0.3.
 MOST_MISFIT = 0.47
@@ -129,7 +132,7 @@ def canonical() -> list[tuple[Problem, tuple[int, ...]]]:
 
 def measure(backend: Backend, most_seconds: float = MOST_SECONDS) -> Times:
     """Time the canonical weight gradients, in an order that sees every kind early, until all are
-    done or time is up."""
+    done or time is up; nothing at all where the machine is not steady."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         return _measured(backend, most_seconds)
 
@@ -137,6 +140,7 @@ def measure(backend: Backend, most_seconds: float = MOST_SECONDS) -> Times:
 def _measured(backend: Backend, most_seconds: float) -> Times:
     start = time.perf_counter()
     times: dict[tuple[Problem, int, Strategy], float] = {}
+    spread: list[float] = []
     problems = canonical()
     for problem, counts in problems[::2] + problems[1::2]:
         if time.perf_counter() - start > most_seconds:
@@ -152,7 +156,8 @@ def _measured(backend: Backend, most_seconds: float) -> Times:
                     )
         samples = stopwatch.in_turns(calls, 0.0, least_rounds=_ROUNDS)
         times |= {call: min(seconds) for call, seconds in samples.items()}
-    return times
+        spread += [max(seconds) / min(seconds) for seconds in samples.values()]
+    return times if spread and statistics.median(spread) <= _STEADY else {}
 
 
 def fitted(times: Times, tables: Sequence[CostModel], own: str = "") -> Calibration:

@@ -385,6 +385,8 @@ class Selector:
             known = file.read()
             if known is None:
                 times = calibration.measure(self.backends["cpu"])
+                if not times:
+                    return
                 known = calibration.fitted(times, cost_model.tables(), own=cpu_class())
                 file.write(known)
         self.use_calibration(context, known)
