@@ -4,6 +4,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -79,7 +80,18 @@ using CorrelatePixels = void (*)(const PixelSteps& steps, const C* dy, const C* 
                                  int64_t columns, C* lanes);
 
 // How many output channels the outer product takes at most, and how many vectors of input channels.
-constexpr int kRowsTogether = 6, kMostVectors = 16;
+constexpr int kMostRows = 8, kMostVectors = 16, kMostInRegisters = 8;
+
+// What of it an instruction set's registers hold: output channels, registers of sums, and how many
+// vectors of input channels one of them is.
+struct TileLimits {
+  int rows, sums, vectors_of_register;
+
+  // Vectors of input channels whose sums, for n output channels, are in registers.
+  constexpr int widest(int64_t n) const {
+    return vectors_of_register * static_cast<int>(std::min<int64_t>(4, sums / n));
+  }
+};
 
 // Pixels of dy and of x, in three nested loops, and where the sums of each output channel go.
 template <class C>
@@ -110,6 +122,7 @@ struct Kernels {
   void (*sum)(const Correlation<C>& c, double* totals);
   void (*copy_rows)(const T* from, int64_t from_row, int64_t stride, C* to, int64_t to_row,
                     int64_t rows, int64_t count);
+  TileLimits tile_limits;
   void (*outer_product)(const OuterProduct<C>& o, int64_t n, int64_t vectors, int64_t skip);
   void (*sum_pixels)(const C* from, int64_t n, int64_t count, double* totals);
   void (*copy_pixels)(const C* from, int64_t stride, int64_t vectors, int64_t count, C* to,
