@@ -23,7 +23,7 @@ struct Tile {
 inline std::vector<Tile> channel_tiles(int64_t channels, int64_t lanes, int64_t n, bool wide,
                                        const TileLimits& limits) {
   const int64_t rows = divided_up(n, divided_up(n, limits.rows));
-  const int64_t widest = wide ? kMostVectors : limits.widest(rows);
+  const int64_t widest = wide ? limits.widest_in_cache(rows) : limits.widest(rows);
   std::vector<Tile> tiles;
   for (int64_t c = 0; c < channels;) {
     const int64_t left = channels - c;

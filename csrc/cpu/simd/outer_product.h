@@ -27,6 +27,7 @@ NEQ_TARGET inline __attribute__((always_inline)) void keep_in_register(Vector& v
 #endif
 }
 
+constexpr bool kKeepsPixels = NEQ_REGISTER_BYTES == 64;  // with 16 registers there is no room
 constexpr int kVectorsOfRegister = NEQ_REGISTER_BYTES / kVectorBytes;
 // Registers of sums: with the operands they fill all.
 constexpr int kMostSums = NEQ_REGISTER_BYTES == 64 ? 24 : 12;
@@ -76,7 +77,7 @@ NEQ_TARGET void outer_product_tile(const OuterProduct<C>& o, int64_t first, int6
 #pragma GCC unroll 8
         for (int v = 0; v < kWhole; ++v) {
           pixel[v] = load_as<Vector>(x + v * Whole::count);
-          if constexpr (kRows > 1) keep_in_register(pixel[v]);
+          if constexpr (kRows > 1 && kKeepsPixels) keep_in_register(pixel[v]);
         }
         if constexpr (kHasHalf) half_pixel = load_as<HalfVector>(x + kWhole * Whole::count);
 #pragma GCC unroll 8
@@ -124,7 +125,8 @@ NEQ_TARGET void outer_product_tile(const OuterProduct<C>& o, int64_t first, int6
 // so x is read in long stretches, which the CPU foresees.
 template <class C, int kRows, int kPixels>
 NEQ_TARGET inline void add_pixels(const C* dy, int64_t dy_column, const C* x, int64_t x_column,
-                                  int64_t vectors, C (*sums)[kMostVectors * Lanes<C>::count]) {
+                                  int64_t vectors,
+                                  C (*sums)[kSumsInCache / kRows * Lanes<C>::count]) {
   using Whole = Register<C, NEQ_REGISTER_BYTES>;
   using Half = Register<C, kVectorBytes>;
   using Vector = typename Whole::Type;
@@ -177,7 +179,7 @@ NEQ_TARGET void outer_product_wide(const OuterProduct<C>& o, int64_t vectors) {
   using Vector = typename Lanes<C>::Vector;
   constexpr int64_t kLanes = Lanes<C>::count;
   constexpr int kPixels = pixels_in_registers(kRows);
-  alignas(64) C sums[kRows][kMostVectors * kLanes];
+  alignas(64) C sums[kRows][kSumsInCache / kRows * kLanes];
   for (int k = 0; k < kRows; ++k) std::memset(sums[k], 0, vectors * sizeof(Vector));
   for (int64_t image = 0; image < o.images; ++image) {
     for (int64_t row = 0; row < o.rows; ++row) {
