@@ -255,7 +255,7 @@ def settle(ours: Variant, batches: Sequence[Any], masks: dict[str, Tensor]) -> N
     """Steps in which the library measures what it is in doubt of, as far as it allows itself; what
     it found serves from the next change of masks on, which this is."""
     for _ in range(MOST_SETTLING // SETTLING):
-        if not selector.is_measuring:
+        if not selector.contests:
             break
         step_time(ours, batches, warmup=0, repeats=SETTLING)
     for _, layer in named_neuron_layers(ours.model):
