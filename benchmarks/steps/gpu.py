@@ -36,6 +36,7 @@ class GpuStepOptions:
     shares: tuple[float, ...] = SHARES
     seconds: float = 1.5
     rounds_of_shares: int = 5
+    least_rounds: int = 7
     optimizer: str = "sgd"
     failed: tuple[str, ...] = ()
 
@@ -62,7 +63,7 @@ def measure(
     # The peer is the same whatever our backend.
     only = None if backend == lab.backend else (comparison.DENSE, comparison.OURS)
     told = comparison.StepOptions(
-        options.shares, options.optimizer, options.seconds, options.rounds_of_shares
+        options.optimizer, options.seconds, options.rounds_of_shares, options.least_rounds
     )
     contest = None
     for r in options.shares:
@@ -107,7 +108,8 @@ def _show(table: cli.Table, row: Row) -> None:
     if "total_seconds_median" in row:
         cells, verdict = comparison.cells(row)
     else:
-        head = [row["model"], row["layout"], f"{row.get('r', '')}", row.get("provider", "")]
+        names = ("model", "layout", "dtype", "r", "provider")
+        head = [str(row.get(name, "")) for name in names]
         cells = [*head, *[""] * (len(comparison.COLUMNS) - len(head))]
         verdict = "no time left" if "left_out" in row else cli.red(row["error"])
     table.line([row["backend"], *cells], verdict)

@@ -142,7 +142,7 @@ Tensor scatter_rows(const Tensor& rows, const Tensor& like, const Tensor& order,
     });
     for_each_piece(blocks, find_runs(all, n, neurons, per_group, nullptr, neurons),
                    [&](const Run&, int64_t, int64_t, int64_t at, int64_t count) {
-                     write_zeros(to + at, count * bytes, target.numel() * bytes);
+                     Zeros(target.numel() * bytes).write(to + at, count * bytes);
                    });
   });
   return target;

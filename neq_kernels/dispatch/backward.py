@@ -12,7 +12,8 @@ from neq_kernels.backends.problem import ConvGeometry, KernelChoice, Problem, St
 from neq_kernels.channels import Active, ActiveChannels, NeuronLayout
 from neq_kernels.dispatch.contests import Contest
 from neq_kernels.dispatch.cuda_graphs import clear_frozen
-from neq_kernels.dispatch.selection import ExecutionContext, selector
+from neq_kernels.dispatch.execution_context import ExecutionContext
+from neq_kernels.dispatch.selection import selector
 
 _DENSE = KernelChoice(Strategy.DENSE)
 
@@ -126,7 +127,7 @@ def _chosen(problem: Problem, active: Active, context: ExecutionContext) -> Kern
     if active.dense:
         return _DENSE
     if active.n < problem.neurons:
-        selector.calibrate(context)
+        selector.costs.calibrate(context)
     return selector.choice(problem, active.n, context)
 
 

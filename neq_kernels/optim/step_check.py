@@ -151,7 +151,7 @@ class StepCheck:
         unchanged = self._steps - self._last_change
         return (
             not self._is_done
-            and unchanged >= (MOST_STEPS_OF_CONTESTS if selector.is_measuring else WARMUP_STEPS)
+            and unchanged >= (MOST_STEPS_OF_CONTESTS if selector.contests else WARMUP_STEPS)
             and self.dense_steps + 1 <= MOST_DENSE_SHARE * self._steps
             and max(self._usual, unchanged) >= LEAST_STEPS_BETWEEN_CHANGES
             and not self._is_off()

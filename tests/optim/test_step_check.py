@@ -15,7 +15,8 @@ from torch.optim import SGD, RMSprop
 import neq_kernels as neq
 from neq_kernels.backends.problem import Strategy
 from neq_kernels.dispatch import tuning_table
-from neq_kernels.dispatch.selection import Selector, selector
+from neq_kernels.dispatch.contests import Contests
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.optim import attach, is_attached, step_check
 from neq_kernels.optim.step_check import EventClock, StepCheck, interval_of_median
 from tests.support.checked_steps import (
@@ -322,9 +323,9 @@ def test_how_often_masks_change_is_a_running_mean(monkeypatch):
 def test_it_waits_for_contests_of_kernels_but_not_for_ever(monkeypatch, open_for, begins_at):
     net, optimizer, _ = make(monkeypatch)
     steps = 0
-    monkeypatch.setattr(Selector, "is_measuring", property(lambda self: steps < open_for))
     while not hooks(net):
         steps += 1
+        monkeypatch.setattr(selector, "contests", Contests() if steps >= open_for else ["open"])
         step(net, optimizer)
     assert steps == begins_at
 
