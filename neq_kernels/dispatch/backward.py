@@ -120,20 +120,30 @@ def _refuse_active_dgrad(is_asked: bool) -> None:
         )
 
 
-def linear_call(input: Tensor, weight: Tensor, channels: ActiveChannels) -> BackwardCall:
+def linear_call(
+    input: Tensor, weight: Tensor, channels: ActiveChannels, in_float: bool = False
+) -> BackwardCall:
     """The backward of a linear layer with its kernel chosen: for as long as shapes, ``channels``
-    and ``selector.revision`` do not change."""
+    and ``selector.revision`` do not change.
+
+    Args:
+        in_float: see :meth:`neq_kernels.backends.base.Backend.linear_call`.
+    """
     context = selector.context(weight.device.type)
     choice, active = _DENSE, channels.on(weight.device)
     if active.n > 0:
         problem = Problem.linear(input.numel() // max(1, weight.shape[1]), weight)
         choice = selector.choice(problem, active.n, context)
     backend = selector.backend_of(choice, context)
-    return backend.linear_call(weight, input.shape, active, choice)
+    return backend.linear_call(weight, input.shape, active, choice, in_float)
 
 
 def conv_call(
-    input: Tensor, weight: Tensor, geometry: ConvGeometry, channels: ActiveChannels
+    input: Tensor,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    channels: ActiveChannels,
+    in_float: bool = False,
 ) -> BackwardCall:
     """As :func:`linear_call`, for a convolution of batched images."""
     context = selector.context(weight.device.type)
@@ -141,7 +151,7 @@ def conv_call(
     if active.n > 0:
         choice = selector.choice(Problem.conv(input, weight, geometry), active.n, context)
     backend = selector.backend_of(choice, context)
-    return backend.conv_call(weight, input.shape, geometry, active, choice)
+    return backend.conv_call(weight, input.shape, geometry, active, choice, in_float)
 
 
 def replaces_dense(input: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
