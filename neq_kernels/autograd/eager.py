@@ -46,11 +46,13 @@ class LayerPlan:
 
     Args:
         forward: PyTorch's.
-        call: computes the gradients; None: PyTorch's own graph does.
-        observed: does it by an operator that dispatch modes can see.
+        observed: computes the gradients by an operator that dispatch modes can see.
         again: computes gradients that can be differentiated again.
         on_gpu: backward may be captured into a CUDA graph, though the forward was not.
         autocast: the dtype that autocast casts the operands to; None: they are as they are.
+
+    Attributes:
+        call: computes the gradients; None: PyTorch's own graph does.
     """
 
     __slots__ = (
@@ -62,7 +64,6 @@ class LayerPlan:
         self,
         channels: ActiveChannels,
         forward: Forward,
-        call: BackwardCall | None = None,
         observed: BackwardCall | None = None,
         again: BackwardCall | None = None,
         on_gpu: bool = False,
@@ -70,8 +71,13 @@ class LayerPlan:
     ) -> None:
         self.channels, self.generation = channels, channels.generation
         self.none_active = channels.n_active == 0
-        self.forward, self.call, self.observed, self.again = forward, call, observed, again
+        self.forward, self.observed, self.again = forward, observed, again
+        self.call: BackwardCall | None = None
         self.on_gpu, self.autocast = on_gpu, autocast
+
+    def settle(self, call: BackwardCall) -> None:
+        """Compute the gradients by ``call`` from now on."""
+        self.call = call
 
     def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output."""
@@ -156,7 +162,7 @@ def plan_linear(
     cast = operands_as_cast(input, weight, bias)
     if cast is None:
         return None
-    call, size = dispatch.linear_call(cast.input, cast.weight, channels, cast.in_float), input.shape
+    size = input.shape
 
     def observed(
         grad_output: Tensor, input: Tensor | None, weight: Tensor, output_mask: Sequence[bool]
@@ -170,7 +176,9 @@ def plan_linear(
         mask = channels.mask_on(weight.device)
         return dense.linear_backward(grad_output, input, size, weight, mask, output_mask, False)
 
-    return LayerPlan(channels, linear_forward, call, observed, again, on_gpu, cast.dtype)
+    plan = LayerPlan(channels, linear_forward, observed, again, on_gpu, cast.dtype)
+    plan.call = dispatch.linear_call(cast.input, cast.weight, channels, plan.settle, cast.in_float)
+    return plan
 
 
 def plan_conv(
@@ -213,7 +221,6 @@ def plan_conv(
         return LayerPlan(channels, forward)
     if cast is None or (grad_input == "active" and not everything):
         return None
-    call = dispatch.conv_call(cast.input, cast.weight, geometry, channels, cast.in_float)
     size = input.shape
 
     def observed(
@@ -232,7 +239,11 @@ def plan_conv(
             grad_output, input, size, weight, geometry, mask, output_mask, False
         )
 
-    return LayerPlan(channels, forward, call, observed, again, on_gpu, cast.dtype)
+    plan = LayerPlan(channels, forward, observed, again, on_gpu, cast.dtype)
+    plan.call = dispatch.conv_call(
+        cast.input, cast.weight, geometry, channels, plan.settle, cast.in_float
+    )
+    return plan
 
 
 class _PlannedFunction(torch.autograd.Function):

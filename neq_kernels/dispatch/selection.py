@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch._C import _len_torch_dispatch_stack
 
 from neq_kernels.backends.aten import Aten
 from neq_kernels.backends.base import Backend
@@ -17,11 +18,14 @@ from neq_kernels.backends.cuda import Cuda
 from neq_kernels.backends.problem import KernelChoice, Problem, Strategy
 from neq_kernels.backends.reference import Reference
 from neq_kernels.backends.triton.backend import Triton
-from neq_kernels.dispatch import autotune, cost_model, tuning_table
+from neq_kernels.dispatch import autotune, calibration, cost_model, tuning_table
+from neq_kernels.dispatch.calibration import Calibration, CalibrationFile
+from neq_kernels.dispatch.contests import Allowance, Contest
+from neq_kernels.dispatch.cost_model import CostModel
 from neq_kernels.dispatch.cuda_graphs import Rehearsal
 from neq_kernels.dispatch.tuning_table import TuningTable
 from neq_kernels.dispatch.verified_backends import VerifiedBackends
-from neq_kernels.machine import machine
+from neq_kernels.machine import cpu_class, machine
 from neq_kernels.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -37,11 +41,14 @@ class ExecutionContext(NamedTuple):
         backends: names, the default one first.
         device_type: of the tensors.
         threads: of the CPU; 0 on a GPU.
+        measures: whether kernels may be measured while a model trains, and what earlier processes
+            measured is read; else the package's own tables decide, and what this process was told.
     """
 
     backends: tuple[str, ...]
     device_type: str
     threads: int
+    measures: bool = True
 
     def choice(
         self, strategy: Strategy, backend: str, settings: tuple[int, ...] = ()
@@ -50,6 +57,11 @@ class ExecutionContext(NamedTuple):
         it is named; PyTorch's kernel belongs to none."""
         is_named = self.device_type == "cuda" and strategy != Strategy.DENSE
         return KernelChoice(strategy, settings, backend if is_named else "")
+
+    @property
+    def place(self) -> ExecutionContext:
+        """What measurements hold for, whether or not they may be made."""
+        return self._replace(measures=True)
 
 
 class Selector:
@@ -75,6 +87,13 @@ class Selector:
         self._by_device_type: dict[str, tuple[str, ...]] = {}
         self._choices: dict[tuple[Problem, int, ExecutionContext], KernelChoice] = {}
         self._tables: dict[ExecutionContext, TuningTable] = {}
+        self._calibrations: dict[ExecutionContext, Calibration] = {}
+        self._models: dict[ExecutionContext, CostModel] = {}
+        self._calibration_files: dict[ExecutionContext, CalibrationFile] = {}
+        self._calibrated: set[ExecutionContext] = set()
+        self._contests: dict[tuple[ExecutionContext, str], Contest] = {}
+        self._allowance = Allowance()
+        self._is_restored = False
 
     # --- backends --------------------------------------------------------------------------------
 
@@ -137,7 +156,12 @@ class Selector:
     def context(self, device_type: str) -> ExecutionContext:
         """Where tensors of this device type are worked on now."""
         threads = torch.get_num_threads() if device_type == "cpu" else 0
-        return ExecutionContext(self.backends_for(device_type), device_type, threads)
+        measures = not (
+            self._is_restored
+            or torch.are_deterministic_algorithms_enabled()
+            or tuning_table.tuning_mode() == "never"
+        )
+        return ExecutionContext(self.backends_for(device_type), device_type, threads, measures)
 
     def on_gpu(self, context: ExecutionContext) -> bool:
         """Whether work is done as on a GPU there, be it an emulated one."""
@@ -203,21 +227,74 @@ class Selector:
             return default(self._forced_strategy if self._forced_strategy in every else every[0])
         if len(every) == 1 or n == 0:
             return default(every[0])
-        table = self.table(context)
-        winner = table.get(problem, n)
-        if winner is not None and winner.strategy in every:
+        winner = self._winner(problem, n, context, every)
+        if winner is not None:
             possible = self.candidates(problem, n, context)
             if winner in (*possible, default(winner.strategy)):
                 return winner
-        if tuning_table.measures_on_the_fly():
+        if _measures_all(context):
             possible = self.candidates(problem, n, context)
             winner = autotune.fastest(problem, n, possible, context.device_type)
-            table.put(problem, n, winner)
-            table.save()
+            self._keep(problem, n, context, winner)
             return winner
         if self.on_gpu(context):
             return default(cost_model.strategy_on_gpu(problem, n, every))
-        return default(cost_model.strategy(problem, n, every))
+        return default(self.costs(context).strategy(problem, n, every))
+
+    def _winner(
+        self, problem: Problem, n: int, context: ExecutionContext, usable: Collection[Strategy]
+    ) -> KernelChoice | None:
+        """What was measured for ``n`` active channels, or for another number where, by the cost
+        model, its lead cannot have shrunk by more than a contest's doubt."""
+        table, costs = self.table(context), self.costs(context)
+        winner = table.get(problem, n)
+        if winner is not None or _measures_all(context):
+            return winner if winner is not None and winner.strategy in usable else None
+        for count, other in table.others(problem, n).items():
+            if other.strategy in usable and costs.still_leads(
+                problem, other.strategy, count, n, usable
+            ):
+                return other
+        return None
+
+    def decide(
+        self, problem: Problem, n: int, context: ExecutionContext
+    ) -> tuple[KernelChoice, Contest | None]:
+        """:meth:`choice` in a backward that it is made for, where the machine may be calibrated
+        first, and where a contest may be held: then it has the choice of its first call."""
+        if n < problem.neurons:
+            self.calibrate(context)
+        choice = self.choice(problem, n, context)
+        return choice, self._contest(problem, n, context, choice)
+
+    def _contest(
+        self, problem: Problem, n: int, context: ExecutionContext, predicted: KernelChoice
+    ) -> Contest | None:
+        if not (context.measures and _is_by_cpu_kernels(context)) or self._forced_strategy:
+            return None
+        name = context, tuning_table.key(problem, n)
+        contest = self._contests.get(name)
+        if contest is None:
+            (usable,) = self.strategies(problem, context).values()
+            if self._winner(problem, n, context, usable) is not None:
+                return None
+            rivals = self.costs(context).in_doubt(problem, n, usable)
+            if not rivals or predicted != KernelChoice(rivals[0]):
+                return None
+
+            def settle(winner: KernelChoice) -> None:
+                self._contests.pop(name, None)
+                self._keep(problem, n, context, winner)
+                self._choices.clear()
+
+            contest = Contest([KernelChoice(s) for s in rivals], self._allowance, settle)
+            self._contests[name] = contest
+        return contest
+
+    @property
+    def is_measuring(self) -> bool:
+        """Whether a contest is open."""
+        return bool(self._contests)
 
     def choice_in_graph(
         self, problem: Problem, context: ExecutionContext, output_mask: Sequence[bool]
@@ -244,12 +321,76 @@ class Selector:
 
     def table(self, context: ExecutionContext) -> TuningTable:
         """The winners measured in such a context."""
-        table = self._tables.get(context)
+        table = self._tables.get(context.place)
         if table is None:
             measured_with = self._measured_with(context)
-            table = TuningTable(tuning_table.directory(), measured_with)
-            self._tables[context] = table
+            table = TuningTable(tuning_table.directory(), measured_with, context.measures)
+            self._tables[context.place] = table
         return table
+
+    def _keep(
+        self, problem: Problem, n: int, context: ExecutionContext, winner: KernelChoice
+    ) -> None:
+        table = self.table(context)
+        table.put(problem, n, winner)
+        table.save()
+
+    # --- the cost model --------------------------------------------------------------------------
+
+    def costs(self, context: ExecutionContext) -> CostModel:
+        """What kernels are chosen by there, where nothing was measured."""
+        model = self._models.get(context.place)
+        if model is None:
+            model = self._models[context.place] = self.calibration(context).model()
+        return model
+
+    def calibration(self, context: ExecutionContext) -> Calibration:
+        """What is known of this machine: the table of its class, as an earlier calibration scaled
+        it; no table where the custom kernels of the CPU, which it is of, are not in use."""
+        known = self._calibrations.get(context.place)
+        if known is None:
+            if not _is_by_cpu_kernels(context):
+                known = Calibration(None, {})
+            elif context.measures and calibration.is_asked_for():
+                known = self._calibration_file(context).read()
+            if known is None:
+                known = Calibration(CostModel.of_class(cpu_class()).name, {})
+            self._calibrations[context.place] = known
+        return known
+
+    def use_calibration(self, context: ExecutionContext, known: Calibration) -> None:
+        """Choose by it from now on."""
+        self._calibrations[context.place] = known
+        self._models.pop(context.place, None)
+        self.forget_choices()
+
+    def calibrate(self, context: ExecutionContext) -> None:
+        """Measure this machine, where that was never done and may be done now: at most once in a
+        process, in one process at a time, not while the machine is busy."""
+        if context in self._calibrated or _len_torch_dispatch_stack() > 0:
+            return
+        self._calibrated.add(context)
+        if not (_is_by_cpu_kernels(context) and context.measures and calibration.is_asked_for()):
+            return
+        if self.calibration(context).misfit is not None or calibration.is_busy():
+            return
+        file = self._calibration_file(context)
+        with file.alone() as is_alone:
+            if not is_alone:
+                return
+            known = file.read()
+            if known is None:
+                tables = calibration.tables_for(cpu_class())
+                known = calibration.fitted(calibration.measure(self.backends["cpu"]), tables)
+                file.write(known)
+        self.use_calibration(context, known)
+
+    def _calibration_file(self, context: ExecutionContext) -> CalibrationFile:
+        file = self._calibration_files.get(context)
+        if file is None:
+            file = CalibrationFile(self._measured_with(context))
+            self._calibration_files[context] = file
+        return file
 
     def _measured_with(self, context: ExecutionContext) -> dict[str, Any]:
         about = machine()
@@ -273,6 +414,12 @@ class Selector:
 
     # --- changes ---------------------------------------------------------------------------------
 
+    def restored(self) -> None:
+        """Measure nothing more: a checkpoint has brought what was measured."""
+        self._is_restored = True
+        self._contests.clear()
+        self.forget_choices()
+
     def forget_choices(self) -> None:
         """Choose kernels anew from now on."""
         self.revision += 1
@@ -286,6 +433,13 @@ class Selector:
     def forget(self) -> None:
         """Select everything anew, and read the environment and the tables' files again."""
         self._tables.clear()
+        self._calibrations.clear()
+        self._models.clear()
+        self._calibration_files.clear()
+        self._calibrated.clear()
+        self._contests.clear()
+        self._allowance = Allowance()
+        self._is_restored = False
         self.forget_choices()
         self.forget_backends()
 
@@ -310,6 +464,14 @@ class Selector:
         finally:
             self._forced_strategy = before
             self.forget_choices()
+
+
+def _measures_all(context: ExecutionContext) -> bool:
+    return context.measures and tuning_table.tuning_mode() == "always"
+
+
+def _is_by_cpu_kernels(context: ExecutionContext) -> bool:
+    return context.device_type == "cpu" and context.backends == ("cpu",)
 
 
 selector = Selector()
