@@ -124,14 +124,15 @@ def load_tuning_state_dict(state: Mapping[str, Any]) -> None:
     calibrations = {}
     for device_type, saved in state.items():
         parsed(saved)
-        if saved.get("calibration") is not None:  # 0.2.0 and before had none
+        if saved.get("calibration") is not None:
             calibrations[device_type] = Calibration.from_dict(saved["calibration"])
     selector.restored()
     for device_type, saved in state.items():
         context = selector.context(device_type)
         selector.table(context).load_state_dict(saved)
-        if device_type in calibrations:
-            selector.use_calibration(context, calibrations[device_type])
+        # States of 0.1.0 have none.
+        known = calibrations.get(device_type) or selector.uncalibrated(context)
+        selector.use_calibration(context, known)
         before, now = saved.get("backends"), list(context.backends)
         if device_type in _device_types() and before not in (None, now):
             logger.warning(

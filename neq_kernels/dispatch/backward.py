@@ -46,6 +46,7 @@ def linear_backward(
             choice = selector.choice_in_graph(problem, context, output_mask)
             active = replace(active, n=k, start=-1)
         else:
+            selector.calibrate(context)
             choice = selector.choice(problem, active.n, context)
     backend = selector.backend_of(choice, context)
     grad_input = None
@@ -88,6 +89,8 @@ def conv_backward(
             if replayed:
                 choice = selector.choice_in_graph(problem, context, output_mask)
             else:
+                if active.n < k:
+                    selector.calibrate(context)
                 choice = selector.choice(problem, active.n, context)
         if replayed:
             active = replace(active, n=k, start=-1)

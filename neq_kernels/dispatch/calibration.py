@@ -17,7 +17,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,12 +33,15 @@ SWITCH = "NEQ_KERNELS_CALIBRATE"
 # Of one calibration, whatever the machine; no measurement begins after MOST_SECONDS.
 MOST_SECONDS = 1.5
 _ROUNDS = 3
+# What the slowest of a call's rounds may take of the fastest one's, typically: where it is more,
+# something else is running.
+_STEADY = 1.3
 # How far, in logarithms, times may typically lie from the scaled table (a factor of 1.6): tables
 # that serve lie within 0.3.
 MOST_MISFIT = 0.47
 # A group's scale is drawn towards 1 as if it had been seen so often more: each time is a little
 # off.
-_PRIOR = 1.0
+_PRIOR = 0.5
 _FORMAT = 1
 
 # (rows, inputs, outputs) of linear layers.
@@ -47,10 +49,11 @@ _LINEAR = ((3528, 192, 192), (512, 384, 1536), (128, 1536, 768), (2048, 384, 192
 # (images, inputs, size, outputs, kernel, stride, padding, groups) of convolutions.
 _CONVOLUTIONS = (
     # 3x3 and the like
-    (128, 32, 16, 64, 3, 2, 1, 1),
+    (128, 16, 32, 16, 3, 1, 1, 1),
+    (128, 32, 16, 32, 3, 1, 1, 1),
     (8, 128, 16, 128, 3, 1, 1, 1),
     (8, 96, 32, 192, 2, 2, 0, 1),
-    (128, 16, 32, 32, 3, 2, 1, 1),
+    (16, 256, 8, 512, 3, 2, 1, 1),
     # depthwise
     (32, 88, 16, 88, 3, 1, 1, 88),
     (32, 72, 32, 72, 3, 2, 1, 72),
@@ -129,7 +132,7 @@ def canonical() -> list[tuple[Problem, tuple[int, ...]]]:
 
 def measure(backend: Backend, most_seconds: float = MOST_SECONDS) -> Times:
     """Time the canonical weight gradients, in an order that sees every kind early, until all are
-    done or time is up."""
+    done or time is up; nothing at all where the machine is not steady."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         return _measured(backend, most_seconds)
 
@@ -137,6 +140,7 @@ def measure(backend: Backend, most_seconds: float = MOST_SECONDS) -> Times:
 def _measured(backend: Backend, most_seconds: float) -> Times:
     start = time.perf_counter()
     times: dict[tuple[Problem, int, Strategy], float] = {}
+    spread: list[float] = []
     problems = canonical()
     for problem, counts in problems[::2] + problems[1::2]:
         if time.perf_counter() - start > most_seconds:
@@ -152,25 +156,25 @@ def _measured(backend: Backend, most_seconds: float) -> Times:
                     )
         samples = stopwatch.in_turns(calls, 0.0, least_rounds=_ROUNDS)
         times |= {call: min(seconds) for call, seconds in samples.items()}
-    return times
+        spread += [max(seconds) / min(seconds) for seconds in samples.values()]
+    return times if spread and statistics.median(spread) <= _STEADY else {}
 
 
-def fitted(times: Times, tables: Sequence[CostModel]) -> Calibration:
-    """The first table that fits such times, scaled; where none does, none.
+def fitted(times: Times, tables: Sequence[CostModel], own: str = "") -> Calibration:
+    """The table that fits such times best, scaled; where none does, none.
 
     Args:
-        tables: those to try, the likeliest first.
+        own: the table of the machine's class, which is preferred where it fits.
     """
-    best: Calibration | None = None
-    for table in tables:
-        scales, misfit = _scales(times, table)
-        if best is None or best.misfit is None or misfit < best.misfit:
-            best = Calibration(table.name, scales, misfit)
-        if misfit <= MOST_MISFIT:
-            break
-    if best is None or best.misfit is None or best.misfit > MOST_MISFIT:
-        return Calibration(None, {}, None if best is None else best.misfit)
-    return best
+    found = [Calibration(table.name, *_scales(times, table)) for table in tables]
+    found.sort(key=lambda each: (each.table != own or _is_off(each), each.misfit))
+    if not found or _is_off(found[0]):
+        return Calibration(None, {}, found[0].misfit if found else None)
+    return found[0]
+
+
+def _is_off(known: Calibration) -> bool:
+    return known.misfit is None or known.misfit > MOST_MISFIT
 
 
 def _scales(times: Times, table: CostModel) -> tuple[dict[str, float], float]:
@@ -268,8 +272,3 @@ def is_busy() -> bool:
         return os.getloadavg()[0] > (os.cpu_count() or 1)
     except OSError:
         return False
-
-
-def tables_for(name: str) -> list[CostModel]:
-    """Every table, that of the class ``name`` first."""
-    return sorted(cost_model.tables(), key=lambda table: table.name != name)

@@ -349,14 +349,18 @@ class Selector:
         it; no table where the custom kernels of the CPU, which it is of, are not in use."""
         known = self._calibrations.get(context.place)
         if known is None:
-            if not _is_by_cpu_kernels(context):
-                known = Calibration(None, {})
-            elif context.measures and calibration.is_asked_for():
+            if _is_by_cpu_kernels(context) and context.measures and calibration.is_asked_for():
                 known = self._calibration_file(context).read()
             if known is None:
-                known = Calibration(CostModel.of_class(cpu_class()).name, {})
+                known = self.uncalibrated(context)
             self._calibrations[context.place] = known
         return known
+
+    def uncalibrated(self, context: ExecutionContext) -> Calibration:
+        """What is known of this machine when nothing was measured."""
+        if not _is_by_cpu_kernels(context):
+            return Calibration(None, {})
+        return Calibration(CostModel.of_class(cpu_class()).name, {})
 
     def use_calibration(self, context: ExecutionContext, known: Calibration) -> None:
         """Choose by it from now on."""
@@ -380,8 +384,10 @@ class Selector:
                 return
             known = file.read()
             if known is None:
-                tables = calibration.tables_for(cpu_class())
-                known = calibration.fitted(calibration.measure(self.backends["cpu"]), tables)
+                times = calibration.measure(self.backends["cpu"])
+                if not times:
+                    return
+                known = calibration.fitted(times, cost_model.tables(), own=cpu_class())
                 file.write(known)
         self.use_calibration(context, known)
 
