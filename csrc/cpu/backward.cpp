@@ -157,10 +157,10 @@ Tensor cleared(const Tensor& grad, const Wholes& wholes, const Tensor& order, in
 }
 
 template <class T>
-Tensor whole_bias(const std::vector<double>& active, const Tensor& weight, const int64_t* order,
+Tensor whole_bias(const std::vector<double>& active, ScalarType dtype, const int64_t* order,
                   int64_t n, int64_t k) {
   if (active.empty()) return Tensor();
-  Tensor grad = empty_in_order({k}, {0}, weight.scalar_type());
+  Tensor grad = empty_in_order({k}, {0}, dtype);
   T* to = static_cast<T*>(grad.mutable_data_ptr());
   for (int64_t i = 0; i < n; ++i) to[order[i]] = static_cast<T>(active[i]);
   for (int64_t i = n; i < k; ++i) to[order[i]] = T(0);
@@ -176,21 +176,36 @@ void dispatch_single_or_double(const Tensor& tensor, F&& f) {
   f(float{});
 }
 
-// Dimension 0 of `weight` is the outermost in memory.
-Grads direct(ConvProblem p, const Tensor& grad, const Tensor& input, const Tensor& weight,
+// The tensor itself where it has that dtype.
+Tensor converted(const Tensor& tensor, ScalarType dtype) {
+  if (!tensor.defined() || tensor.scalar_type() == dtype) return tensor;
+  Tensor copy = empty_of_dtype(tensor, dtype);
+  torch::stable::copy_(copy, tensor);
+  return copy;
+}
+
+bool is_half(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+// Dimension 0 of `weight` is the outermost in memory. Half types are multiplied in float32, as
+// copies: what they cost is little where the weight is large, which is where few rows pay.
+Grads direct(ConvProblem p, const Tensor& grad, const Tensor& input, const Wholes& wholes,
              const Tensor& order, bool channels_last) {
+  const Tensor& weight = wholes.weight;
   p.active = checked_order(order, p.output_channels, p.output_channels);
-  Tensor rows = torch::stable::empty_like(weight), bias;
+  const ScalarType dtype = is_half(weight.scalar_type()) ? ScalarType::Float : weight.scalar_type();
+  const Tensor dy = converted(grad, dtype), x = converted(input, dtype);
+  Tensor rows = empty_of_dtype(weight, dtype), bias;
   const bool taps_inside = weight.stride(1) != 1;
-  dispatch_single_or_double(input, [&](auto zero) {
+  dispatch_single_or_double(x, [&](auto zero) {
     using T = decltype(zero);
-    const std::vector<double> active =
-        direct_wgrad<T>(p, static_cast<const T*>(grad.const_data_ptr()),
-                        static_cast<const T*>(input.const_data_ptr()), channels_last,
-                        static_cast<T*>(rows.mutable_data_ptr()), taps_inside);
-    bias = whole_bias<T>(active, weight, p.active, p.n, p.output_channels);
+    const std::vector<double> active = direct_wgrad<T>(
+        p, static_cast<const T*>(dy.const_data_ptr()), static_cast<const T*>(x.const_data_ptr()),
+        channels_last, static_cast<T*>(rows.mutable_data_ptr()), taps_inside);
+    bias = whole_bias<T>(active, dtype, p.active, p.n, p.output_channels);
   });
-  return {Tensor(), rows, bias};
+  return {Tensor(), converted(rows, wholes.dtype), converted(bias, wholes.dtype)};
 }
 
 bool is_channels_last(const Tensor& t) {
@@ -237,7 +252,7 @@ Grads linear_wgrad(const Tensor& dy, const Tensor& input, const Tensor& weight, 
                         checked_order(order, n, k),
                         n,
                         want_bias};
-    return direct(p, grad, x, weight, order, true);
+    return direct(p, grad, x, wholes, order, true);
   }
   Tensor packed = dy;
   int64_t skipped = 0, m = k;
@@ -295,7 +310,7 @@ Grads conv_wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& w
         last ? std::vector<int64_t>{0, 2, 3, 1} : std::vector<int64_t>{0, 1, 2, 3};
     // Channels of a single pixel lie innermost whatever the format.
     const bool single = p.h.input * p.w.input == 1 && p.h.output * p.w.output == 1;
-    return direct(p, in_order(grad_output, dims), in_order(input, dims), weight, order,
+    return direct(p, in_order(grad_output, dims), in_order(input, dims), wholes, order,
                   last || single);
   }
   auto [rows, bias] =

@@ -29,7 +29,7 @@ from neq_kernels.channels import Active, NeuronLayout
 ENVIRONMENT_VARIABLE = "NEQ_KERNELS_LIBRARY"
 _LIBRARY = Path(__file__).parent.parent / "_C.so"
 
-_CUSTOM_DTYPES = (torch.float32, torch.float64)
+_CUSTOM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ROW_STEP_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _leaf = torch.ops.neq_kernels_cpu
