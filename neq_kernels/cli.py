@@ -305,7 +305,7 @@ def _choice_rows() -> list[list[str]]:
     """What kernels for CPU tensors are chosen by."""
     try:
         context = selector.context("cpu")
-        known, winners = selector.calibration(context), len(selector.table(context))
+        known, winners = selector.costs.calibration(context), len(selector.table(context))
     except (ValueError, RuntimeError) as error:
         return [["costs", f"none: {error}"]]
     if known.misfit is None:

@@ -104,7 +104,7 @@ def tuning_state_dict() -> dict[str, Any]:
         context.device_type: {
             **selector.table(context).state_dict(),
             "backends": list(context.backends),
-            "calibration": selector.calibration(context).to_dict(),
+            "calibration": selector.costs.calibration(context).to_dict(),
         }
         for context in contexts
     }
@@ -131,8 +131,8 @@ def load_tuning_state_dict(state: Mapping[str, Any]) -> None:
         context = selector.context(device_type)
         selector.table(context).load_state_dict(saved)
         # States of 0.1.0 have none.
-        known = calibrations.get(device_type) or selector.uncalibrated(context)
-        selector.use_calibration(context, known)
+        known = calibrations.get(device_type) or selector.costs.uncalibrated(context)
+        selector.costs.use(context, known)
         before, now = saved.get("backends"), list(context.backends)
         if device_type in _device_types() and before not in (None, now):
             logger.warning(

@@ -72,7 +72,7 @@ void write_neurons(const Tensor& target, const Tensor& source, const Blocks& blo
     for_each_piece(blocks,
                    find_runs(all, n, blocks.neurons(), blocks.per_group, nullptr, blocks.neurons()),
                    [&](const Run&, int64_t, int64_t, int64_t at, int64_t count) {
-                     write_zeros(to + at, count * bytes, target.numel() * bytes);
+                     Zeros(target.numel() * bytes).write(to + at, count * bytes);
                    });
   });
 }

@@ -12,7 +12,8 @@ from neq_kernels.backends.problem import ConvGeometry, KernelChoice, Problem, St
 from neq_kernels.channels import Active, ActiveChannels, NeuronLayout
 from neq_kernels.dispatch.contests import Contest
 from neq_kernels.dispatch.cuda_graphs import clear_frozen
-from neq_kernels.dispatch.selection import ExecutionContext, selector
+from neq_kernels.dispatch.execution_context import ExecutionContext
+from neq_kernels.dispatch.selection import selector
 
 _DENSE = KernelChoice(Strategy.DENSE)
 
@@ -46,7 +47,7 @@ def linear_backward(
             choice = selector.choice_in_graph(problem, context, output_mask)
             active = replace(active, n=k, start=-1)
         else:
-            selector.calibrate(context)
+            selector.costs.calibrate(context)
             choice = selector.choice(problem, active.n, context)
     backend = selector.backend_of(choice, context)
     grad_input = None
@@ -90,7 +91,7 @@ def conv_backward(
                 choice = selector.choice_in_graph(problem, context, output_mask)
             else:
                 if active.n < k:
-                    selector.calibrate(context)
+                    selector.costs.calibrate(context)
                 choice = selector.choice(problem, active.n, context)
         if replayed:
             active = replace(active, n=k, start=-1)

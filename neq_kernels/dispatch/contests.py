@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from torch import Tensor
 
@@ -43,6 +43,40 @@ class Allowance:
         if self._since is None:
             self._since = now
         return self.spent < ALLOWED_SECONDS + ALLOWED_SHARE * (now - self._since)
+
+
+class Contests:
+    """Those that are open.
+
+    Attributes:
+        allowance: what all of them together may cost.
+    """
+
+    def __init__(self) -> None:
+        self.allowance = Allowance()
+        self._open: dict[Hashable, Contest] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def get(self, name: Hashable) -> Contest | None:
+        """The open contest of this name."""
+        return self._open.get(name)
+
+    def open(
+        self,
+        name: Hashable,
+        choices: Sequence[KernelChoice],
+        settle: Callable[[KernelChoice], None],
+    ) -> Contest:
+        """A new one; ``settle`` is given its winner."""
+
+        def close(winner: KernelChoice) -> None:
+            self._open.pop(name, None)
+            settle(winner)
+
+        contest = self._open[name] = Contest(choices, self.allowance, close)
+        return contest
 
 
 class Contest:

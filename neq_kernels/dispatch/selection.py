@@ -6,10 +6,9 @@ import logging
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch._C import _len_torch_dispatch_stack
 
 from neq_kernels.backends.aten import Aten
 from neq_kernels.backends.base import Backend
@@ -18,50 +17,20 @@ from neq_kernels.backends.cuda import Cuda
 from neq_kernels.backends.problem import KernelChoice, Problem, Strategy
 from neq_kernels.backends.reference import Reference
 from neq_kernels.backends.triton.backend import Triton
-from neq_kernels.dispatch import autotune, calibration, cost_model, tuning_table
-from neq_kernels.dispatch.calibration import Calibration, CalibrationFile
-from neq_kernels.dispatch.contests import Allowance, Contest
-from neq_kernels.dispatch.cost_model import CostModel
+from neq_kernels.dispatch import autotune, cost_model, tuning_table
+from neq_kernels.dispatch.contests import Contest, Contests
 from neq_kernels.dispatch.cuda_graphs import Rehearsal
+from neq_kernels.dispatch.execution_context import ExecutionContext
+from neq_kernels.dispatch.machine_costs import MachineCosts
 from neq_kernels.dispatch.tuning_table import TuningTable
 from neq_kernels.dispatch.verified_backends import VerifiedBackends
-from neq_kernels.machine import cpu_class, machine
+from neq_kernels.machine import machine
 from neq_kernels.version import __version__
 
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "NEQ_KERNELS_BACKEND"
 _MOST_CHOICES = 8192
-
-
-class ExecutionContext(NamedTuple):
-    """Where gradients are computed, and by whom.
-
-    Attributes:
-        backends: names, the default one first.
-        device_type: of the tensors.
-        threads: of the CPU; 0 on a GPU.
-        measures: whether kernels may be measured while a model trains, and what earlier processes
-            measured is read; else the package's own tables decide, and what this process was told.
-    """
-
-    backends: tuple[str, ...]
-    device_type: str
-    threads: int
-    measures: bool = True
-
-    def choice(
-        self, strategy: Strategy, backend: str, settings: tuple[int, ...] = ()
-    ) -> KernelChoice:
-        """One of a backend's kernels. On a GPU, where another backend may be the default tomorrow,
-        it is named; PyTorch's kernel belongs to none."""
-        is_named = self.device_type == "cuda" and strategy != Strategy.DENSE
-        return KernelChoice(strategy, settings, backend if is_named else "")
-
-    @property
-    def place(self) -> ExecutionContext:
-        """What measurements hold for, whether or not they may be made."""
-        return self._replace(measures=True)
 
 
 class Selector:
@@ -71,6 +40,8 @@ class Selector:
 
     Attributes:
         backends: by name; on a GPU the first one that can run a problem is its default.
+        costs: what kernels are chosen by on the CPU, where nothing was measured.
+        contests: what is measured now.
         rehearsal: of CUDA graphs.
         verified: which backends were found right on the GPU at hand.
         revision: grows whenever a selection made before may no longer hold.
@@ -87,12 +58,8 @@ class Selector:
         self._by_device_type: dict[str, tuple[str, ...]] = {}
         self._choices: dict[tuple[Problem, int, ExecutionContext], KernelChoice] = {}
         self._tables: dict[ExecutionContext, TuningTable] = {}
-        self._calibrations: dict[ExecutionContext, Calibration] = {}
-        self._models: dict[ExecutionContext, CostModel] = {}
-        self._calibration_files: dict[ExecutionContext, CalibrationFile] = {}
-        self._calibrated: set[ExecutionContext] = set()
-        self._contests: dict[tuple[ExecutionContext, str], Contest] = {}
-        self._allowance = Allowance()
+        self.costs = self._costs_of_this_machine()
+        self.contests = Contests()
         self._is_restored = False
 
     # --- backends --------------------------------------------------------------------------------
@@ -232,23 +199,23 @@ class Selector:
             possible = self.candidates(problem, n, context)
             if winner in (*possible, default(winner.strategy)):
                 return winner
-        if _measures_all(context):
+        if context.measures_all:
             possible = self.candidates(problem, n, context)
             winner = autotune.fastest(problem, n, possible, context.device_type)
             self._keep(problem, n, context, winner)
             return winner
         if self.on_gpu(context):
             return default(cost_model.strategy_on_gpu(problem, n, every))
-        return default(self.costs(context).strategy(problem, n, every))
+        return default(self.costs.model(context).strategy(problem, n, every))
 
     def _winner(
         self, problem: Problem, n: int, context: ExecutionContext, usable: Collection[Strategy]
     ) -> KernelChoice | None:
         """What was measured for ``n`` active channels, or for another number where, by the cost
         model, its lead cannot have shrunk by more than a contest's doubt."""
-        table, costs = self.table(context), self.costs(context)
+        table, costs = self.table(context), self.costs.model(context)
         winner = table.get(problem, n)
-        if winner is not None or _measures_all(context):
+        if winner is not None or context.measures_all:
             return winner if winner is not None and winner.strategy in usable else None
         for count, other in table.others(problem, n).items():
             if other.strategy in usable and costs.still_leads(
@@ -263,38 +230,31 @@ class Selector:
         """:meth:`choice` in a backward that it is made for, where the machine may be calibrated
         first, and where a contest may be held: then it has the choice of its first call."""
         if n < problem.neurons:
-            self.calibrate(context)
+            self.costs.calibrate(context)
         choice = self.choice(problem, n, context)
         return choice, self._contest(problem, n, context, choice)
 
     def _contest(
         self, problem: Problem, n: int, context: ExecutionContext, predicted: KernelChoice
     ) -> Contest | None:
-        if not (context.measures and _is_by_cpu_kernels(context)) or self._forced_strategy:
+        if not (context.measures and context.is_by_cpu_kernels) or self._forced_strategy:
             return None
         name = context, tuning_table.key(problem, n)
-        contest = self._contests.get(name)
+        contest = self.contests.get(name)
         if contest is None:
             (usable,) = self.strategies(problem, context).values()
             if self._winner(problem, n, context, usable) is not None:
                 return None
-            rivals = self.costs(context).in_doubt(problem, n, usable)
+            rivals = self.costs.model(context).in_doubt(problem, n, usable)
             if not rivals or predicted != KernelChoice(rivals[0]):
                 return None
 
             def settle(winner: KernelChoice) -> None:
-                self._contests.pop(name, None)
                 self._keep(problem, n, context, winner)
                 self._choices.clear()
 
-            contest = Contest([KernelChoice(s) for s in rivals], self._allowance, settle)
-            self._contests[name] = contest
+            contest = self.contests.open(name, [KernelChoice(s) for s in rivals], settle)
         return contest
-
-    @property
-    def is_measuring(self) -> bool:
-        """Whether a contest is open."""
-        return bool(self._contests)
 
     def choice_in_graph(
         self, problem: Problem, context: ExecutionContext, output_mask: Sequence[bool]
@@ -335,68 +295,8 @@ class Selector:
         table.put(problem, n, winner)
         table.save()
 
-    # --- the cost model --------------------------------------------------------------------------
-
-    def costs(self, context: ExecutionContext) -> CostModel:
-        """What kernels are chosen by there, where nothing was measured."""
-        model = self._models.get(context.place)
-        if model is None:
-            model = self._models[context.place] = self.calibration(context).model()
-        return model
-
-    def calibration(self, context: ExecutionContext) -> Calibration:
-        """What is known of this machine: the table of its class, as an earlier calibration scaled
-        it; no table where the custom kernels of the CPU, which it is of, are not in use."""
-        known = self._calibrations.get(context.place)
-        if known is None:
-            if _is_by_cpu_kernels(context) and context.measures and calibration.is_asked_for():
-                known = self._calibration_file(context).read()
-            if known is None:
-                known = self.uncalibrated(context)
-            self._calibrations[context.place] = known
-        return known
-
-    def uncalibrated(self, context: ExecutionContext) -> Calibration:
-        """What is known of this machine when nothing was measured."""
-        if not _is_by_cpu_kernels(context):
-            return Calibration(None, {})
-        return Calibration(CostModel.of_class(cpu_class()).name, {})
-
-    def use_calibration(self, context: ExecutionContext, known: Calibration) -> None:
-        """Choose by it from now on."""
-        self._calibrations[context.place] = known
-        self._models.pop(context.place, None)
-        self.forget_choices()
-
-    def calibrate(self, context: ExecutionContext) -> None:
-        """Measure this machine, where that was never done and may be done now: at most once in a
-        process, in one process at a time, not while the machine is busy."""
-        if context in self._calibrated or _len_torch_dispatch_stack() > 0:
-            return
-        self._calibrated.add(context)
-        if not (_is_by_cpu_kernels(context) and context.measures and calibration.is_asked_for()):
-            return
-        if self.calibration(context).misfit is not None or calibration.is_busy():
-            return
-        file = self._calibration_file(context)
-        with file.alone() as is_alone:
-            if not is_alone:
-                return
-            known = file.read()
-            if known is None:
-                times = calibration.measure(self.backends["cpu"])
-                if not times:
-                    return
-                known = calibration.fitted(times, cost_model.tables(), own=cpu_class())
-                file.write(known)
-        self.use_calibration(context, known)
-
-    def _calibration_file(self, context: ExecutionContext) -> CalibrationFile:
-        file = self._calibration_files.get(context)
-        if file is None:
-            file = CalibrationFile(self._measured_with(context))
-            self._calibration_files[context] = file
-        return file
+    def _costs_of_this_machine(self) -> MachineCosts:
+        return MachineCosts(self.backends["cpu"], self._measured_with, self.forget_choices)
 
     def _measured_with(self, context: ExecutionContext) -> dict[str, Any]:
         about = machine()
@@ -423,7 +323,7 @@ class Selector:
     def restored(self) -> None:
         """Measure nothing more: a checkpoint has brought what was measured."""
         self._is_restored = True
-        self._contests.clear()
+        self.contests = Contests()
         self.forget_choices()
 
     def forget_choices(self) -> None:
@@ -439,12 +339,8 @@ class Selector:
     def forget(self) -> None:
         """Select everything anew, and read the environment and the tables' files again."""
         self._tables.clear()
-        self._calibrations.clear()
-        self._models.clear()
-        self._calibration_files.clear()
-        self._calibrated.clear()
-        self._contests.clear()
-        self._allowance = Allowance()
+        self.costs = self._costs_of_this_machine()
+        self.contests = Contests()
         self._is_restored = False
         self.forget_choices()
         self.forget_backends()
@@ -470,14 +366,6 @@ class Selector:
         finally:
             self._forced_strategy = before
             self.forget_choices()
-
-
-def _measures_all(context: ExecutionContext) -> bool:
-    return context.measures and tuning_table.tuning_mode() == "always"
-
-
-def _is_by_cpu_kernels(context: ExecutionContext) -> bool:
-    return context.device_type == "cpu" and context.backends == ("cpu",)
 
 
 selector = Selector()

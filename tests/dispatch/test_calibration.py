@@ -135,7 +135,7 @@ def test_a_machine_that_is_not_steady_is_not_judged(measured, monkeypatch):
     step()
     step()
     assert measured == ["cpu"]
-    assert selector.calibration(selector.context("cpu")).misfit is None
+    assert selector.costs.calibration(selector.context("cpu")).misfit is None
     assert not list(tuning_table.directory().glob("calibration-*.json"))
 
 
@@ -173,12 +173,12 @@ def test_it_runs_once_in_the_first_backward_of_a_partly_frozen_layer(measured):
     step()
     assert measured == ["cpu"]
     place = selector.context("cpu")
-    assert selector.calibration(place) == FOUND
-    assert selector.costs(place) == CostModel.of_class("x86-avx2").scaled(FOUND.scales)
+    assert selector.costs.calibration(place) == FOUND
+    assert selector.costs.model(place) == CostModel.of_class("x86-avx2").scaled(FOUND.scales)
     selector.forget()  # a later process
     step()
     assert measured == ["cpu"]
-    assert selector.calibration(place) == FOUND
+    assert selector.costs.calibration(place) == FOUND
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
     step()  # another number of threads is another machine
@@ -208,12 +208,12 @@ def test_where_it_does_not_run(off, measured, monkeypatch):
     if off == "busy":
         monkeypatch.setattr(calibration, "is_busy", lambda: True)
     if off == "locked":
-        with selector._calibration_file(selector.context("cpu")).alone() as is_alone:
+        with selector.costs._file(selector.context("cpu")).alone() as is_alone:
             assert is_alone
             step()
     step()
     assert measured == []
-    assert selector.calibration(selector.context("cpu")) == Calibration(
+    assert selector.costs.calibration(selector.context("cpu")) == Calibration(
         CostModel.of_class(cpu_class()).name, {}
     )
 
@@ -282,7 +282,7 @@ def test_where_nothing_can_be_written_it_warns_and_serves(measured, monkeypatch,
     selector.forget()
     step()
     assert measured == ["cpu"]
-    assert selector.calibration(selector.context("cpu")) == FOUND
+    assert selector.costs.calibration(selector.context("cpu")) == FOUND
     assert "is not saved" in caplog.text
 
 
@@ -345,7 +345,7 @@ def test_a_checkpoint_brings_its_calibration(measured, caplog):
     for path in tuning_table.directory().glob("*.json"):
         path.unlink()
     neq.load_tuning_state_dict(state)
-    assert selector.calibration(selector.context("cpu")) == FOUND
+    assert selector.costs.calibration(selector.context("cpu")) == FOUND
     step()
     assert measured == ["cpu"]
     broken = {"cpu": {**state["cpu"], "calibration": {"table": "z80"}}}
@@ -354,5 +354,5 @@ def test_a_checkpoint_brings_its_calibration(measured, caplog):
     # One of 0.2.0 had none: the table of this class, as it is.
     del state["cpu"]["calibration"]
     neq.load_tuning_state_dict(state)
-    known = selector.calibration(selector.context("cpu"))
+    known = selector.costs.calibration(selector.context("cpu"))
     assert known == Calibration(CostModel.of_class(cpu_class()).name, {})

@@ -169,7 +169,7 @@ def test_a_contest_changes_no_bit_and_its_winner_serves_after_the_next_change(na
     for step in range(40):
         for gradient, exact in zip(gradients(layer, x), expected, strict=True):
             assert torch.equal(gradient, exact)
-        assert selector.is_measuring == (step < 3 * TURNS - 1)
+        assert bool(selector.contests) == (step < 3 * TURNS - 1)
     assert {*used} == {*Strategy}
     assert used[-1] == Strategy.CUSTOM
     place = selector.context("cpu")
@@ -192,9 +192,9 @@ def test_layers_of_one_problem_share_a_contest():
     for i, layer in enumerate(layers):
         layer.channels.set(channels_with(HALF if i else HALF[::-1]).mask)
     for _ in range(TURNS):
-        assert selector.is_measuring or _ == 0
+        assert selector.contests or _ == 0
         gradients(layers, torch.randn(9, 16))
-    assert not selector.is_measuring
+    assert not selector.contests
     assert len(selector.table(selector.context("cpu"))) == 1
 
 
@@ -214,11 +214,11 @@ def test_where_nothing_is_measured(off, monkeypatch):
             gradients(layer, torch.randn(9, 16))
     else:
         gradients(layer, torch.randn(9, 16))
-    assert not selector.is_measuring
+    assert not selector.contests
 
 
 def test_where_the_model_is_sure_nothing_is_measured(own_folder):
-    costs = selector.costs(selector.context("cpu"))
+    costs = selector.costs.model(selector.context("cpu"))
     problem = Problem((4096, 512), (512, 512), None, False, torch.float32)
     every = tuple(Strategy)
     assert costs.in_doubt(problem, 5, every) == [] or len(costs.in_doubt(problem, 5, every)) > 1
@@ -269,7 +269,7 @@ def test_a_winner_holds_for_as_many_counts_as_the_costs_allow(monkeypatch):
         },
     )
     problem = Problem((64, 64), (256, 64), None, False, torch.float32)
-    monkeypatch.setattr(selector, "costs", lambda context: model)
+    monkeypatch.setattr(selector.costs, "model", lambda context: model)
     place = selector.context("cpu")
     # By the model the custom kernel wins up to .93 / 1.4 of the channels.
     assert selector.choice(problem, 165, place) == CUSTOM

@@ -214,10 +214,10 @@ class Direct {
   void write_gradient(T* sums, int64_t parts, int64_t size) const {
     const int64_t n = p_.n, taps = p_.taps(), row = taps * p_.input_channels;
     constexpr auto bytes = static_cast<int64_t>(sizeof(T));
-    for_each_row(0, p_.output_channels, row * (1 + parts), [&](int64_t i) {
+    const auto write_row = [&](int64_t i, const Zeros& zeros) {
       T* to = gradient_ + p_.active[i] * row;
       if (i >= n) {
-        write_zeros(to, row * bytes, p_.output_channels * row * bytes);
+        zeros.write(to, row * bytes);
         return;
       }
       T* total = sums + i * size;
@@ -237,23 +237,30 @@ class Direct {
         T* target = to + (taps_inside_ ? tap : tap * channels);
         for (int64_t c = 0; c < channels; ++c) target[taps_inside_ ? c * taps : c] = from[c];
       }
+    };
+    for_each_range(0, p_.output_channels, row * (1 + parts), [&](int64_t begin, int64_t end) {
+      const Zeros zeros(p_.output_channels * row * bytes);
+      for (int64_t i = begin; i < end; ++i) write_row(i, zeros);
     });
   }
 
-  // Rows of `size` elements.
+  // Rows of `size` elements; neighbours are written in one go.
   void clear_frozen(int64_t size) const {
-    constexpr auto bytes = static_cast<int64_t>(sizeof(T));
-    for_each_row(p_.n, p_.output_channels, size, [&](int64_t i) {
-      write_zeros(gradient_ + p_.active[i] * size, size * bytes, p_.output_channels * size * bytes);
+    const int64_t row_bytes = size * static_cast<int64_t>(sizeof(T));
+    for_each_range(p_.n, p_.output_channels, size, [&](int64_t begin, int64_t end) {
+      const Zeros zeros(p_.output_channels * row_bytes);
+      for (int64_t i = begin, next = begin; i < end; i = next) {
+        do ++next;
+        while (next < end && p_.active[next] == p_.active[next - 1] + 1);
+        zeros.write(gradient_ + p_.active[i] * size, (next - i) * row_bytes);
+      }
     });
   }
 
   template <class F>
-  static void for_each_row(int64_t first, int64_t last, int64_t size, const F& f) {
+  static void for_each_range(int64_t first, int64_t last, int64_t size, const F& f) {
     const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, size));
-    torch::stable::parallel_for(first, last, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) f(i);
-    });
+    torch::stable::parallel_for(first, last, grain, f);
   }
 
   const ConvProblem& p_;

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <new>
 
 namespace neq {
 
@@ -14,7 +15,7 @@ class Scratch {
   T* at_least(int64_t size) {
     if (size > size_) {
       data_.reset();
-      data_.reset(new T[size]);
+      data_.reset(new (std::align_val_t{kCacheLine}) T[size]);
       size_ = size;
     }
     return data_.get();
@@ -23,7 +24,14 @@ class Scratch {
   T* data() const { return data_.get(); }
 
  private:
-  std::unique_ptr<T[]> data_;
+  // Vectors that lie across two lines are read at half the speed.
+  static constexpr size_t kCacheLine = 64;
+
+  struct Delete {
+    void operator()(T* data) const { operator delete[](data, std::align_val_t{kCacheLine}); }
+  };
+
+  std::unique_ptr<T[], Delete> data_;
   int64_t size_ = 0;
 };
 
