@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -48,6 +49,7 @@ from benchmarks.steps.comparison import (
     StepOptions,
     cells,
 )
+from neq_kernels.optim import step_check
 
 SHARES_OF_CHANNELS = (1.0, 0.5, 0.25, 0.1, 0.02, 0.0)
 QUICK = (("resnet32", "nhwc"), ("mlp", "any"))
@@ -223,4 +225,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault(step_check.VARIABLE, "1")
     sys.exit(main())

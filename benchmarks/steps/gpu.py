@@ -9,6 +9,7 @@ a step, as on the CPU: what the host does is not hidden behind the phase before.
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from benchmarks.common.records import Record, Row
 from benchmarks.common.workloads import GPU_WORKLOADS, Workload
 from benchmarks.steps import comparison
 from neq_kernels.dispatch.selection import selector
+from neq_kernels.optim import step_check
 
 NAME = "gpu_steps"
 SHARES = (1.0, 0.5, 0.25, 0.1, 0.02)
@@ -129,4 +131,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault(step_check.VARIABLE, "1")
     sys.exit(main())

@@ -216,7 +216,9 @@ def plan_conv(
     everything = all_active(channels, weight)
     cast = operands_as_cast(input, weight, bias)
     if everything and (
-        cast is None or not dispatch.replaces_dense(cast.input, cast.weight, geometry)
+        cast is None
+        or channels.served_densely
+        or not dispatch.replaces_dense(cast.input, cast.weight, geometry)
     ):
         return LayerPlan(channels, forward)
     if cast is None or (grad_input == "active" and not everything):
