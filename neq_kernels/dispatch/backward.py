@@ -180,19 +180,22 @@ def linear_call(
     weight: Tensor,
     channels: ActiveChannels,
     settle: Callable[[BackwardCall], None] = _no_matter,
+    in_float: bool = False,
 ) -> BackwardCall:
     """The backward of a linear layer: for as long as shapes, ``channels`` and
     ``selector.revision`` do not change.
 
     Args:
         settle: is given a quicker one to call instead, as soon as there is one.
+        in_float: see :meth:`neq_kernels.backends.base.Backend.linear_call`.
     """
     context = selector.context(weight.device.type)
     active, size = channels.on(weight.device), input.shape
     problem = Problem.linear(input.numel() // max(1, weight.shape[1]), weight)
 
     def call_of(choice: KernelChoice) -> BackwardCall:
-        return selector.backend_of(choice, context).linear_call(weight, size, active, choice)
+        backend = selector.backend_of(choice, context)
+        return backend.linear_call(weight, size, active, choice, in_float)
 
     return _decided(problem, active, context, call_of, settle)
 
@@ -203,6 +206,7 @@ def conv_call(
     geometry: ConvGeometry,
     channels: ActiveChannels,
     settle: Callable[[BackwardCall], None] = _no_matter,
+    in_float: bool = False,
 ) -> BackwardCall:
     """As :func:`linear_call`, for a convolution of batched images."""
     context = selector.context(weight.device.type)
@@ -211,7 +215,7 @@ def conv_call(
 
     def call_of(choice: KernelChoice) -> BackwardCall:
         backend = selector.backend_of(choice, context)
-        return backend.conv_call(weight, size, geometry, active, choice)
+        return backend.conv_call(weight, size, geometry, active, choice, in_float)
 
     return _decided(problem, active, context, call_of, settle)
 

@@ -37,7 +37,10 @@ FAST = ["--runs", "1", "--seconds", "0.001"]
 
 @pytest.fixture
 def tiny_shapes(monkeypatch):
-    monkeypatch.setattr(cpu, "shape_set", lambda names: TINY)
+    def shapes(names, dtype):
+        return [replace(s, problem=s.problem._replace(dtype=dtype)) for s in TINY]
+
+    monkeypatch.setattr(cpu, "shape_set", shapes)
     problems = {(s.network, s.layer, s.layout): s.problem for s in TINY}
     monkeypatch.setattr(figures, "problems_by_cell", lambda: problems)
 
@@ -53,6 +56,26 @@ def test_the_shape_set_has_every_layer_once_in_both_layouts():
     assert ("resnet32", "layer3.0.conv2", "nhwc") in {(s.network, s.layer, s.layout) for s in found}
     with pytest.raises(ValueError, match="expected some of resnet32"):
         layer_shapes.shape_set(("resnet33",))
+
+
+@pytest.mark.usefixtures("tiny_shapes")
+@pytest.mark.parametrize("dtype", layer_shapes.DTYPES)
+def test_operands_and_the_unit_of_errors_are_of_the_dtype(dtype, tmp_path, monkeypatch):
+    """A gradient that was rounded to bfloat16 is right in bfloat16, and wrong in float32."""
+    original = trial.wgrad
+
+    def rounded(*arguments):
+        call = original(*arguments)
+        return lambda: (lambda gradient: gradient.bfloat16().to(gradient.dtype))(call())
+
+    monkeypatch.setattr(trial, "wgrad", rounded)
+    arguments = ["--dtype", dtype, "--strategies", "--out", str(tmp_path), *FAST]
+    code = cpu.main([*arguments, "--shares", "0.5"])
+    rows = load(tmp_path / "kernels.jsonl")[1]
+    assert {row["dtype"] for row in rows} == {dtype}
+    wrong = {row["provider"] for row in rows if "wrong" in row}
+    assert bool(wrong) == (dtype == "float32") == (code != 0)
+    assert all(provider.startswith("neq ") for provider in wrong)
 
 
 @pytest.mark.usefixtures("tiny_shapes")
