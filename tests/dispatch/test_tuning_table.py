@@ -120,7 +120,8 @@ def test_dispatch_follows_the_table():
 
 def test_a_winner_that_cannot_serve_is_not_used():
     place = selector.context("cpu")
-    problem = CONV._replace(dtype=torch.bfloat16)
+    geometry = ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), 2)
+    problem = CONV._replace(weight_size=(16, 4, 3, 3), geometry=geometry)
     selector.table(place).put(problem, 4, CUSTOM)
     assert selector.choice(problem, 4, place) != CUSTOM
 

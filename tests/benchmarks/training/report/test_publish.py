@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.common import by_class
 from benchmarks.training.report import publish
 
 SUMMARY = {
     "machine": {
+        "cpu_class": "x86-avx2",
         "cpu": "some processor",
         "threads": 2,
         "torch": "2.14.1",
@@ -45,7 +47,7 @@ SUMMARY = {
 
 
 def test_block_holds_the_figures_of_the_summary() -> None:
-    lines = publish.block_text(SUMMARY).splitlines()
+    lines = publish.block_text(SUMMARY, publish.DEMO / "x86-avx2").splitlines()
     assert "| From scratch | dense | 70.0% | 100.0 | 0.0% | 0.0% |  |  |  |" in lines
     assert (
         "| From scratch | neq | 71.0% | 90.0 | 25.0% | 50.0% | 1.051 (1.100) | 1.200 (1.250) "
@@ -54,14 +56,15 @@ def test_block_holds_the_figures_of_the_summary() -> None:
     assert any("some processor, 2 threads, PyTorch 2.14.1" in line for line in lines)
 
 
-def test_the_committed_tables_are_of_one_demo() -> None:
-    summary = json.loads((publish.DEMO / "summary.json").read_text())
-    rows = list(csv.DictReader((publish.DEMO / "summary.csv").open()))
+@pytest.mark.parametrize("folder", by_class.folders(publish.DEMO).values(), ids=lambda f: f.name)
+def test_the_committed_tables_are_of_one_demo(folder: Path) -> None:
+    summary = json.loads((folder / "summary.json").read_text())
+    rows = list(csv.DictReader((folder / "summary.csv").open()))
     assert [row["run"] for row in rows] == [run["run"] for run in summary["runs"]]
     for row, run in zip(rows, summary["runs"], strict=True):
         assert float(row["step_ms"]) == run["step_ms"]
     for name in publish.FILES:
-        assert (publish.DEMO / name).is_file()
+        assert (folder / name).is_file()
 
 
 def test_a_demo_is_copied_and_the_block_written_from_the_copy(
@@ -70,16 +73,19 @@ def test_a_demo_is_copied_and_the_block_written_from_the_copy(
     block = replace(publish.BLOCK, page=tmp_path / "page.md")
     block.page.write_text(f"before\n{block.begin}old\n{block.end}after\n")
     demo, results = tmp_path / "demo", tmp_path / "results"
-    shutil.copytree(publish.DEMO, demo)
+    shutil.copytree(publish.DEMO / "x86-avx2", demo)
     (demo / "summary.json").write_text(json.dumps(SUMMARY))
     monkeypatch.setattr(publish, "BLOCK", block)
     monkeypatch.setattr(publish, "DEMO", results)
+    monkeypatch.setattr(by_class, "cpu_class", lambda: "x86-avx2")
     assert publish.main([str(demo)]) == 0
-    assert sorted(path.name for path in results.iterdir()) == sorted(publish.FILES)
-    assert block.text() == publish.block_text(SUMMARY)
-    assert "(results/step_time.png)" in block.text()
+    folder = results / "x86-avx2"
+    assert [path.name for path in results.iterdir()] == [folder.name]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(publish.FILES)
+    assert publish.block_text(SUMMARY, folder) in block.text()
+    assert "(results/x86-avx2/step_time.png)" in block.text()
     first = block.page.read_bytes()
-    assert publish.main([str(results)]) == 0  # what is published can be published again
+    assert publish.main([str(folder)]) == 0  # what is published can be published again
     assert block.page.read_bytes() == first
 
 
