@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <new>
 
 namespace neq {
 
@@ -14,8 +15,9 @@ class Scratch {
   T* at_least(int64_t size) {
     if (size > size_) {
       data_.reset();
-      data_.reset(new T[size]);
       size_ = size;
+      const int64_t bytes = (size * static_cast<int64_t>(sizeof(T)) + kLine - 1) / kLine * kLine;
+      data_.reset(static_cast<T*>(::operator new(bytes, std::align_val_t{kLine})));
     }
     return data_.get();
   }
@@ -23,7 +25,12 @@ class Scratch {
   T* data() const { return data_.get(); }
 
  private:
-  std::unique_ptr<T[]> data_;
+  static constexpr size_t kLine = 64;
+  struct Delete {
+    void operator()(T* data) const { ::operator delete(data, std::align_val_t{kLine}); }
+  };
+
+  std::unique_ptr<T[], Delete> data_;
   int64_t size_ = 0;
 };
 
