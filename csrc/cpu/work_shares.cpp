@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "conv/direct_wgrad.h"
+#include "depthwise/depthwise_wgrad.h"
 #include "ops.h"
 #include "tensor/share_table.h"
 #include "tensor/strides.h"
@@ -41,7 +42,11 @@ Tensor wgrad_shares(const IntList& input, const IntList& weight, const IntList& 
                       n,
                       true};
   ShareTable shares;
-  direct_wgrad_shares(p, channels_last, !channels_last, threads, shares);
+  if (weight[1] == 1 && input[1] > 1) {
+    depthwise_wgrad_shares(p, channels_last, threads, shares);
+  } else {
+    direct_wgrad_shares(p, channels_last, !channels_last, threads, shares);
+  }
   return table_of(shares);
 }
 

@@ -42,7 +42,7 @@ struct Pixels {
 template <class T>
 struct Copies {
   Scratch<T> grad, input, rows;
-  std::vector<Pixels<T>> tiles;
+  LineVector<Pixels<T>> tiles;
 };
 
 // The pixels are taken in units: some rows of an image, or several small images. Channels of x are

@@ -320,7 +320,7 @@ class Direct {
   void write_row(const T* total, Range channels, T* to) const {
     const int64_t taps = p_.taps();
     if (taps_inside_ && !o_.taps_as_channels()) {
-      std::vector<const T*> planes(taps);
+      LineVector<const T*> planes(taps);
       for (int64_t tap = 0; tap < taps; ++tap) planes[tap] = total + tap * tap_of_sums_;
       kernels<T>().interleave(planes.data(), taps, channels.begin, channels.size(),
                               to + channels.begin * taps, taps);

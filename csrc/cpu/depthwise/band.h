@@ -38,8 +38,10 @@ class Band {
     x_phase_ = (height_ + p_.h.max_shift()) * x_row_;
     dy_row_ = in_columns_ ? columns_ * kLanes : columns_ * width_;
     // Whole vectors are read and written at the end of the last row.
-    x_ = aligned_zeros(x_memory_, x_phase_ * p_.h.stride * p_.w.stride + 2 * kLanes);
-    dy_ = aligned_zeros(dy_memory_, height_ * dy_row_ + 2 * kLanes);
+    x_memory_.assign(x_phase_ * p_.h.stride * p_.w.stride + 2 * kLanes, C(0));
+    dy_memory_.assign(height_ * dy_row_ + 2 * kLanes, C(0));
+    x_ = x_memory_.data();
+    dy_ = dy_memory_.data();
     for (int64_t r = 0; r < p_.h.kernel; ++r) {
       for (int64_t s = 0; s < p_.w.kernel; ++s) {
         offsets_.push_back(phase_at(p_.h.phase(r), p_.w.phase(s)) + p_.h.shift(r) * x_row_ +
@@ -101,13 +103,6 @@ class Band {
   }
 
  private:
-  static C* aligned_zeros(std::vector<C>& memory, int64_t count) {
-    constexpr size_t kCacheLine = 64;
-    memory.assign(count + kCacheLine / sizeof(C), C(0));
-    const auto address = reinterpret_cast<uintptr_t>(memory.data());
-    return memory.data() + (kCacheLine - address % kCacheLine) % kCacheLine / sizeof(C);
-  }
-
   int64_t rows_of(int64_t band) const { return std::min(height_, p_.h.output - band * height_); }
   int64_t phase_at(int64_t v, int64_t u) const { return (v * p_.w.stride + u) * x_phase_; }
 
@@ -116,7 +111,7 @@ class Band {
   int64_t width_;
   bool in_columns_;
   int64_t columns_, height_, x_row_, x_phase_, dy_row_;
-  std::vector<C> x_memory_, dy_memory_;
+  LineVector<C> x_memory_, dy_memory_;
   C *x_, *dy_;
   std::vector<int64_t> offsets_;
 };

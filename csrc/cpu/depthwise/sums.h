@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "../simd/kernels.h"
+#include "../tensor/scratch.h"
 
 namespace neq::depthwise {
 
@@ -51,8 +51,8 @@ class Sums {
   }
 
   int64_t taps_;
-  std::vector<C> lanes_;        // [tap][lane]
-  std::vector<double> totals_;  // likewise; none before the first flush
+  LineVector<C> lanes_;        // [tap][lane]
+  LineVector<double> totals_;  // likewise; none before the first flush
   double bias_[kLanes] = {};
   int64_t vectors_ = 0;
 };

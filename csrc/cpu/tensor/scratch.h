@@ -5,8 +5,32 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <vector>
 
 namespace neq {
+
+// Memory of its own lines: what a thread writes there drives nothing out of another one's cache.
+template <class T>
+struct LineAllocator {
+  using value_type = T;
+  static constexpr size_t kLine = 64;
+
+  LineAllocator() = default;
+  template <class U>
+  LineAllocator(const LineAllocator<U>&) {}
+
+  T* allocate(size_t count) {
+    const size_t bytes = (count * sizeof(T) + kLine - 1) / kLine * kLine;
+    return static_cast<T*>(::operator new(bytes, std::align_val_t{kLine}));
+  }
+  void deallocate(T* data, size_t) { ::operator delete(data, std::align_val_t{kLine}); }
+
+  bool operator==(const LineAllocator&) const { return true; }
+  bool operator!=(const LineAllocator&) const { return false; }
+};
+
+template <class T>
+using LineVector = std::vector<T, LineAllocator<T>>;
 
 template <class T>
 class Scratch {
@@ -16,8 +40,7 @@ class Scratch {
     if (size > size_) {
       data_.reset();
       size_ = size;
-      const int64_t bytes = (size * static_cast<int64_t>(sizeof(T)) + kLine - 1) / kLine * kLine;
-      data_.reset(static_cast<T*>(::operator new(bytes, std::align_val_t{kLine})));
+      data_.reset(LineAllocator<T>().allocate(size));
     }
     return data_.get();
   }
@@ -25,9 +48,8 @@ class Scratch {
   T* data() const { return data_.get(); }
 
  private:
-  static constexpr size_t kLine = 64;
   struct Delete {
-    void operator()(T* data) const { ::operator delete(data, std::align_val_t{kLine}); }
+    void operator()(T* data) const { LineAllocator<T>().deallocate(data, 0); }
   };
 
   std::unique_ptr<T[], Delete> data_;
