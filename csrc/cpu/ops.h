@@ -46,6 +46,12 @@ Tensor wgrad_shares(const IntList& input_size, const IntList& weight_size, const
                     const IntList& padding, const IntList& dilation, bool channels_last,
                     const Tensor& order, int64_t n, int64_t threads);
 
+// Likewise for active neurons of a tensor, and for `rows` rows of `elements` that are packed.
+Tensor neuron_shares(const Tensor& order, int64_t n, const IntList& blocks, int64_t item_bytes,
+                     int64_t threads);
+Tensor pack_shares(const Tensor& order, int64_t rows, int64_t elements, int64_t item_bytes,
+                   bool cut_rows, int64_t threads);
+
 // Parameter by parameter; `blocks` has four numbers for each, lists that are not used are empty.
 
 void sgd_rows_(const TensorList& params, const TensorList& grads, const TensorList& buffers,

@@ -1,10 +1,12 @@
-// The shares of the threads in the parallel loops, for a test: of any number of threads, and without
-// the tensors.
+// The shares of the threads in the parallel loops, for a test: of any number of threads, and
+// without the tensors.
 #include <cstring>
 
 #include "conv/direct_wgrad.h"
 #include "depthwise/depthwise_wgrad.h"
 #include "ops.h"
+#include "tensor/memory_shares.h"
+#include "tensor/runs.h"
 #include "tensor/share_table.h"
 #include "tensor/strides.h"
 
@@ -48,6 +50,38 @@ Tensor wgrad_shares(const IntList& input, const IntList& weight, const IntList& 
     direct_wgrad_shares(p, channels_last, !channels_last, threads, shares);
   }
   return table_of(shares);
+}
+
+Tensor neuron_shares(const Tensor& order, int64_t n, const IntList& blocks, int64_t item_bytes,
+                     int64_t threads) {
+  require(blocks.size() == 4, "blocks: expected 4 numbers, got ", blocks.size());
+  const Blocks where{blocks[0], blocks[1], blocks[2], blocks[3]};
+  const int64_t* active = checked_order(order, n, where.neurons());
+  Pieces pieces(item_bytes);
+  pieces.add(where, find_runs(active, 0, n, where.per_group, nullptr, n));
+  ShareTable table;
+  const int64_t shares = pieces.shares_for(threads);
+  for (int64_t i = 0; i < shares; ++i) {
+    pieces.visit_share(i, shares,
+                       [&](int64_t, int64_t, int64_t, int64_t, int64_t at, int64_t count) {
+                         table.add_work(0, i, count + kPieceOverhead);
+                         table.add_writes(0, i, {0, at * item_bytes, count * item_bytes});
+                       });
+  }
+  return table_of(table);
+}
+
+Tensor pack_shares(const Tensor& order, int64_t rows, int64_t elements, int64_t item_bytes,
+                   bool cut_rows, int64_t threads) {
+  require_cpu(order, "order");
+  ShareTable table;
+  const MemoryShares shares(rows, elements, item_bytes, cut_rows, threads);
+  for (int64_t i = 0; i < shares.shares(); ++i) {
+    const Range share = shares.share(i);
+    table.add_work(0, i, share.size());
+    table.add_writes(0, i, {0, share.begin * item_bytes, share.size() * item_bytes});
+  }
+  return table_of(table);
 }
 
 }  // namespace neq

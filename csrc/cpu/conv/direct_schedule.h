@@ -146,8 +146,8 @@ class DirectSchedule {
     }
   }
 
-  double cost(const Cuts::Extent& pixels, const Cuts::Extent& channels,
-              const Cuts::Extent& lanes, int64_t n_blocks) const {
+  double cost(const Cuts::Extent& pixels, const Cuts::Extent& channels, const Cuts::Extent& lanes,
+              int64_t n_blocks) const {
     const int64_t copies = groups_together(divided_up(blocks_.pieces(), n_blocks));
     const int64_t of_a_pixel = channels.largest * lanes.largest * taps_ +
                                kProductsPerGrad * channels.largest +

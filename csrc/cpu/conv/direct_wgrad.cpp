@@ -59,8 +59,9 @@ class Direct {
         threads_(threads),
         schedule_(o_, p, units_, threads) {
     // Rows of the gradient that are no whole lines are not for several threads to add to.
-    in_place_ = units_.parts == 1 && !taps_inside_ && o_.padded() == o_.channels() &&
-                (schedule_.shares() == 1 || whole_lines(p.input_channels, kBytes) == p.input_channels);
+    in_place_ =
+        units_.parts == 1 && !taps_inside_ && o_.padded() == o_.channels() &&
+        (schedule_.shares() == 1 || whole_lines(p.input_channels, kBytes) == p.input_channels);
     tap_of_sums_ = schedule_.cuts_rows() ? whole_lines(o_.padded(), kBytes) : o_.padded();
     row_of_sums_ = (o_.taps_as_channels() ? 1 : p.taps()) * tap_of_sums_;
     if (!in_place_) row_of_sums_ = whole_lines(row_of_sums_, kBytes);
@@ -105,9 +106,9 @@ class Direct {
     for (int64_t i = 0; i < schedule_.shares(); ++i) {
       const DirectShare share = schedule_.share(i);
       const Range lanes = schedule_.lanes_of(i, o_.padded());
-      const Range slots{o_.blocks()[share.blocks.begin].first,
-                        o_.blocks()[share.blocks.end - 1].first +
-                            o_.blocks()[share.blocks.end - 1].size};
+      const Range slots{
+          o_.blocks()[share.blocks.begin].first,
+          o_.blocks()[share.blocks.end - 1].first + o_.blocks()[share.blocks.end - 1].size};
       table.add_work(0, i, schedule_.products(i));
       for (int64_t part = share.parts.begin; part < share.parts.end; ++part) {
         for (int64_t slot = slots.begin; slot < slots.end; ++slot) {
@@ -129,16 +130,18 @@ class Direct {
         if (slot < p_.n && in_place_) return;
         const int64_t row = p_.active[slot] * taps * p_.input_channels;
         if (taps_inside_ || channels.size() == p_.input_channels) {
-          table.add_writes(1, i, {1, (row + channels.begin * taps) * kBytes,
-                                  channels.size() * taps * kBytes});
+          table.add_writes(
+              1, i, {1, (row + channels.begin * taps) * kBytes, channels.size() * taps * kBytes});
         } else {
-          table.add_writes(1, i, {1, (row + channels.begin) * kBytes, channels.size() * kBytes,
-                                  taps, p_.input_channels * kBytes});
+          table.add_writes(1, i,
+                           {1, (row + channels.begin) * kBytes, channels.size() * kBytes, taps,
+                            p_.input_channels * kBytes});
         }
         if (slot >= p_.n) return;
         if (channels.size() == p_.input_channels) channels = {0, o_.padded()};
-        table.add_writes(1, i, {0, (slot * row_of_sums_ + channels.begin) * kBytes,
-                                channels.size() * kBytes, taps_of_sums, tap_of_sums_ * kBytes});
+        table.add_writes(1, i,
+                         {0, (slot * row_of_sums_ + channels.begin) * kBytes,
+                          channels.size() * kBytes, taps_of_sums, tap_of_sums_ * kBytes});
       });
     }
   }
@@ -347,9 +350,7 @@ class Direct {
   int64_t tap_of_sums_, row_of_sums_;  // elements from a tap, and from a row, of sums to the next
 };
 
-bool is_empty(const ConvProblem& p) {
-  return p.n == 0 || p.images * p.h.output * p.w.output == 0;
-}
+bool is_empty(const ConvProblem& p) { return p.n == 0 || p.images * p.h.output * p.w.output == 0; }
 
 }  // namespace
 

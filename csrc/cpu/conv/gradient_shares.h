@@ -1,6 +1,6 @@
 // A weight gradient shared out among threads, row by row: those of active and of frozen output
-// channels cost differently, and shares end where lines do. So rows are taken as they lie in memory,
-// unless they are whole lines: then by p.active, the active ones first.
+// channels cost differently, and shares end where lines do. So rows are taken as they lie in
+// memory, unless they are whole lines: then by p.active, the active ones first.
 #pragma once
 
 #include <vector>
@@ -60,8 +60,9 @@ class GradientShares {
     }
     const Place begin = begin_of(share), end = begin_of(share + 1);
     for (int64_t row = begin.row; row < end.row + (end.channel > 0); ++row) {
-      f(slot_of_.empty() ? row : slot_of_[row], Range{row == begin.row ? begin.channel : 0,
-                             row == end.row ? end.channel : p_.input_channels});
+      f(slot_of_.empty() ? row : slot_of_[row],
+        Range{row == begin.row ? begin.channel : 0,
+              row == end.row ? end.channel : p_.input_channels});
     }
   }
 

@@ -73,8 +73,7 @@ class InPlace {
         for (int64_t group = 0; group < groups; ++group) {
           const Range some = share_of(share.vectors.size(), group, groups);
           add_part(grad, input, units.begin(part), units.end(part),
-                   share.vectors.begin + some.begin, share.vectors.begin + some.end, part,
-                   partial);
+                   share.vectors.begin + some.begin, share.vectors.begin + some.end, part, partial);
         }
       }
     });
@@ -110,8 +109,7 @@ class InPlace {
       const T* x = input + image * p_.h.input * p_.w.input * p_.input_channels;
       for (int64_t v = first; v < last; ++v) {
         const int64_t channel = vectors_[v].channel;
-        add(dy + channel, x + channel, top, std::min(top + height_, p_.h.output),
-            sums[v - first]);
+        add(dy + channel, x + channel, top, std::min(top + height_, p_.h.output), sums[v - first]);
       }
     }
     for (int64_t v = first; v < last; ++v) {
