@@ -55,6 +55,8 @@ class NeuronLayout:
     def spread(self, mask: Tensor, tensor: Tensor) -> Tensor:
         """A mask of neurons, bool[K], in a shape that broadcasts to ``tensor``: for each element
         that of its neuron."""
+        if mask.shape == tensor.shape:
+            return mask
         if self.axis is None:
             return mask.view((1,) * tensor.dim())
         shape = [1] * tensor.dim()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -24,7 +25,9 @@ from neq_kernels.cli_arguments import (
     share,
 )
 from neq_kernels.conversion.convert import convert
+from neq_kernels.dispatch import calibration
 from neq_kernels.dispatch.selection import selector
+from neq_kernels.dispatch.tuning_table import tuning_mode
 from neq_kernels.doctor import checks as doctor_checks
 from neq_kernels.doctor import runner
 from neq_kernels.layers.traversal import neuron_layers
@@ -72,6 +75,8 @@ def doctor(args: argparse.Namespace) -> int:
         print(f"  {problem}")
     if torch.version.hip is None and torch.cuda.is_available() and not cuda.LIBRARY.exists():
         print(BUILD_CUDA.format(archs=_cuda_archs()))
+    print("\nChoice of kernels on this CPU")
+    print(_table(_choice_rows()))
     print("\nEnergy counters")
     print(_table(_energy_rows()))
     if problem:
@@ -294,6 +299,24 @@ def _backend_rows(chosen: dict[str, list[str]]) -> list[list[str]]:
         else:
             rows.append([name, "not chosen" if reason is None else f"cannot be used: {reason}"])
     return rows
+
+
+def _choice_rows() -> list[list[str]]:
+    """What kernels for CPU tensors are chosen by."""
+    try:
+        context = selector.context("cpu")
+        known, winners = selector.costs.calibration(context), len(selector.table(context))
+    except (ValueError, RuntimeError) as error:
+        return [["costs", f"none: {error}"]]
+    if known.misfit is None:
+        calibrated = "not yet: in the first backward of a partly frozen layer"
+        if not context.measures or not calibration.is_asked_for():
+            calibrated = "off"
+    else:
+        calibrated = f"times lie within a factor of {math.exp(known.misfit):.2f} of the table"
+    costs = "no table: custom kernels need a measured win" if known.table is None else known.table
+    measured = f"{winners} winners, NEQ_KERNELS_TUNE={tuning_mode()}"
+    return [["costs", costs], ["calibrated", calibrated], ["measured", measured]]
 
 
 def _cuda_archs() -> str:

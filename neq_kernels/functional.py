@@ -135,9 +135,12 @@ def conv(
     arguments: tuple[Any, ...]
     arguments = (stride, padding, dilation, groups, transposed, output_padding)
     known = None if torch.compiler.is_compiling() else eager.call_key(input, weight, bias)
-    if known is not None and list not in map(type, arguments):
+    if known is not None:
         key = (known, arguments, grad_input)
-        plan = channels.plans.get(key, eager.MISSING)
+        try:
+            plan = channels.plans.get(key, eager.MISSING)
+        except TypeError:  # a list has no hash
+            plan = None
         if plan is eager.MISSING:
             plan = eager.plan_conv(input, weight, bias, channels, arguments, grad_input)
             eager.keep(channels, key, plan)
@@ -238,9 +241,21 @@ def affine(
         RuntimeError (in backward): ``channels`` was changed after the forward; autograd sees that
             the mask it saved was written over.
     """
+    if not learns(weight, bias):
+        return weight, bias
+    k, either = len(channels), bias if weight is None else weight
+    assert either is not None
+    for parameter in (weight, bias):
+        if parameter is not None and len(parameter) != k:
+            raise ValueError(f"channels: expected {len(parameter)} channels, got {k}")
+    if all_active(channels, either):
+        return weight, bias
+    if none_active(channels, either):
+        return detached(weight), detached(bias)
+    mask = channels.mask_on(either.device)
     return (
-        None if weight is None else masked(weight, channels),
-        None if bias is None else masked(bias, channels),
+        None if weight is None else constant_where_frozen(weight, mask),
+        None if bias is None else constant_where_frozen(bias, mask),
     )
 
 

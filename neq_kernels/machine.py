@@ -12,11 +12,21 @@ import torch
 
 CPUINFO = Path("/proc/cpuinfo")
 
+OTHER = "other"
+# By the instructions that kernels differ by, the widest first.
+_CLASSES = {
+    "x86-avx512-amx": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "amx_tile", "amx_bf16"},
+    "x86-avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "x86-avx2": {"avx2", "fma"},
+}
+CPU_CLASSES = (*_CLASSES, OTHER)
+
 
 @dataclass(frozen=True)
 class Machine:
     """``threads`` are the ones PyTorch computes with; ``accelerator`` is None on a CPU-only
-    machine; ``date`` is UTC, ISO 8601."""
+    machine; ``date`` is UTC, ISO 8601; ``cpu_class`` is :func:`cpu_class`'s, empty in results of
+    version 0.1."""
 
     cpu: str
     cores: int
@@ -27,6 +37,7 @@ class Machine:
     python: str
     torch: str
     date: str
+    cpu_class: str = ""
 
     def to_dict(self) -> dict[str, str | int | None]:
         """Ready for JSON."""
@@ -45,15 +56,29 @@ def machine() -> Machine:
         python=platform.python_version(),
         torch=torch.__version__,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
+        cpu_class=cpu_class(),
     )
 
 
+def cpu_class() -> str:
+    """The class of this machine's CPU, one of ``CPU_CLASSES``: what was measured on one holds for
+    others of its class."""
+    flags = set(_cpuinfo("flags").split())
+    return next((name for name, needed in _CLASSES.items() if needed <= flags), OTHER)
+
+
 def _cpu_model() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(field: str) -> str:
+    """Of the first CPU that Linux tells about; empty elsewhere."""
     if CPUINFO.exists():
         for line in CPUINFO.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+            name, _, value = line.partition(":")
+            if name.strip() == field:
+                return value.strip()
+    return ""
 
 
 def _usable_cores() -> int:

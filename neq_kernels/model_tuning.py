@@ -13,6 +13,7 @@ from torch import nn
 from neq_kernels.backends.problem import KernelChoice, Problem
 from neq_kernels.conversion.convert import revert
 from neq_kernels.dispatch import autotune
+from neq_kernels.dispatch.calibration import Calibration
 from neq_kernels.dispatch.selection import selector
 from neq_kernels.dispatch.stopwatch import CudaClock
 from neq_kernels.dispatch.tuning_table import count_bucket, parsed
@@ -95,21 +96,24 @@ def tune(
 
 
 def tuning_state_dict() -> dict[str, Any]:
-    """The measured winners in use and the backends in use, by type of device, for a checkpoint:
-    those of the present number of threads and, where there is one, of the GPU."""
+    """What kernels are chosen by, for a checkpoint: the measured winners, the calibration of the
+    CPU and the backends in use, by type of device; those of the present number of threads and,
+    where there is one, of the GPU."""
     contexts = [selector.context(name) for name in _device_types()]
     return {
         context.device_type: {
             **selector.table(context).state_dict(),
             "backends": list(context.backends),
+            "calibration": selector.costs.calibration(context).to_dict(),
         }
         for context in contexts
     }
 
 
 def load_tuning_state_dict(state: Mapping[str, Any]) -> None:
-    """Use exactly the winners of a checkpoint, so that a resumed run makes the same bits. Where
-    other backends are in use than were then it does not; a warning says so.
+    """Choose kernels exactly as when a checkpoint was saved, so that a resumed run makes the same
+    bits: by its winners and its calibration. Nothing is measured from then on. Where other backends
+    are in use than were then the bits may differ; a warning says so.
 
     Raises:
         ValueError: ``state`` is not what :func:`tuning_state_dict` returned; nothing is changed.
@@ -117,12 +121,19 @@ def load_tuning_state_dict(state: Mapping[str, Any]) -> None:
     if not isinstance(state, Mapping) or not set(state) <= set(_DEVICE_TYPES):
         found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(f"tuning: expected winners for {list(_DEVICE_TYPES)}, got {found}")
-    for winners in state.values():
-        parsed(winners)
-    for device_type, winners in state.items():
+    calibrations = {}
+    for device_type, saved in state.items():
+        parsed(saved)
+        if saved.get("calibration") is not None:
+            calibrations[device_type] = Calibration.from_dict(saved["calibration"])
+    selector.restored()
+    for device_type, saved in state.items():
         context = selector.context(device_type)
-        selector.table(context).load_state_dict(winners)
-        before, now = winners.get("backends"), list(context.backends)
+        selector.table(context).load_state_dict(saved)
+        # States of 0.1.0 have none.
+        known = calibrations.get(device_type) or selector.costs.uncalibrated(context)
+        selector.costs.use(context, known)
+        before, now = saved.get("backends"), list(context.backends)
         if device_type in _device_types() and before not in (None, now):
             logger.warning(
                 "tuning: %s tensors were given to %s, now to %s: bits may differ (see neq doctor)",

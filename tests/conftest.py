@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from neq_kernels.dispatch import tuning_table
+from neq_kernels.dispatch import calibration, tuning_table
 from neq_kernels.dispatch.selection import selector
 from tests.support.oracle import forced_backend, usable_backends
 
@@ -28,6 +28,8 @@ settings.load_profile("neq")
 @pytest.fixture(autouse=True, scope="session")
 def _no_tuning_tables_of_the_user(tmp_path_factory):
     os.environ[tuning_table.DIRECTORY_VARIABLE] = str(tmp_path_factory.mktemp("tuning"))
+    # The same kernels, the same bits in every run.
+    os.environ[tuning_table.MEASURE_VARIABLE] = "never"
 
 
 @pytest.fixture(autouse=True)
@@ -49,10 +51,16 @@ def _poisoned_allocations():
 
 @pytest.fixture
 def own_folder(tmp_path, monkeypatch):
-    """Tuning tables of this test alone."""
+    """Tuning tables of this test alone, which are read, and measurements that nobody deterministic
+    minds; nothing is calibrated."""
     monkeypatch.setenv(tuning_table.DIRECTORY_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(tuning_table.MEASURE_VARIABLE, "doubt")
+    monkeypatch.setenv(calibration.SWITCH, "0")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
     selector.forget()
     yield tmp_path
+    torch.use_deterministic_algorithms(before, warn_only=True)
     selector.forget()
 
 

@@ -514,6 +514,11 @@ def parameter(*shape, dtype=torch.float32):
             ValueError,
             r"channels: expected 5 channels, got 4",
         ),
+        (
+            lambda c: affine(parameter(4), parameter(5), c)[1],
+            ValueError,
+            r"channels: expected 5 channels, got 4",
+        ),
     ],
 )
 def test_bad_input_raises_whatever_is_active(call, error, message, active):

@@ -1,35 +1,40 @@
-"""Fit the model of costs that chooses strategies to measurements of the kernel benchmark.
+"""Fit the tables of costs that strategies are chosen by, one for each class of machine.
 
 >>> python -m benchmarks.kernels.cpu --strategies --networks NAME ... tiny --out runs/strategies
->>> python -m benchmarks.kernels.fit_cost_model runs/strategies/kernels.jsonl
+>>> python -m benchmarks.kernels.fit_cost_model runs/strategies/kernels.jsonl  # of this machine
+>>> python -m benchmarks.kernels.fit_cost_model          # every class again, from results/costs
+>>> python -m benchmarks.kernels.fit_cost_model --check  # are the shipped tables these, and good?
 
-Without a record it fits again to the measurements of the last one, kept in ``results/fit.csv``.
+A time is linear in what is read, written and multiplied, with coefficients for each kind of layer
+and layout, none of them negative; the least of them are left out until ``MOST`` are left. Where a
+strategy loses though its predicted time is lower, the prediction is multiplied by a margin.
 """
 
 from __future__ import annotations
 
-import csv
+import itertools
 import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from scipy.optimize import nnls
 
 from benchmarks.common import cli
-from benchmarks.common.files import RESULTS
-from benchmarks.common.records import Row, load
-from benchmarks.kernels.goals import cell_of, geometric_mean
-from benchmarks.kernels.layer_shapes import problems_by_cell
-from neq_kernels.backends.problem import Strategy
+from benchmarks.common.records import load
+from benchmarks.kernels import regret, wgrad_times
+from benchmarks.kernels.wgrad_times import Cell, Cells
+from neq_kernels.backends.problem import Problem, Strategy
 from neq_kernels.dispatch import cost_model
+from neq_kernels.dispatch.cost_model import MARGIN
 
-DATA = RESULTS / "fit.csv"
-CELL = ("network", "layer", "layout", "active")
-Cells = dict[tuple[object, ...], dict[Strategy, float]]
-
+# Coefficients and margins of one strategy, for one dtype on one class of machine.
+MOST = 40
 # Which features each strategy can depend on.
 _READ = ("calls", "input", "active output", "output", "active weight", "weight")
 FEATURES = {
@@ -37,122 +42,292 @@ FEATURES = {
     Strategy.PACK: (*_READ, "blocked products"),
     Strategy.CUSTOM: (*_READ, "products"),
 }
+# A group keeps at least these: what a call costs, and what a product does.
+_LEAST = 2
+_ROUNDS = 10
+# Below this error, in logarithms, it is noise.
+_NOISE = 0.03
+FOLDS = 5
+_MARGINS = (1.0, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.6, 2.0)
+# Of a group that few shapes are known of.
+_FEW_SHAPES, _LEAST_MARGIN = 10, 1.2
+# What one cell slower than PyTorch's kernel counts, beside logarithms of times; and the least that
+# a margin has to spare.
+_PENALTY, _WORTH = 0.3, 0.3
+
+Group = str
+Table = dict[Group, dict[str, float]]
 
 
-def fit(cells: Cells) -> dict[str, dict[str, float]]:
-    """Coefficients, none of them negative, that make the sum of squared relative errors least."""
-    groups: dict[str, list[tuple[Strategy, dict[str, float], float]]] = defaultdict(list)
-    problems = problems_by_cell()
+@dataclass
+class _Fit:
+    """The measurements of one group, and the features it still depends on."""
+
+    names: list[str]
+    matrix: np.ndarray
+    measured: np.ndarray
+
+    def solve(self, kept: Sequence[int]) -> tuple[dict[str, float], float]:
+        """Coefficients that make the sum of absolute errors, in logarithms, small, and that sum."""
+        relative = self.matrix[:, kept] / self.measured[:, None]
+        scale = np.abs(relative).max(axis=0)
+        scale[scale == 0] = 1
+        relative = relative / scale
+        weights = np.ones(len(self.measured))
+        for _ in range(_ROUNDS):
+            solution, _ = nnls(relative * weights[:, None], weights)
+            off = np.abs(np.log(np.maximum(relative @ solution, 1e-3)))
+            weights = 1 / np.sqrt(np.maximum(off, _NOISE))
+        found = solution / scale
+        return {self.names[i]: float(v) for i, v in zip(kept, found, strict=True)}, off.sum()
+
+
+def fit(cells: Cells) -> dict[str, Table]:
+    """The table of a class of machine, by dtype."""
+    by_dtype: dict[str, Cells] = defaultdict(dict)
     for cell, seconds in cells.items():
-        problem, n = problems[cell[:3]], int(str(cell[3]))
-        for strategy, measured in seconds.items():
-            row = strategy, cost_model.features(problem, n), measured
-            groups[cost_model.group(problem, strategy)].append(row)
-    return {name: _least_squares(rows) for name, rows in sorted(groups.items())}
+        by_dtype[cell.dtype][cell] = seconds
+    return {dtype: _fit(some) for dtype, some in by_dtype.items()}
 
 
-def _least_squares(rows: Sequence[tuple[Strategy, dict[str, float], float]]) -> dict[str, float]:
-    strategy = rows[0][0]
-    names = list(rows[0][1])
-    free = [
-        name
-        for name in names
-        if name in FEATURES[strategy] and any(features[name] for _, features, _ in rows)
-    ]
-    measured = np.array([seconds for *_, seconds in rows])
-    while free:
-        matrix = np.array([[features[name] for name in free] for _, features, _ in rows])
-        scale = np.abs(matrix).max(axis=0)
-        solution, *_ = np.linalg.lstsq(
-            matrix / scale / measured[:, None], np.ones(len(rows)), rcond=None
+def _fit(cells: Cells) -> Table:
+    """Of one dtype. Margins come from predictions of shapes that were left out, and of all."""
+    problems = wgrad_times.problems_of(cells)
+    most = dict.fromkeys(Strategy, MOST)
+    margins: dict[Group, float] = {}
+    for _ in range(2):  # once to see how many margins there are
+        coefficients = _coefficients(cells, problems, most)
+        left_out: dict[Cell, Table] = {}
+        for learned, judged in folds(cells):
+            left_out |= dict.fromkeys(judged, _coefficients(learned, problems, most))
+        least = _least_margins(problems, coefficients)
+        margins = _margins(cells, problems, left_out, least)
+        margins = _margins(cells, problems, dict.fromkeys(cells, coefficients), margins)
+        margins = {group: margin for group, margin in margins.items() if margin > 1}
+        for strategy in Strategy:
+            most[strategy] = MOST - sum(_is_of(group, strategy) for group in margins)
+    return {
+        group: costs | ({MARGIN: margins[group]} if group in margins else {})
+        for group, costs in sorted(coefficients.items())
+    }
+
+
+def _least_margins(problems: Mapping[Cell, Problem], table: Table) -> dict[Group, float]:
+    shapes: dict[str, set[Problem]] = defaultdict(set)
+    for problem in problems.values():
+        shapes[cost_model.kind(problem)].add(problem)
+    return {
+        group: 1.0 if len(shapes[group.partition(" ")[2]]) > _FEW_SHAPES else _LEAST_MARGIN
+        for group in table
+        if not _is_of(group, Strategy.DENSE)
+    }
+
+
+def _is_of(group: Group, strategy: Strategy) -> bool:
+    return group.startswith(f"{strategy.name.lower()} ")
+
+
+def folds(cells: Cells) -> Iterator[tuple[Cells, Cells]]:
+    """What is learned from and what is judged: every fifth shape of each kind, by size, with all
+    its layouts and numbers of active channels."""
+    problems = wgrad_times.problems_of(cells)
+    shapes = {cell: problem._replace(channels_last=False) for cell, problem in problems.items()}
+    kinds: dict[str, set[Problem]] = defaultdict(set)
+    for shape in shapes.values():
+        kinds[cost_model.kind(shape)].add(shape)
+    fold_of = {}
+    for some in kinds.values():
+        order = sorted(some, key=lambda p: (math.prod(p.weight_size) * p.output_positions, p[:2]))
+        fold_of |= dict(zip(order, itertools.cycle(range(FOLDS)), strict=False))
+    for fold in range(FOLDS):
+        here = {cell for cell in cells if fold_of[shapes[cell]] == fold}
+        yield (
+            {cell: seconds for cell, seconds in cells.items() if cell not in here},
+            {cell: seconds for cell, seconds in cells.items() if cell in here},
         )
-        solution = solution / scale
-        if (solution >= 0).all():
-            return {n: float(solution[free.index(n)]) if n in free else 0.0 for n in names}
-        free.pop(int(solution.argmin() if (solution * scale < 0).any() else 0))
-    return dict.fromkeys(names, 0.0)
 
 
-def read_record(path: Path) -> Cells:
-    """Median seconds by cell and strategy; of several runs of a cell, the fastest.
-
-    Raises:
-        FileNotFoundError, ValueError: no such record, or one without strategies.
-    """
-    cells: Cells = defaultdict(dict)
-    for row in load(path)[1]:
-        strategy = _strategy(row)
-        if strategy is not None and "wrong" not in row:
-            best = cells[cell_of(row)]
-            best[strategy] = min(best.get(strategy, math.inf), row["seconds_median"])
-    if not cells:
-        raise ValueError(f"{path}: expected a record of benchmarks.kernels.cpu --strategies")
-    return cells
-
-
-def write_data(path: Path, cells: Cells) -> None:
-    """Microseconds, one line for each cell."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*CELL, *(s.name.lower() for s in Strategy)])
-        for cell, seconds in cells.items():
-            times = (f"{seconds[s] * 1e6:.4g}" if s in seconds else "" for s in Strategy)
-            writer.writerow([*cell, *times])
-
-
-def read_data(path: Path) -> Cells:
-    """What :func:`write_data` wrote."""
-    with path.open(newline="") as file:
-        return {
-            (*(row[name] for name in CELL[:3]), int(row[CELL[3]])): {
-                s: float(row[s.name.lower()]) / 1e6 for s in Strategy if row[s.name.lower()]
-            }
-            for row in csv.DictReader(file)
+def _coefficients(
+    cells: Cells, problems: Mapping[Cell, Problem], most: Mapping[Strategy, int]
+) -> Table:
+    rows: dict[Group, list[tuple[dict[str, float], float]]] = defaultdict(list)
+    for cell, seconds in cells.items():
+        features = cost_model.features(problems[cell], cell.active)
+        for strategy, measured in seconds.items():
+            rows[cost_model.group(problems[cell], strategy)].append((features, measured))
+    table: Table = {}
+    for strategy in Strategy:
+        names = list(FEATURES[strategy])
+        fits = {
+            group: _Fit(
+                names,
+                np.array([[features[name] for name in names] for features, _ in some]),
+                np.array([measured for _, measured in some]),
+            )
+            for group, some in rows.items()
+            if _is_of(group, strategy)
         }
+        table |= _with_the_best(fits, most[strategy])
+    return table
 
 
-def _strategy(row: Row) -> Strategy | None:
-    provider = row.get("provider", "")
-    name = provider.removeprefix("neq ").upper()
-    return Strategy[name] if provider.startswith("neq ") and name in Strategy.__members__ else None
+def _with_the_best(fits: Mapping[Group, _Fit], most: int) -> Table:
+    """Coefficients of several groups, ``most`` altogether."""
+    kept: dict[Group, list[int]] = {}
+    errors: dict[Group, float] = {}
+    for group, each in fits.items():
+        every, errors[group] = each.solve(range(len(each.names)))
+        kept[group] = [i for i, name in enumerate(each.names) if every[name] > 0]
+
+    def without_one(group: Group) -> tuple[float, list[int]]:
+        """The least that leaving out a feature adds to the error, and what is left then."""
+        if len(kept[group]) <= _LEAST:
+            return math.inf, kept[group]
+        fewer = [[j for j in kept[group] if j != i] for i in kept[group]]
+        return min((fits[group].solve(some)[1] - errors[group], some) for some in fewer)
+
+    next_step = {group: without_one(group) for group in fits}
+    while sum(map(len, kept.values())) > most:
+        group = min(next_step, key=lambda g: next_step[g][0])
+        added, kept[group] = next_step[group]
+        errors[group] += added
+        next_step[group] = without_one(group)
+    return {
+        group: {name: value for name, value in each.solve(kept[group])[0].items() if value > 0}
+        for group, each in fits.items()
+    }
+
+
+def _margins(
+    cells: Cells,
+    problems: Mapping[Cell, Problem],
+    tables: Mapping[Cell, Table],
+    least: Mapping[Group, float],
+) -> dict[Group, float]:
+    """For each group, by what to multiply its predictions so that choosing costs least; of no
+    group less than ``least``.
+
+    Args:
+        tables: by which each cell's times are predicted.
+    """
+    known: dict[Group, list[tuple[Cell, dict[Strategy, float]]]] = defaultdict(list)
+    for cell, seconds in cells.items():
+        features = cost_model.features(problems[cell], cell.active)
+        groups = {s: cost_model.group(problems[cell], s) for s in seconds}
+        costs = tables[cell]
+        times = {
+            s: cost_model.linear(costs[group], features)
+            for s, group in groups.items()
+            if group in costs
+        }
+        for strategy in times:
+            if strategy != Strategy.DENSE:
+                known[groups[strategy]].append((cell, times))
+    margins = dict(least)
+
+    def loss(group: Group, margin: float) -> float:
+        trial = {**margins, group: margin}
+        total = 0.0
+        for cell, times in known[group]:
+            problem, measured = problems[cell], cells[cell]
+            scaled = {
+                s: time * trial.get(cost_model.group(problem, s), 1.0) for s, time in times.items()
+            }
+            compared = cost_model.handicapped(problem, cell.active, scaled)
+            chosen = min(compared, key=lambda s: compared[s])
+            total += math.log(measured[chosen] / min(measured.values()))
+            if regret.is_slower(problem, measured, chosen):
+                total += _PENALTY
+        return total
+
+    for _ in range(2):
+        for group in sorted(margins):
+            possible = [margin for margin in _MARGINS if margin >= least[group]]
+            losses = {margin: loss(group, margin) for margin in possible}
+            best = min(possible, key=lambda margin: (losses[margin], margin))
+            worth = losses[possible[0]] - losses[best] >= _WORTH
+            margins[group] = best if worth else possible[0]
+    return margins
+
+
+def path_of(name: str) -> Path:
+    """Where the measurements of a class of machine are."""
+    return wgrad_times.DATA / f"{name}.csv"
+
+
+def classes() -> list[str]:
+    """The classes of machines that were measured."""
+    return sorted(path.stem for path in wgrad_times.DATA.glob("*.csv"))
+
+
+def fit_class(name: str, measured_on: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The content of a table file.
+
+    Args:
+        measured_on: the machine; None: the one that the shipped table names.
+    """
+    if measured_on is None:
+        measured_on = json.loads((cost_model.COSTS / f"{name}.json").read_text())["measured_on"]
+    costs = fit(wgrad_times.fastest(wgrad_times.read(path_of(name))))
+    rounded = {
+        dtype: {
+            group: {key: float(f"{value:.5g}") for key, value in some.items()}
+            for group, some in table.items()
+        }
+        for dtype, table in costs.items()
+    }
+    return {"measured_on": measured_on, "costs": rounded}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = cli.parser(__spec__, __doc__)
-    parser.add_argument("record", nargs="?", type=Path, help="kernels.jsonl, with --strategies")
+    parser.add_argument(
+        "records", nargs="*", type=Path, help="kernels.jsonl of this class of machine"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail where a figure falls short"
+    )
     args = parser.parse_args(arguments)
     try:
-        if args.record is not None:
-            write_data(DATA, read_record(args.record))
-            measured_on = load(args.record)[0]["machine"]
-        else:
-            measured_on = json.loads(cost_model.COSTS.read_text())["measured_on"]
-        cells = read_data(DATA)
+        measured_on: dict[str, Any] = {}
+        if args.records:
+            machines = [load(path)[0]["machine"] for path in args.records]
+            (name,) = {machine["cpu_class"] for machine in machines}
+            runs = [cells for p in args.records for cells in wgrad_times.read_record(p).values()]
+            wgrad_times.write(path_of(name), _by_number(runs))
+            measured_on[name] = machines[-1]
+        fitted = {name: fit_class(name, measured_on.get(name)) for name in classes()}
     except (OSError, ValueError, KeyError) as error:
         return cli.user_error(error)
-    text = json.dumps({"measured_on": measured_on, "costs": fit(cells)}, indent=1)
-    cost_model.COSTS.write_text(text + "\n")
-    _show(cells)
-    return 0
+    right = True
+    for name, content in fitted.items():
+        path, text = cost_model.COSTS / f"{name}.json", json.dumps(content, indent=1) + "\n"
+        if not args.check:
+            path.write_text(text)
+        elif not path.exists() or not _agree(
+            json.loads(path.read_text())["costs"], content["costs"]
+        ):
+            print(cli.red(f"{path.name} is not what {path_of(name).name} gives"))
+            right = False
+    return 0 if regret.show(classes(), fit, folds) and right else cli.WRONG_RESULT
 
 
-def _show(cells: Cells) -> None:
-    """How much slower than the best strategy the chosen one is."""
-    problems = problems_by_cell()
-    regrets: dict[str, list[float]] = defaultdict(list)
-    for cell, seconds in cells.items():
-        problem, n = problems[cell[:3]], int(str(cell[3]))
-        chosen = cost_model.strategy(problem, n, list(seconds))
-        regret = seconds[chosen] / min(seconds.values())
-        for name in (str(cell[2]), "all active" if n == problem.neurons else "fewer active"):
-            regrets[name].append(regret)
-    print(f"{'cells':<14} number  slower than the best: geomean  by 10 %  by 50 %")
-    for name, values in regrets.items():
-        over = [sum(v > limit for v in values) for limit in (1.1, 1.5)]
-        print(
-            f"{name:<14} {len(values):>6}  {geometric_mean(values):>30.3f}  {over[0]:>7}  "
-            f"{over[1]:>7}"
+def _by_number(runs: Sequence[Cells]) -> list[Cells]:
+    """Runs of one dtype each are put together: the first of each, then the second of each."""
+    by_dtype: dict[str, list[Cells]] = defaultdict(list)
+    for cells in runs:
+        by_dtype[next(iter(cells)).dtype].append(cells)
+    together = itertools.zip_longest(*by_dtype.values(), fillvalue={})
+    return [{**dict(itertools.chain(*(some.items() for some in group)))} for group in together]
+
+
+def _agree(shipped: Any, fitted: Any) -> bool:
+    """Whether two tables are the same but for the last digits of a solver."""
+    if isinstance(shipped, Mapping) and isinstance(fitted, Mapping):
+        return shipped.keys() == fitted.keys() and all(
+            _agree(shipped[key], fitted[key]) for key in shipped
         )
+    return math.isclose(shipped, fitted, rel_tol=1e-3)
 
 
 if __name__ == "__main__":

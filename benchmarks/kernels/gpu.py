@@ -23,7 +23,8 @@ from benchmarks.kernels.layer_shapes import Shape, gpu_shapes
 from neq_kernels import ops
 from neq_kernels.backends.problem import Problem, Strategy
 from neq_kernels.channels import ActiveChannels
-from neq_kernels.dispatch import selection, trial
+from neq_kernels.dispatch import trial
+from neq_kernels.dispatch.execution_context import ExecutionContext
 from neq_kernels.dispatch.selection import selector
 from neq_kernels.dispatch.stopwatch import cold_times
 
@@ -143,7 +144,7 @@ class _Cells:
         n = channels.n_active
         if n == len(channels):
             return Strategy.DENSE
-        context = selection.ExecutionContext((self._lab.backend,), "cuda", 0)
+        context = ExecutionContext((self._lab.backend,), "cuda", 0)
         return selector.choice(self._problem, n, context).strategy
 
     def _calls(self, channels: ActiveChannels) -> dict[str, Call]:
@@ -156,7 +157,7 @@ class _Cells:
             if provider.why_not(problem.geometry, operands[2]) is None:
                 calls[name] = comparison.peer_call(provider, problem, *operands, active)
         own = self._lab.backend
-        context = selection.ExecutionContext((own,), "cuda", 0)
+        context = ExecutionContext((own,), "cuda", 0)
         calls[OURS] = _layer(problem, *operands, channels, own)
         # With every channel active a layer, and all strategies but one, make PyTorch's call.
         partly = n < problem.neurons

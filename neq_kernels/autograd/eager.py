@@ -46,10 +46,12 @@ class LayerPlan:
 
     Args:
         forward: PyTorch's.
-        call: computes the gradients; None: PyTorch's own graph does.
-        observed: does it by an operator that dispatch modes can see.
+        observed: computes the gradients by an operator that dispatch modes can see.
         again: computes gradients that can be differentiated again.
         on_gpu: backward may be captured into a CUDA graph, though the forward was not.
+
+    Attributes:
+        call: computes the gradients; None: PyTorch's own graph does.
     """
 
     __slots__ = (
@@ -61,15 +63,19 @@ class LayerPlan:
         self,
         channels: ActiveChannels,
         forward: Forward,
-        call: BackwardCall | None = None,
         observed: BackwardCall | None = None,
         again: BackwardCall | None = None,
         on_gpu: bool = False,
     ) -> None:
         self.channels, self.generation = channels, channels.generation
         self.none_active = channels.n_active == 0
-        self.forward, self.call, self.observed, self.again = forward, call, observed, again
+        self.forward, self.observed, self.again = forward, observed, again
+        self.call: BackwardCall | None = None
         self.on_gpu = on_gpu
+
+    def settle(self, call: BackwardCall) -> None:
+        """Compute the gradients by ``call`` from now on."""
+        self.call = call
 
     def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output."""
@@ -145,7 +151,7 @@ def plan_linear(
         return LayerPlan(channels, F.linear)
     if grad_input == "active":
         return None
-    call, size = dispatch.linear_call(input, weight, channels), input.shape
+    size = input.shape
 
     def observed(
         grad_output: Tensor, input: Tensor | None, weight: Tensor, output_mask: Sequence[bool]
@@ -159,7 +165,9 @@ def plan_linear(
         mask = channels.mask_on(weight.device)
         return dense.linear_backward(grad_output, input, size, weight, mask, output_mask, False)
 
-    return LayerPlan(channels, linear_forward, call, observed, again, on_gpu)
+    plan = LayerPlan(channels, linear_forward, observed, again, on_gpu)
+    plan.call = dispatch.linear_call(input, weight, channels, plan.settle)
+    return plan
 
 
 def plan_conv(
@@ -199,7 +207,7 @@ def plan_conv(
         return LayerPlan(channels, forward)
     if grad_input == "active" and not everything:
         return None
-    call, size = dispatch.conv_call(input, weight, geometry, channels), input.shape
+    size = input.shape
 
     def observed(
         grad_output: Tensor, input: Tensor | None, weight: Tensor, output_mask: Sequence[bool]
@@ -217,7 +225,9 @@ def plan_conv(
             grad_output, input, size, weight, geometry, mask, output_mask, False
         )
 
-    return LayerPlan(channels, forward, call, observed, again, on_gpu)
+    plan = LayerPlan(channels, forward, observed, again, on_gpu)
+    plan.call = dispatch.conv_call(input, weight, geometry, channels, plan.settle)
+    return plan
 
 
 class _PlannedFunction(torch.autograd.Function):

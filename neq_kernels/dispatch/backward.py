@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -10,7 +10,9 @@ from torch import Tensor
 from neq_kernels.backends.base import BackwardCall, Grads
 from neq_kernels.backends.problem import ConvGeometry, KernelChoice, Problem, Strategy
 from neq_kernels.channels import Active, ActiveChannels, NeuronLayout
+from neq_kernels.dispatch.contests import Contest
 from neq_kernels.dispatch.cuda_graphs import clear_frozen
+from neq_kernels.dispatch.execution_context import ExecutionContext
 from neq_kernels.dispatch.selection import selector
 
 _DENSE = KernelChoice(Strategy.DENSE)
@@ -45,6 +47,7 @@ def linear_backward(
             choice = selector.choice_in_graph(problem, context, output_mask)
             active = replace(active, n=k, start=-1)
         else:
+            selector.costs.calibrate(context)
             choice = selector.choice(problem, active.n, context)
     backend = selector.backend_of(choice, context)
     grad_input = None
@@ -87,6 +90,8 @@ def conv_backward(
             if replayed:
                 choice = selector.choice_in_graph(problem, context, output_mask)
             else:
+                if active.n < k:
+                    selector.costs.calibrate(context)
                 choice = selector.choice(problem, active.n, context)
         if replayed:
             active = replace(active, n=k, start=-1)
@@ -120,28 +125,103 @@ def _refuse_active_dgrad(is_asked: bool) -> None:
         )
 
 
-def linear_call(input: Tensor, weight: Tensor, channels: ActiveChannels) -> BackwardCall:
-    """The backward of a linear layer with its kernel chosen: for as long as shapes, ``channels``
-    and ``selector.revision`` do not change."""
+class _Undecided:
+    """The backward of a layer whose kernel is chosen in its first call.
+
+    Args:
+        call_of: the backward by a kernel.
+        settle: is given the backward to call from then on, once nothing is measured any more.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        n: int,
+        context: ExecutionContext,
+        call_of: Callable[[KernelChoice], BackwardCall],
+        settle: Callable[[BackwardCall], None],
+    ) -> None:
+        self._problem, self._n, self._context = problem, n, context
+        self._call_of, self._settle = call_of, settle
+        self._contest: Contest | None = None
+
+    def __call__(
+        self,
+        grad_output: Tensor,
+        input: Tensor | None,
+        weight: Tensor,
+        output_mask: Sequence[bool],
+    ) -> Grads:
+        if self._contest is None:
+            choice, self._contest = selector.decide(self._problem, self._n, self._context)
+            if self._contest is None:
+                call = self._call_of(choice)
+                self._settle(call)
+                return call(grad_output, input, weight, output_mask)
+        contest = self._contest
+        grads = contest.run(self._call_of, grad_output, input, weight, output_mask)
+        if contest.is_over:
+            self._settle(self._call_of(contest.predicted))
+        return grads
+
+
+def _no_matter(call: BackwardCall) -> None:
+    """Go on with what there is."""
+
+
+def linear_call(
+    input: Tensor,
+    weight: Tensor,
+    channels: ActiveChannels,
+    settle: Callable[[BackwardCall], None] = _no_matter,
+) -> BackwardCall:
+    """The backward of a linear layer: for as long as shapes, ``channels`` and
+    ``selector.revision`` do not change.
+
+    Args:
+        settle: is given a quicker one to call instead, as soon as there is one.
+    """
     context = selector.context(weight.device.type)
-    choice, active = _DENSE, channels.on(weight.device)
-    if active.n > 0:
-        problem = Problem.linear(input.numel() // max(1, weight.shape[1]), weight)
-        choice = selector.choice(problem, active.n, context)
-    backend = selector.backend_of(choice, context)
-    return backend.linear_call(weight, input.shape, active, choice)
+    active, size = channels.on(weight.device), input.shape
+    problem = Problem.linear(input.numel() // max(1, weight.shape[1]), weight)
+
+    def call_of(choice: KernelChoice) -> BackwardCall:
+        return selector.backend_of(choice, context).linear_call(weight, size, active, choice)
+
+    return _decided(problem, active.n, context, call_of, settle)
 
 
 def conv_call(
-    input: Tensor, weight: Tensor, geometry: ConvGeometry, channels: ActiveChannels
+    input: Tensor,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    channels: ActiveChannels,
+    settle: Callable[[BackwardCall], None] = _no_matter,
 ) -> BackwardCall:
     """As :func:`linear_call`, for a convolution of batched images."""
     context = selector.context(weight.device.type)
-    choice, active = _DENSE, channels.on(weight.device)
-    if active.n > 0:
-        choice = selector.choice(Problem.conv(input, weight, geometry), active.n, context)
-    backend = selector.backend_of(choice, context)
-    return backend.conv_call(weight, input.shape, geometry, active, choice)
+    active, size = channels.on(weight.device), input.shape
+    problem = Problem.conv(input, weight, geometry)
+
+    def call_of(choice: KernelChoice) -> BackwardCall:
+        backend = selector.backend_of(choice, context)
+        return backend.conv_call(weight, size, geometry, active, choice)
+
+    return _decided(problem, active.n, context, call_of, settle)
+
+
+def _decided(
+    problem: Problem,
+    n: int,
+    context: ExecutionContext,
+    call_of: Callable[[KernelChoice], BackwardCall],
+    settle: Callable[[BackwardCall], None],
+) -> BackwardCall:
+    if n == 0:
+        return call_of(_DENSE)
+    if context.device_type == "cpu" and context.measures:
+        return _Undecided(problem, n, context, call_of, settle)
+    return call_of(selector.choice(problem, n, context))
 
 
 def replaces_dense(input: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:

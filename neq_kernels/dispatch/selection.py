@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -18,7 +18,10 @@ from neq_kernels.backends.problem import KernelChoice, Problem, Strategy
 from neq_kernels.backends.reference import Reference
 from neq_kernels.backends.triton.backend import Triton
 from neq_kernels.dispatch import autotune, cost_model, tuning_table
+from neq_kernels.dispatch.contests import Contest, Contests
 from neq_kernels.dispatch.cuda_graphs import Rehearsal
+from neq_kernels.dispatch.execution_context import ExecutionContext
+from neq_kernels.dispatch.machine_costs import MachineCosts
 from neq_kernels.dispatch.tuning_table import TuningTable
 from neq_kernels.dispatch.verified_backends import VerifiedBackends
 from neq_kernels.machine import machine
@@ -30,28 +33,6 @@ ENVIRONMENT_VARIABLE = "NEQ_KERNELS_BACKEND"
 _MOST_CHOICES = 8192
 
 
-class ExecutionContext(NamedTuple):
-    """Where gradients are computed, and by whom.
-
-    Attributes:
-        backends: names, the default one first.
-        device_type: of the tensors.
-        threads: of the CPU; 0 on a GPU.
-    """
-
-    backends: tuple[str, ...]
-    device_type: str
-    threads: int
-
-    def choice(
-        self, strategy: Strategy, backend: str, settings: tuple[int, ...] = ()
-    ) -> KernelChoice:
-        """One of a backend's kernels. On a GPU, where another backend may be the default tomorrow,
-        it is named; PyTorch's kernel belongs to none."""
-        is_named = self.device_type == "cuda" and strategy != Strategy.DENSE
-        return KernelChoice(strategy, settings, backend if is_named else "")
-
-
 class Selector:
     """Selects the backend, and among its kernels the one for each weight gradient.
 
@@ -59,6 +40,8 @@ class Selector:
 
     Attributes:
         backends: by name; on a GPU the first one that can run a problem is its default.
+        costs: what kernels are chosen by on the CPU, where nothing was measured.
+        contests: what is measured now.
         rehearsal: of CUDA graphs.
         verified: which backends were found right on the GPU at hand.
         revision: grows whenever a selection made before may no longer hold.
@@ -75,6 +58,9 @@ class Selector:
         self._by_device_type: dict[str, tuple[str, ...]] = {}
         self._choices: dict[tuple[Problem, int, ExecutionContext], KernelChoice] = {}
         self._tables: dict[ExecutionContext, TuningTable] = {}
+        self.costs = self._costs_of_this_machine()
+        self.contests = Contests()
+        self._is_restored = False
 
     # --- backends --------------------------------------------------------------------------------
 
@@ -137,7 +123,12 @@ class Selector:
     def context(self, device_type: str) -> ExecutionContext:
         """Where tensors of this device type are worked on now."""
         threads = torch.get_num_threads() if device_type == "cpu" else 0
-        return ExecutionContext(self.backends_for(device_type), device_type, threads)
+        measures = not (
+            self._is_restored
+            or torch.are_deterministic_algorithms_enabled()
+            or tuning_table.tuning_mode() == "never"
+        )
+        return ExecutionContext(self.backends_for(device_type), device_type, threads, measures)
 
     def on_gpu(self, context: ExecutionContext) -> bool:
         """Whether work is done as on a GPU there, be it an emulated one."""
@@ -203,21 +194,67 @@ class Selector:
             return default(self._forced_strategy if self._forced_strategy in every else every[0])
         if len(every) == 1 or n == 0:
             return default(every[0])
-        table = self.table(context)
-        winner = table.get(problem, n)
-        if winner is not None and winner.strategy in every:
+        winner = self._winner(problem, n, context, every)
+        if winner is not None:
             possible = self.candidates(problem, n, context)
             if winner in (*possible, default(winner.strategy)):
                 return winner
-        if tuning_table.measures_on_the_fly():
+        if context.measures_all:
             possible = self.candidates(problem, n, context)
             winner = autotune.fastest(problem, n, possible, context.device_type)
-            table.put(problem, n, winner)
-            table.save()
+            self._keep(problem, n, context, winner)
             return winner
         if self.on_gpu(context):
             return default(cost_model.strategy_on_gpu(problem, n, every))
-        return default(cost_model.strategy(problem, n, every))
+        return default(self.costs.model(context).strategy(problem, n, every))
+
+    def _winner(
+        self, problem: Problem, n: int, context: ExecutionContext, usable: Collection[Strategy]
+    ) -> KernelChoice | None:
+        """What was measured for ``n`` active channels, or for another number where, by the cost
+        model, its lead cannot have shrunk by more than a contest's doubt."""
+        table, costs = self.table(context), self.costs.model(context)
+        winner = table.get(problem, n)
+        if winner is not None or context.measures_all:
+            return winner if winner is not None and winner.strategy in usable else None
+        for count, other in table.others(problem, n).items():
+            if other.strategy in usable and costs.still_leads(
+                problem, other.strategy, count, n, usable
+            ):
+                return other
+        return None
+
+    def decide(
+        self, problem: Problem, n: int, context: ExecutionContext
+    ) -> tuple[KernelChoice, Contest | None]:
+        """:meth:`choice` in a backward that it is made for, where the machine may be calibrated
+        first, and where a contest may be held: then it has the choice of its first call."""
+        if n < problem.neurons:
+            self.costs.calibrate(context)
+        choice = self.choice(problem, n, context)
+        return choice, self._contest(problem, n, context, choice)
+
+    def _contest(
+        self, problem: Problem, n: int, context: ExecutionContext, predicted: KernelChoice
+    ) -> Contest | None:
+        if not (context.measures and context.is_by_cpu_kernels) or self._forced_strategy:
+            return None
+        name = context, tuning_table.key(problem, n)
+        contest = self.contests.get(name)
+        if contest is None:
+            (usable,) = self.strategies(problem, context).values()
+            if self._winner(problem, n, context, usable) is not None:
+                return None
+            rivals = self.costs.model(context).in_doubt(problem, n, usable)
+            if not rivals or predicted != KernelChoice(rivals[0]):
+                return None
+
+            def settle(winner: KernelChoice) -> None:
+                self._keep(problem, n, context, winner)
+                self._choices.clear()
+
+            contest = self.contests.open(name, [KernelChoice(s) for s in rivals], settle)
+        return contest
 
     def choice_in_graph(
         self, problem: Problem, context: ExecutionContext, output_mask: Sequence[bool]
@@ -244,12 +281,22 @@ class Selector:
 
     def table(self, context: ExecutionContext) -> TuningTable:
         """The winners measured in such a context."""
-        table = self._tables.get(context)
+        table = self._tables.get(context.place)
         if table is None:
             measured_with = self._measured_with(context)
-            table = TuningTable(tuning_table.directory(), measured_with)
-            self._tables[context] = table
+            table = TuningTable(tuning_table.directory(), measured_with, context.measures)
+            self._tables[context.place] = table
         return table
+
+    def _keep(
+        self, problem: Problem, n: int, context: ExecutionContext, winner: KernelChoice
+    ) -> None:
+        table = self.table(context)
+        table.put(problem, n, winner)
+        table.save()
+
+    def _costs_of_this_machine(self) -> MachineCosts:
+        return MachineCosts(self.backends["cpu"], self._measured_with, self.forget_choices)
 
     def _measured_with(self, context: ExecutionContext) -> dict[str, Any]:
         about = machine()
@@ -273,6 +320,12 @@ class Selector:
 
     # --- changes ---------------------------------------------------------------------------------
 
+    def restored(self) -> None:
+        """Measure nothing more: a checkpoint has brought what was measured."""
+        self._is_restored = True
+        self.contests = Contests()
+        self.forget_choices()
+
     def forget_choices(self) -> None:
         """Choose kernels anew from now on."""
         self.revision += 1
@@ -286,6 +339,9 @@ class Selector:
     def forget(self) -> None:
         """Select everything anew, and read the environment and the tables' files again."""
         self._tables.clear()
+        self.costs = self._costs_of_this_machine()
+        self.contests = Contests()
+        self._is_restored = False
         self.forget_choices()
         self.forget_backends()
 

@@ -51,12 +51,18 @@ def spread(n: int, k: int) -> ActiveChannels:
     return channels
 
 
-def operands(problem: Problem, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """Random grad_output, input and weight of a problem, always the same."""
+def operands(
+    problem: Problem, device: torch.device | str = "cpu", *, random: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_output, input and weight of a problem, always the same: random, or, which is sooner
+    made, all ones."""
     generator = torch.Generator(device).manual_seed(0)
     shapes = (_output_size(problem), problem.input_size, problem.weight_size)
     tensors = [
-        torch.randn(shape, generator=generator, device=device).to(problem.dtype) for shape in shapes
+        torch.randn(shape, generator=generator, device=device).to(problem.dtype)
+        if random
+        else torch.ones(shape, device=device, dtype=problem.dtype)
+        for shape in shapes
     ]
     if problem.channels_last:
         tensors = [t.contiguous(memory_format=torch.channels_last) for t in tensors]

@@ -1,7 +1,8 @@
 """The table of choices that were measured to be fastest, in memory and on disk.
 
-Nothing is measured unless it is asked for: :func:`neq_kernels.tune` measures the layers of a model,
-``NEQ_KERNELS_TUNE=1`` each layer when it is met first. Winners are kept in
+:func:`neq_kernels.tune` measures the layers of a model; what else is measured
+``NEQ_KERNELS_TUNE`` says: where the cost model is in doubt (``doubt``, the default), every layer
+when it is met first (``always``), nothing (``never``). Winners are kept in
 ``NEQ_KERNELS_TUNING_DIR`` (by default ``neq_kernels`` in the user's cache folder), one file for
 each GPU, or CPU, instruction set and number of threads, and version of PyTorch and of this package.
 """
@@ -16,7 +17,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from neq_kernels.backends.problem import KernelChoice, Problem, Strategy
 
@@ -24,8 +25,18 @@ logger = logging.getLogger(__name__)
 
 DIRECTORY_VARIABLE = "NEQ_KERNELS_TUNING_DIR"
 MEASURE_VARIABLE = "NEQ_KERNELS_TUNE"
+TuningMode = Literal["never", "doubt", "always"]
+_MODES: dict[str, TuningMode] = {
+    "": "doubt",
+    "doubt": "doubt",
+    "never": "never",
+    "always": "always",
+    "0": "never",
+    "1": "always",
+}
 _FORMAT = 1
 _BUCKETS_PER_DOUBLING = 4
+_COUNT = " active<="
 # As version 0.1.0 called them.
 _OLD_NAMES = {"FUSED": "CUSTOM"}
 
@@ -41,6 +52,10 @@ def count_bucket(n: int, k: int) -> int:
 
 def key(problem: Problem, n: int) -> str:
     """How a table names a problem with ``n`` active channels."""
+    return f"{_name(problem)}{_COUNT}{count_bucket(n, problem.neurons)}"
+
+
+def _name(problem: Problem) -> str:
     g = problem.geometry
     parts: list[Any] = [problem.input_size, problem.weight_size]
     if g is not None:
@@ -49,8 +64,7 @@ def key(problem: Problem, n: int) -> str:
     kind = "linear" if g is None else ("transposed" if g.transposed else "conv")
     layout = "channels_last" if problem.channels_last else "contiguous"
     dtype = str(problem.dtype).removeprefix("torch.")
-    bucket = count_bucket(n, problem.neurons)
-    return " ".join([kind, *words, layout, dtype, f"active<={bucket}"])
+    return " ".join([kind, *words, layout, dtype])
 
 
 class TuningTable:
@@ -59,14 +73,19 @@ class TuningTable:
     Args:
         folder: where files are kept; None keeps everything in memory.
         measured_with: what the winners hold for; a file that says otherwise is not used.
+        reads: whether winners of earlier processes are used.
     """
 
-    def __init__(self, folder: Path | None, measured_with: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path | None, measured_with: Mapping[str, Any], reads: bool = True
+    ) -> None:
         self._measured_with = dict(measured_with)
         self._path = None if folder is None else folder / file_name("tuning", self._measured_with)
         self._winners: dict[str, KernelChoice] = {}
-        if self._path is not None:
-            self._read(self._path)
+        # By problem, the numbers of active channels that were measured.
+        self._counts: dict[str, list[int]] = {}
+        if self._path is not None and reads:
+            self._use(self._read(self._path))
 
     def __len__(self) -> int:
         return len(self._winners)
@@ -75,25 +94,46 @@ class TuningTable:
         """The winner for ``n`` active channels, or None when that was not measured."""
         return self._winners.get(key(problem, n)) if self._winners else None
 
+    def others(self, problem: Problem, n: int) -> dict[int, KernelChoice]:
+        """The winners for other numbers of channels of the same problem, the nearest first; for all
+        channels active none, nor theirs."""
+        k = problem.neurons
+        if n in (0, k) or not self._counts:
+            return {}
+        name = _name(problem)
+        counts = [count for count in self._counts.get(name, ()) if 0 < count < k]
+        counts.sort(key=lambda count: abs(math.log(count / n)))
+        return {count: self._winners[f"{name}{_COUNT}{count}"] for count in counts}
+
     def put(self, problem: Problem, n: int, winner: KernelChoice) -> None:
         """Keep a winner, in memory; :meth:`save` writes the file."""
-        self._winners[key(problem, n)] = winner
+        self._add(key(problem, n), winner)
+
+    def _use(self, winners: Mapping[str, KernelChoice]) -> None:
+        self._winners, self._counts = {}, {}
+        for each, winner in winners.items():
+            self._add(each, winner)
+
+    def _add(self, name: str, winner: KernelChoice) -> None:
+        about, _, count = name.rpartition(_COUNT)
+        if name not in self._winners and count.isdecimal():
+            self._counts.setdefault(about, []).append(int(count))
+        self._winners[name] = winner
 
     def save(self) -> Path | None:
-        """Write the file, whole or not at all; returns its path, None where there is none or it
-        cannot be written (a warning says why)."""
+        """Write the file, whole or not at all, with what other processes wrote there since; returns
+        its path, None where there is none or it cannot be written (a warning says why)."""
         if self._path is None:
             return None
+        winners = {**self._read(self._path, warns=False), **self._winners}
         text = json.dumps(
-            {"format": _FORMAT, "measured_with": self._measured_with, **self.state_dict()}, indent=1
+            {"format": _FORMAT, "measured_with": self._measured_with, **_state(winners)}, indent=1
         )
         return self._path if write_whole(self._path, text) else None
 
     def state_dict(self) -> dict[str, Any]:
         """The winners, for a checkpoint: JSON types only."""
-        return {
-            "winners": {name: _written(choice) for name, choice in sorted(self._winners.items())}
-        }
+        return _state(self._winners)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Use exactly the winners of a checkpoint, so that a resumed run makes the same bits.
@@ -101,18 +141,20 @@ class TuningTable:
         Raises:
             ValueError: ``state`` is not what :meth:`state_dict` returned.
         """
-        self._winners = parsed(state)
+        self._use(parsed(state))
 
-    def _read(self, path: Path) -> None:
+    def _read(self, path: Path, warns: bool = True) -> dict[str, KernelChoice]:
         try:
             saved = json.loads(path.read_text())
             if saved["format"] != _FORMAT or saved["measured_with"] != self._measured_with:
                 raise ValueError("it was measured with something else")
-            self._winners = parsed(saved)
+            return parsed(saved)
         except FileNotFoundError:
-            return
+            return {}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("the tuning table %s is ignored: %s", path, error)
+            if warns:
+                logger.warning("the tuning table %s is ignored: %s", path, error)
+            return {}
 
 
 def write_whole(path: Path, text: str) -> bool:
@@ -126,6 +168,10 @@ def write_whole(path: Path, text: str) -> bool:
         logger.warning("%s is not saved: %s", path.name, error)
         return False
     return True
+
+
+def _state(winners: Mapping[str, KernelChoice]) -> dict[str, Any]:
+    return {"winners": {name: _written(choice) for name, choice in sorted(winners.items())}}
 
 
 def _written(choice: KernelChoice) -> str:
@@ -162,16 +208,16 @@ def directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neq_kernels"
 
 
-def measures_on_the_fly() -> bool:
-    """Whether the user asked for measuring each problem when it is met first.
+def tuning_mode() -> TuningMode:
+    """What is measured while a model trains.
 
     Raises:
-        ValueError: ``NEQ_KERNELS_TUNE`` is neither 0 nor 1.
+        ValueError: ``NEQ_KERNELS_TUNE`` says something else.
     """
-    choice = os.environ.get(MEASURE_VARIABLE) or "0"
-    if choice not in ("0", "1"):
-        raise ValueError(f"{MEASURE_VARIABLE}: expected 0 or 1, got {choice!r}")
-    return choice == "1"
+    asked = os.environ.get(MEASURE_VARIABLE, "")
+    if asked not in _MODES:
+        raise ValueError(f"{MEASURE_VARIABLE}: expected never, doubt or always, got {asked!r}")
+    return _MODES[asked]
 
 
 def file_name(kind: str, about: Mapping[str, Any]) -> str:

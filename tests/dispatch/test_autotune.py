@@ -29,7 +29,7 @@ def test_measuring_on_the_fly_is_asked_for_by_the_environment(monkeypatch):
     assert measured == [(LINEAR, 3)]
     monkeypatch.setenv(tuning_table.MEASURE_VARIABLE, "yes")
     selector.forget_choices()
-    with pytest.raises(ValueError, match="expected 0 or 1"):
+    with pytest.raises(ValueError, match="expected never, doubt or always, got 'yes'"):
         selector.choice(LINEAR, 5, place)
 
 

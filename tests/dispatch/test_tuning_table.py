@@ -9,7 +9,7 @@ import torch
 
 import neq_kernels as neq
 from neq_kernels.backends.problem import ConvGeometry, KernelChoice, Problem, Strategy
-from neq_kernels.dispatch import selection
+from neq_kernels.dispatch.execution_context import ExecutionContext
 from neq_kernels.dispatch.selection import selector
 from neq_kernels.dispatch.tuning_table import TuningTable, count_bucket, key
 from tests.support.tuning_problems import CONV, CUSTOM, LINEAR, PACK
@@ -126,14 +126,14 @@ def test_a_winner_that_cannot_serve_is_not_used():
 
 
 def test_winners_of_the_cpu_are_none_of_a_gpu():
-    cpu, gpu = selector.context("cpu"), selection.ExecutionContext(("triton",), "cuda", 0)
+    cpu, gpu = selector.context("cpu"), ExecutionContext(("triton",), "cuda", 0)
     selector.table(cpu).put(CONV, 4, PACK)
     assert selector.table(gpu).get(CONV, 4) is None
     assert selector.table(gpu._replace(backends=("aten",))).get(CONV, 4) is None
 
 
 def test_settings_are_followed_where_the_kernel_has_them():
-    place = selection.ExecutionContext(("triton",), "cuda", 0)
+    place = ExecutionContext(("triton",), "cuda", 0)
     possible = selector.candidates(LINEAR, 9, place)
     ways = [choice for choice in possible if choice.settings]
     assert len(ways) > 1
@@ -146,7 +146,7 @@ def test_settings_are_followed_where_the_kernel_has_them():
     assert selector.choice(LINEAR, 9, place).settings == ()
 
 
-GPU = selection.ExecutionContext(("cuda", "triton", "aten"), "cuda", 0)
+GPU = ExecutionContext(("cuda", "triton", "aten"), "cuda", 0)
 
 
 # Rows that no 16-byte vectors make up: the CUDA kernels do not serve them.

@@ -1,4 +1,4 @@
-"""The kernel benchmark: its rows, its gate, its targets, the fit and the page made from it."""
+"""The kernel benchmark: its rows, its gate, its targets and the page made from it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from benchmarks.common.records import Record, load
-from benchmarks.kernels import comparison, cpu, fit_cost_model, goals, layer_shapes, peers
+from benchmarks.kernels import comparison, cpu, goals, layer_shapes, peers
 from benchmarks.kernels.layer_shapes import Shape
 from benchmarks.suite import __main__ as suite
 from benchmarks.suite import figures, page
-from neq_kernels.backends.problem import ConvGeometry, Problem, Strategy
-from neq_kernels.dispatch import backward, cost_model, trial
+from neq_kernels.backends.problem import ConvGeometry, Problem
+from neq_kernels.dispatch import backward, trial
 
 CONV = Problem(
     (2, 8, 6, 6),
@@ -38,8 +38,7 @@ FAST = ["--runs", "1", "--seconds", "0.001"]
 def tiny_shapes(monkeypatch):
     monkeypatch.setattr(cpu, "shape_set", lambda names: TINY)
     problems = {(s.network, s.layer, s.layout): s.problem for s in TINY}
-    for module in (fit_cost_model, figures):
-        monkeypatch.setattr(module, "problems_by_cell", lambda: problems)
+    monkeypatch.setattr(figures, "problems_by_cell", lambda: problems)
 
 
 def test_the_shape_set_has_every_layer_once_in_both_layouts():
@@ -126,50 +125,6 @@ def test_targets_count_a_cell_with_its_better_run():
     short = goals.judge([row(0.9), row(2.0, layer="m")])
     assert [each.passes for each in short if each.target.worst] == [False]
     assert "short" in goals.text(short, lambda passes: "ok" if passes else "short")
-
-
-@pytest.mark.usefixtures("tiny_shapes")
-def test_the_fit_finds_the_coefficients_that_made_the_times(monkeypatch, tmp_path):
-    costs = {Strategy.DENSE: (100e-6, 90.0), Strategy.CUSTOM: (5e-6, 300.0)}
-    cells = {}
-    for shape in TINY:
-        for n in range(1, shape.problem.neurons + 1):
-            f = cost_model.features(shape.problem, n)
-            cells[shape.network, shape.layer, shape.layout, n] = {
-                Strategy.DENSE: costs[Strategy.DENSE][0] + f["all products"] * 90.0,
-                Strategy.CUSTOM: costs[Strategy.CUSTOM][0] + f["products"] * 300.0,
-            }
-    fit_cost_model.write_data(tmp_path / "fit.csv", cells)
-    again = fit_cost_model.read_data(tmp_path / "fit.csv")
-    assert set(again) == set(cells)
-    fitted = fit_cost_model.fit(again)
-    monkeypatch.setattr(cost_model, "_costs", lambda: fitted)
-    for cell, seconds in cells.items():
-        problem = {(s.network, s.layer, s.layout): s.problem for s in TINY}[cell[:3]]
-        for strategy, exact in seconds.items():
-            expected = cost_model.seconds(problem, cell[3], strategy)
-            assert expected == pytest.approx(exact, rel=0.02)
-        chosen = cost_model.strategy(problem, cell[3], list(seconds))
-        assert seconds[chosen] <= 1.3 * min(seconds.values())
-
-
-def test_the_fitted_costs_choose_what_was_measured_to_be_good():
-    cells = fit_cost_model.read_data(fit_cost_model.DATA)
-    problems = layer_shapes.problems_by_cell()
-    regrets = []
-    for cell, seconds in cells.items():
-        chosen = cost_model.strategy(problems[cell[:3]], cell[3], list(seconds))
-        regrets.append(seconds[chosen] / min(seconds.values()))
-    assert len(regrets) > 1000
-    assert goals.geometric_mean(regrets) < 1.1
-
-
-def test_fit_without_a_record_of_strategies(tmp_path, capsys):
-    assert fit_cost_model.main([str(tmp_path / "none.jsonl")]) == 2
-    with Record(tmp_path, "kernels", {}) as record:
-        record.add(row(1.0))
-    assert fit_cost_model.main([str(tmp_path / "kernels.jsonl")]) == 2
-    assert "expected a record of benchmarks.kernels.cpu --strategies" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("tiny_shapes")
