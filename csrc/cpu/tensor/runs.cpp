@@ -82,7 +82,7 @@ int64_t Pieces::shares_for(int64_t threads) const {
 
 // The nearest place where a thread may begin, or else the next one.
 Pieces::Place Pieces::begin_of(int64_t share, int64_t shares) const {
-  const Place end{static_cast<int64_t>(bands_.size()), 0, 0, 0};
+  const Place end{n_bands(), 0, 0, 0};
   if (share == 0) return {0, 0, 0, 0};
   if (share == shares) return end;
   Place place = at_cost(cost_ * share / shares);
@@ -143,7 +143,7 @@ bool Pieces::begins_a_line(const Place& place) const {
 }
 
 int64_t Pieces::cost_before(const Place& place) const {
-  if (place.band == static_cast<int64_t>(bands_.size())) return cost_;
+  if (place.band == n_bands()) return cost_;
   const Band& band = bands_[place.band];
   return band.cost_before + place.row * band.row_cost +
          pieces_[band.first_piece + place.piece].cost_before + place.offset;

@@ -61,16 +61,23 @@ class Pieces {
   template <class F>
   void visit_share(int64_t share, int64_t shares, const F& f) const {
     if (bands_.empty()) return;
-    Place at = begin_of(share, shares);
-    const Place end = begin_of(share + 1, shares);
-    while (at < end) {
-      const Band& band = bands_[at.band];
-      const Piece& piece = pieces_[band.first_piece + at.piece];
-      const bool is_last = at.band == end.band && at.row == end.row && at.piece == end.piece;
-      const int64_t count = (is_last ? end.offset : piece.count) - at.offset;
-      f(band.part, piece.run, at.row, piece.begin + at.offset,
-        band.offset + at.row * band.row_stride + piece.offset + at.offset, count);
-      at = is_last ? end : after(at);
+    const Place begin = begin_of(share, shares), end = begin_of(share + 1, shares);
+    int64_t row = begin.row, i = begin.piece, from = begin.offset;
+    for (int64_t b = begin.band; b < std::min(end.band + 1, n_bands()); ++b, row = 0) {
+      const Band& band = bands_[b];
+      const Piece* pieces = pieces_.data() + band.first_piece;
+      for (; row < (b == end.band ? end.row + 1 : band.rows); ++row, i = 0) {
+        const bool is_last = b == end.band && row == end.row;
+        const int64_t row_offset = band.offset + row * band.row_stride;
+        const auto visit_piece = [&](int64_t to) {
+          const Piece& piece = pieces[i];
+          f(band.part, piece.run, row, piece.begin + from, row_offset + piece.offset + from,
+            to - from);
+          from = 0;
+        };
+        for (; i < (is_last ? end.piece : band.n_pieces); ++i) visit_piece(pieces[i].count);
+        if (is_last && end.offset > 0) visit_piece(end.offset);
+      }
     }
   }
 
@@ -93,6 +100,7 @@ class Pieces {
     }
   };
 
+  int64_t n_bands() const { return static_cast<int64_t>(bands_.size()); }
   Place begin_of(int64_t share, int64_t shares) const;
   Place at_cost(int64_t cost) const;
   Place after(Place place) const;
