@@ -15,7 +15,10 @@ namespace depthwise {
 namespace {
 
 Split nchw_parts(const ConvProblem& p) {
-  return parts_of(p.images, 1, p.n, p.n * p.outputs() * p.taps());
+  // Each lane has a sum of every tap, and all of them are added up.
+  constexpr int64_t kLeastPixels = 2048;
+  const int64_t least_images = (kLeastPixels - 1) / (p.h.output * p.w.output) + 1;
+  return parts_of(p.images, least_images, p.n, p.n * p.outputs() * p.taps());
 }
 
 Schedule nchw_schedule(const ConvProblem& p, int64_t threads) {
@@ -105,7 +108,7 @@ class Gathered {
         chunks_((p.n - 1) / kWidth + 1),
         products_(chunks_ * kWidth * p.outputs() * p.taps()),
         bands_(Band<T>(p, kWidth).bands()),
-        units_(parts_of(p.images * bands_, 1, chunks_, products_)) {}
+        units_(parts_of(p.images * bands_, least_units(p, bands_), 2 * chunks_, products_)) {}
 
   Schedule schedule(int64_t threads) const { return {units_, chunks_, products_, threads}; }
 
@@ -154,6 +157,10 @@ class Gathered {
   }
 
  private:
+  static int64_t least_units(const ConvProblem& p, int64_t bands) {
+    return (kLeastPixels * bands - 1) / (p.h.output * p.w.output) + 1;
+  }
+
   const ConvProblem& p_;
   int64_t chunks_, products_, bands_;
   Split units_;

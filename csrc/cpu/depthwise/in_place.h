@@ -83,7 +83,6 @@ class InPlace {
   static constexpr int64_t kWindow = 128;     // output columns at a time
   static constexpr int64_t kGroup = 16;       // vectors that are done for a band before the next
   static constexpr int64_t kBandLines = 384;  // that a vector touches in a band: most of an L1
-  static constexpr int64_t kLeastPixels = 512;
   // Copying a vector takes as long as so many products, measured.
   static constexpr int64_t kProductsPerCopy = 9;
 

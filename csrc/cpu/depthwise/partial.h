@@ -1,6 +1,9 @@
 // The sums of the parts of a depthwise wgrad, of every active channel: per tap, and last the bias.
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
 #include "../conv/convolution.h"
 #include "../tensor/scratch.h"
 #include "../tensor/shares.h"
@@ -14,12 +17,14 @@ class Partial {
 
   // All 0.
   void resize(int64_t parts) {
+    static thread_local Scratch<double> scratch;
     parts_ = parts;
-    sums_.assign(parts * n_ * row_, 0.0);
+    sums_ = scratch.at_least(parts * n_ * row_);
+    std::fill_n(sums_, parts * n_ * row_, 0.0);
   }
 
   // Rows are whole lines: channels are several threads'.
-  double* row(int64_t part, int64_t slot) { return sums_.data() + place(part, slot); }
+  double* row(int64_t part, int64_t slot) { return sums_ + place(part, slot); }
   int64_t place(int64_t part, int64_t slot) const { return (part * n_ + slot) * row_; }
 
   // [n][taps + 1]
@@ -27,7 +32,7 @@ class Partial {
     std::vector<double> total(n_ * cells_, 0.0);
     for (int64_t part = 0; part < parts_; ++part) {
       for (int64_t i = 0; i < n_; ++i) {
-        const double* from = sums_.data() + place(part, i);
+        const double* from = sums_ + place(part, i);
         for (int64_t cell = 0; cell < cells_; ++cell) total[i * cells_ + cell] += from[cell];
       }
     }
@@ -36,7 +41,7 @@ class Partial {
 
  private:
   int64_t n_, cells_, row_, parts_ = 0;
-  LineVector<double> sums_;
+  double* sums_ = nullptr;
 };
 
 }  // namespace neq::depthwise

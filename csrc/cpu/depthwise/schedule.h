@@ -14,6 +14,9 @@ constexpr int64_t kLeastProducts = 1 << 15;
 // So many pieces of work, of a part and a vector each, are enough for any number of threads.
 constexpr int64_t kEnoughPieces = 256, kMostParts = 64;
 
+// What sums of its own for a part are worth, where each vector of channels has one of every tap.
+constexpr int64_t kLeastPixels = 512;
+
 // The parts of a reduction over `units` with `products` in all; they follow from the shape alone.
 inline Split parts_of(int64_t units, int64_t least_units, int64_t vectors, int64_t products) {
   const int64_t wanted = std::min((kEnoughPieces - 1) / vectors + 1, products / kLeastProducts / 2);
