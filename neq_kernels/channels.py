@@ -109,12 +109,14 @@ class Active:
         n: the same number as the host knows it; K while a CUDA graph is captured, where only
             ``count`` holds.
         start: the first active channel when the active ones are neighbours, else -1.
+        dense: PyTorch's kernel computes the gradient, whichever would be chosen.
     """
 
     order: Tensor
     count: Tensor
     n: int
     start: int
+    dense: bool = False
 
 
 class ActiveChannels:
@@ -150,6 +152,8 @@ class ActiveChannels:
         self._none_active = False
         # What others have derived from the present set; emptied when it changes.
         self.plans: dict[Hashable, Any] = {}
+        self._plans_otherwise: dict[Hashable, Any] = {}  # where served_densely is not what it is
+        self._dense_with: Sequence[ActiveChannels] = ()
         self._values: dict[torch.device, Active] = {}
         self._parts: dict[tuple[int, int], ActiveChannels] = {}
         cpu = torch.device("cpu")
@@ -163,7 +167,8 @@ class ActiveChannels:
         return self._n_channels
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plans": {}, "_values": {}}
+        derived: dict[str, Any] = {"plans": {}, "_plans_otherwise": {}, "_values": {}}
+        return {**self.__dict__, **derived, "_dense_with": ()}
 
     def __repr__(self) -> str:
         return f"ActiveChannels(active={self._n_active}/{len(self)})"
@@ -211,9 +216,28 @@ class ActiveChannels:
         """What kernels on ``device`` are told, made once for each set of active channels."""
         value = self._values.get(device)
         if value is None:
-            value = Active(self.order(device), self.count(device), self._n_active, self._start)
+            value = Active(
+                *(self.order(device), self.count(device), self._n_active, self._start),
+                dense=self.served_densely,
+            )
             self._values[device] = value
         return value
+
+    @property
+    def served_densely(self) -> bool:
+        """Whether PyTorch's dense kernels compute the weight gradients of eager calls."""
+        return bool(self._dense_with)
+
+    def serve_densely(self, together: Sequence[ActiveChannels]) -> None:
+        """Let PyTorch's dense kernels compute the weight gradients of eager calls, whichever would
+        be chosen, until one of ``together`` changes; ``()`` ends it. What was planned for either
+        way is kept. Copies are not served so."""
+        if bool(together) != self.served_densely:
+            self.plans, self._plans_otherwise = self._plans_otherwise, self.plans
+            self._values.clear()
+        self._dense_with = together
+        for part in self._parts.values():
+            part.serve_densely(together)
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """``(order, count, host_count)`` for an operator on ``device``."""
@@ -262,6 +286,7 @@ class ActiveChannels:
             part.set(self.mask[start:stop])
             for device in self._order:
                 part.prepare(device)
+            part.serve_densely(self._dense_with)
             self._parts[start, stop] = part
         return self._parts[start, stop]
 
@@ -286,7 +311,10 @@ class ActiveChannels:
         self._start = int(active[0]) if is_run else -1
         self._none_active = n == 0
         self._generation += 1
+        for channels in self._dense_with:
+            channels.serve_densely(())
         self.plans.clear()
+        self._plans_otherwise.clear()
         self._values.clear()
         self._host_count.copy_(torch.tensor([n, self._start], device="cpu"))
         order = torch.cat([active, frozen])

@@ -20,10 +20,12 @@ from neq_kernels.dispatch.tuning_table import count_bucket, parsed
 from neq_kernels.doctor import runner
 from neq_kernels.layers.traversal import unwrap
 from neq_kernels.measure.problems import problems_of
+from neq_kernels.optim.dense_serving import DenseServing
 
 logger = logging.getLogger(__name__)
 
 _DEVICE_TYPES = ("cpu", "cuda")
+_DENSE = "dense"
 
 
 def tune(
@@ -98,9 +100,10 @@ def tune(
 def tuning_state_dict() -> dict[str, Any]:
     """What kernels are chosen by, for a checkpoint: the measured winners, the calibration of the
     CPU and the backends in use, by type of device; those of the present number of threads and,
-    where there is one, of the GPU."""
+    where there is one, of the GPU. And, where PyTorch's dense kernels serve a model by the verdict
+    of a step check, which model, with which masks."""
     contexts = [selector.context(name) for name in _device_types()]
-    return {
+    state: dict[str, Any] = {
         context.device_type: {
             **selector.table(context).state_dict(),
             "backends": list(context.backends),
@@ -108,19 +111,25 @@ def tuning_state_dict() -> dict[str, Any]:
         }
         for context in contexts
     }
+    verdicts = DenseServing.verdicts()
+    return {**state, _DENSE: verdicts} if verdicts else state
 
 
 def load_tuning_state_dict(state: Mapping[str, Any]) -> None:
     """Choose kernels exactly as when a checkpoint was saved, so that a resumed run makes the same
-    bits: by its winners and its calibration. Nothing is measured from then on. Where other backends
-    are in use than were then the bits may differ; a warning says so.
+    bits: by its winners, its calibration and its verdicts on whole steps. Nothing is measured from
+    then on. Where other backends are in use than were then the bits may differ; a warning says so.
 
     Raises:
         ValueError: ``state`` is not what :func:`tuning_state_dict` returned; nothing is changed.
     """
-    if not isinstance(state, Mapping) or not set(state) <= set(_DEVICE_TYPES):
+    if not isinstance(state, Mapping) or not set(state) <= {*_DEVICE_TYPES, _DENSE}:
         found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(f"tuning: expected winners for {list(_DEVICE_TYPES)}, got {found}")
+    state = dict(state)
+    verdicts = state.pop(_DENSE, [])
+    if not isinstance(verdicts, list) or not all(isinstance(v, str) for v in verdicts):
+        raise ValueError(f"tuning: expected a list of strings for {_DENSE!r}, got {verdicts!r}")
     calibrations = {}
     for device_type, saved in state.items():
         parsed(saved)
@@ -140,6 +149,7 @@ def load_tuning_state_dict(state: Mapping[str, Any]) -> None:
                 *(device_type, before, now),
             )
     selector.forget_choices()
+    DenseServing.load(verdicts)
 
 
 def _device_types() -> tuple[str, ...]:

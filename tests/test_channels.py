@@ -79,6 +79,47 @@ def test_addresses_never_change():
         assert all(a is b for a, b in zip(after, tensors, strict=True))
 
 
+def test_dense_kernels_serve_until_one_of_several_changes():
+    together = [ActiveChannels(4), ActiveChannels(3)]
+    part, cpu = together[0].part(0, 2), torch.device("cpu")
+    for channels in together:
+        channels.serve_densely(together)
+    late = together[1].part(1, 3)
+    every = [*together, part, late]
+    assert all(channels.served_densely and channels.on(cpu).dense for channels in every)
+    together[1].set([True] * 3)  # no change
+    assert all(channels.served_densely for channels in every)
+    together[1].set([0])
+    assert not any(channels.served_densely or channels.on(cpu).dense for channels in every)
+
+
+def test_what_was_planned_for_either_way_is_kept_until_the_set_changes():
+    channels = ActiveChannels(4)
+    channels.plans["key"] = "chosen"
+    for _ in range(2):
+        channels.serve_densely([channels])
+        assert channels.plans.setdefault("key", "dense") == "dense"
+        channels.serve_densely(())
+        assert channels.plans["key"] == "chosen"
+    channels.set([1])
+    assert not channels.plans
+    channels.serve_densely([channels])
+    assert not channels.plans
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+def test_a_copy_is_not_served_densely(copied):
+    channels, other = ActiveChannels(4), ActiveChannels(4)
+    channels.part(0, 2)
+    channels.serve_densely([channels, other])
+    again = copied(channels)
+    assert not again.served_densely
+    assert not again.on(torch.device("cpu")).dense
+    assert not again.part(0, 2).served_densely
+    again.set([1])
+    assert channels.served_densely
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_unsorted_indices(dtype):
     channels = ActiveChannels(5)

@@ -6,13 +6,14 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from benchmarks.common.allocator import freed_memory
+from benchmarks.common.files import replace_file
 from neq_kernels.machine import machine
 
 Row = dict[str, Any]
@@ -26,26 +27,42 @@ class Record:
         folder: made if it is missing; an older record of the same name is overwritten.
         name: of the benchmark.
         settings: what it was run with.
+        kept: header and rows of an earlier record that goes on in this one.
     """
 
-    def __init__(self, folder: str | Path, name: str, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        name: str,
+        settings: Mapping[str, Any],
+        kept: tuple[Row, Sequence[Row]] | None = None,
+    ) -> None:
         self.path = Path(folder) / f"{name}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.header = {
             "benchmark": name,
-            "command": _command(),
+            "command": _command() if kept is None else _and(kept[0]["command"], _command()),
             "settings": dict(settings),
             "machine": machine().to_dict() | {"freed_memory": freed_memory()},
         }
-        self.rows: list[Row] = []
+        self.rows: list[Row] = [] if kept is None else list(kept[1])
         self._file = self.path.open("w")
-        self._write(self.header)
+        for line in (self.header, *self.rows):
+            self._write(line)
 
     def add(self, row: Row) -> None:
         """One result, on disk at once; of every figure four digits are kept."""
         row = {name: _rounded(value) for name, value in row.items()}
         self.rows.append(row)
         self._write(row)
+
+    def arrange(self, key: Callable[[Row], Any]) -> None:
+        """Put the rows, on disk too, in the order of ``key``."""
+        self.rows.sort(key=key)
+        lines = (json.dumps(line) + "\n" for line in (self.header, *self.rows))
+        self._file.close()
+        replace_file(self.path, "".join(lines).encode())
+        self._file = self.path.open("a")
 
     def __enter__(self) -> Record:
         return self
@@ -69,6 +86,11 @@ def _command() -> str:
     spec = sys.modules["__main__"].__spec__
     program = "python" if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"
     return " ".join([program, *sys.argv[0 if spec is None else 1 :]])
+
+
+def _and(earlier: str, now: str) -> str:
+    """Every command once."""
+    return " && ".join(dict.fromkeys([*earlier.split(" && "), now]))
 
 
 def _rounded(value: Any) -> Any:

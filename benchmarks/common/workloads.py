@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -84,6 +84,11 @@ class Workload:
             for _ in range(n)
         ]
 
+    @property
+    def dtype(self) -> str:
+        """What the forward is computed in."""
+        return str(self.autocast or torch.float32).removeprefix("torch.")
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Of a forward, under autocast if the workload asks for it."""
         if self.autocast is None:
@@ -94,6 +99,12 @@ class Workload:
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def computes_bfloat16() -> bool:
+    """Whether this machine's CPU multiplies in bfloat16, as far as this version of PyTorch says."""
+    can: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
 
 
 def output_layer(model: nn.Module) -> str:
@@ -149,6 +160,15 @@ WORKLOADS = {
             options={"image_size": 64},
         ),
         Workload("mlp", mlp, 512, (1024,), layouts=("any",)),
+    )
+}
+# The same under autocast, where the CPU has instructions for it (:func:`computes_bfloat16`).
+BF16_WORKLOADS = {
+    name: replace(WORKLOADS[name], autocast=torch.bfloat16, layouts=layouts)
+    for name, layouts in (
+        ("resnet50", IMAGE_LAYOUTS),
+        ("mlp", WORKLOADS["mlp"].layouts),
+        ("convnext_tiny", ("nhwc",)),
     )
 }
 _ON_GPU: Mapping[str, Any] = {"device": "cuda", "autocast": torch.bfloat16}

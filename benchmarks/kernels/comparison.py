@@ -44,7 +44,8 @@ def errors_over_dense(
     calls: Mapping[str, Callable[[], Tensor]], exact: Tensor, channels: ActiveChannels
 ) -> dict[str, float]:
     """Largest error of each provider, in multiples of the dense one's (and at least a rounding)."""
-    unit = unit_of_error(calls[DENSE](), exact)
+    dense = calls[DENSE]()
+    unit = unit_of_error(dense, exact, torch.finfo(dense.dtype).eps)
     return {
         name: largest_error(name, call(), exact, channels) / unit for name, call in calls.items()
     }

@@ -28,7 +28,7 @@ from benchmarks.kernels.comparison import (
     peer_call,
     quantiles,
 )
-from benchmarks.kernels.layer_shapes import NAMES, QUICK, TINY, Shape, shape_set
+from benchmarks.kernels.layer_shapes import DTYPES, NAMES, QUICK, TINY, Shape, shape_set
 from neq_kernels.backends.problem import KernelChoice, Problem, Strategy
 from neq_kernels.channels import ActiveChannels
 from neq_kernels.dispatch import autotune, stopwatch, trial
@@ -71,6 +71,7 @@ def measure(shape: Shape, options: KernelOptions, run: int) -> Iterator[Row]:
             "layer": shape.layer,
             **description(problem),
             "layout": shape.layout,
+            "dtype": str(problem.dtype).removeprefix("torch."),
             "share": share,
             "active": n,
             "channels": k,
@@ -147,10 +148,10 @@ def _ours(
     return ours
 
 
-def _peak_flops() -> float:
+def _peak_flops(dtype: torch.dtype) -> float:
     """Per second, in a large matrix product of PyTorch's."""
     size = 1536
-    a, b = torch.randn(size, size), torch.randn(size, size)
+    a, b = (torch.randn(size, size).to(dtype) for _ in "ab")
     seconds = stopwatch.in_turns({"mm": lambda: a @ b}, 1.0)["mm"]
     return 2 * size**3 / min(seconds)
 
@@ -160,6 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cli.add_common_arguments(parser)
     parser.add_argument(
         "--networks", nargs="+", choices=(*NAMES, TINY), metavar="NAME", help=f"of {NAMES}"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of operands and gradients"
     )
     parser.add_argument("--shares", nargs="+", choices=SHARES, help="of active channels")
     others = [name for name in peers.PROVIDERS if name not in ALWAYS]
@@ -178,9 +182,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tuned=args.tuned,
         seconds=args.seconds or (0.03 if args.quick else 0.06),
     )
-    shapes = shape_set(args.networks or (QUICK if args.quick else NAMES))
+    dtype = DTYPES[args.dtype]
+    shapes = shape_set(args.networks or (QUICK if args.quick else NAMES), dtype)
     settings = {name: value for name, value in vars(args).items() if name != "out"}
-    settings |= {"peak_flops": _peak_flops(), "read_bandwidth": read_bandwidth("cpu")}
+    settings |= {"peak_flops": _peak_flops(dtype), "read_bandwidth": read_bandwidth("cpu")}
     with Record(args.out, "kernels", settings) as record:
         for run in range(runs):
             for i, shape in enumerate(shapes):

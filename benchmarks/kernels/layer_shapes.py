@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,6 +41,7 @@ LM_HEAD = "lm_head"
 NAMES = (*(network.name for network in NETWORKS), LM_HEAD)
 # For the fit alone: what a call costs shows in layers that compute next to nothing.
 TINY = "tiny"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUICK = ("resnet32", "mobilenet_v3_small")
 
 _RESNET = Network("torchvision:resnet50", 64, 224)
@@ -75,7 +76,7 @@ class Shape:
         return "nhwc" if self.problem.channels_last else "nchw"
 
 
-def shape_set(names: Sequence[str] = NAMES) -> list[Shape]:
+def shape_set(names: Sequence[str] = NAMES, dtype: torch.dtype = torch.float32) -> list[Shape]:
     """The distinct problems of some networks; convolutions in both memory layouts.
 
     Raises:
@@ -99,7 +100,7 @@ def shape_set(names: Sequence[str] = NAMES) -> list[Shape]:
     if LM_HEAD in names:
         problem = Problem((1024, 512), (32_000, 512), None, False, torch.float32)
         distinct.setdefault(problem, Shape(LM_HEAD, LM_HEAD, problem))
-    return list(distinct.values())
+    return [replace(s, problem=s.problem._replace(dtype=dtype)) for s in distinct.values()]
 
 
 def gpu_shapes() -> list[Shape]:

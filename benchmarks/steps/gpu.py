@@ -9,6 +9,7 @@ a step, as on the CPU: what the host does is not hidden behind the phase before.
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from benchmarks.common.records import Record, Row
 from benchmarks.common.workloads import GPU_WORKLOADS, Workload
 from benchmarks.steps import comparison
 from neq_kernels.dispatch.selection import selector
+from neq_kernels.optim import step_check
 
 NAME = "gpu_steps"
 SHARES = (1.0, 0.5, 0.25, 0.1, 0.02)
@@ -34,6 +36,7 @@ class GpuStepOptions:
     shares: tuple[float, ...] = SHARES
     seconds: float = 1.5
     rounds_of_shares: int = 5
+    least_rounds: int = 7
     optimizer: str = "sgd"
     failed: tuple[str, ...] = ()
 
@@ -60,7 +63,7 @@ def measure(
     # The peer is the same whatever our backend.
     only = None if backend == lab.backend else (comparison.DENSE, comparison.OURS)
     told = comparison.StepOptions(
-        options.shares, options.optimizer, options.seconds, options.rounds_of_shares
+        options.optimizer, options.seconds, options.rounds_of_shares, options.least_rounds
     )
     contest = None
     for r in options.shares:
@@ -105,7 +108,8 @@ def _show(table: cli.Table, row: Row) -> None:
     if "total_seconds_median" in row:
         cells, verdict = comparison.cells(row)
     else:
-        head = [row["model"], row["layout"], f"{row.get('r', '')}", row.get("provider", "")]
+        names = ("model", "layout", "dtype", "r", "provider")
+        head = [str(row.get(name, "")) for name in names]
         cells = [*head, *[""] * (len(comparison.COLUMNS) - len(head))]
         verdict = "no time left" if "left_out" in row else cli.red(row["error"])
     table.line([row["backend"], *cells], verdict)
@@ -127,4 +131,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault(step_check.VARIABLE, "1")
     sys.exit(main())

@@ -1,10 +1,11 @@
 """The whole suite, one benchmark after the other, and its block of the page of results.
 
->>> python -m benchmarks.suite --out runs/bench              # under an hour; --quick: minutes
+>>> python -m benchmarks.suite --out runs/bench              # an hour or two; --quick: minutes
 >>> python -m benchmarks.suite --out runs/bench --publish    # only the page, from a finished run
 
-``--publish`` copies tables and pictures to ``benchmarks/results/suite`` and writes the tables of
-``docs/results.md`` from that copy, so that every figure there has a committed source.
+``--publish`` copies tables and pictures to the folder of this machine's class of CPU in
+``benchmarks/results/suite`` and writes ``docs/results.md``, of every class, from these copies, so
+that every figure there has a committed source.
 """
 
 from __future__ import annotations

@@ -138,16 +138,17 @@ def _layer(row: Row) -> str:
 
 
 def step_speedups(rows: Sequence[Row], path: Path) -> None:
-    """Whole steps against the share of active channels, with both bounds, model by model."""
+    """Whole steps against the share of active channels, with the 95 % interval of each and both
+    bounds, model by model."""
     rows = [row for row in rows if "error" not in row]
-    panels = list(dict.fromkeys((row["model"], row["layout"]) for row in rows))
+    panels = list(dict.fromkeys(map(_panel_of, rows)))
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
     fig, axes = plt.subplots(lines, columns, figsize=(2.8 * columns, 2.5 * lines), squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    for axis, (model, layout) in zip(axes.flat, panels, strict=False):
-        here = [row for row in rows if (row["model"], row["layout"]) == (model, layout)]
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        here = [row for row in rows if _panel_of(row) == panel]
         ours = sorted((r for r in here if r["provider"] == "neq"), key=lambda row: -row["r"])
         at = range(len(ours))
         axis.plot(at, [row["bound"] for row in ours], color=INK, lw=0.8, ls="--", label="bound")
@@ -157,14 +158,15 @@ def step_speedups(rows: Sequence[Row], path: Path) -> None:
             if not drawn:
                 continue
             middle = [row["speedup_median"] for row in drawn]
+            ends = [_ends(row) for row in drawn]
             spread = [
-                [m - row["speedup_p20"] for m, row in zip(middle, drawn, strict=True)],
-                [row["speedup_p80"] - m for m, row in zip(middle, drawn, strict=True)],
+                [m - low for m, (low, _) in zip(middle, ends, strict=True)],
+                [high - m for m, (_, high) in zip(middle, ends, strict=True)],
             ]
             axis.errorbar(at, middle, spread, color=ink, marker="o", ms=3, lw=1.2, label=provider)
         axis.set_xticks(list(at), [f"{row['r']:g}" for row in ours])
         axis.axhline(1, color=FAINT)
-        axis.set_title(f"{model}, {layout}" if layout != "any" else model, fontsize=9)
+        axis.set_title(", ".join(part for part in panel if part != "any"), fontsize=9)
     axes[0][0].legend(fontsize=7)
     for axis in axes[:, 0]:
         axis.set_ylabel("times faster than dense")
@@ -172,6 +174,17 @@ def step_speedups(rows: Sequence[Row], path: Path) -> None:
         axis.set_xlabel("active share r")
     fig.tight_layout()
     _save(path)
+
+
+def _ends(row: Row) -> tuple[float, float]:
+    """Of the interval; of few rounds only quantiles are known."""
+    if "speedup_low" in row:
+        return row["speedup_low"], row["speedup_high"]
+    return row["speedup_p20"], row["speedup_p80"]
+
+
+def _panel_of(row: Row) -> tuple[str, str, str]:
+    return row["model"], row["layout"], row["dtype"]
 
 
 def share_axis(axis: Axes, shares: Sequence[float]) -> None:

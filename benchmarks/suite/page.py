@@ -1,4 +1,4 @@
-"""The suite's block of ``docs/results.md``: the committed tables, as Markdown."""
+"""The suite's block of ``docs/results.md``: the committed tables of every class of CPU."""
 
 from __future__ import annotations
 
@@ -6,38 +6,91 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.common import by_class
 from benchmarks.common.files import RESULTS
 from benchmarks.common.markdown import table
 from benchmarks.common.readme_block import Block
 from benchmarks.common.records import Row, load, load_csv, write_csv
-from benchmarks.kernels import goals
+from benchmarks.kernels import goals, wgrad_times
+from benchmarks.steps import account
+from benchmarks.steps import goals as step_goals
 from benchmarks.steps.comparison import NO_WGRAD
-from benchmarks.suite import figures
+from benchmarks.suite import figures, strategy_map, summary
 
-TABLES_AND_PICTURES = RESULTS / "suite"
+SUITE = RESULTS / "suite"
 BLOCK = Block("suite", "python -m benchmarks.suite --publish")
 MEBI = 2**20
+PICTURES = {
+    "kernel_speedups.png": "Speed-up of the weight gradient against the share of active channels",
+    "step_speedups.png": "Speed-up of whole steps against the share of active channels, with bound",
+    "roofline.png": "Roofline",
+    "strategies.png": "Strategy chosen for every layer",
+}
+SHOWN = ("kernel_speedups.png", "step_speedups.png")
 
 
 def published() -> str:
-    """The block's text, from the committed tables: Markdown."""
-    lines: list[str] = []
-    for part in TABLES:
-        path = TABLES_AND_PICTURES / f"{part}.csv"
-        if path.exists():
-            header, rows = load_csv(path)
-            about = header["machine"]
-            lines += [
-                f"### {part}",
-                "",
-                f"`{header['command']}`, {about['date'][:10]}: {about['cpu']}, "
-                f"{about['instructions']}, {about['threads']} threads, PyTorch {about['torch']}. "
-                f"Every row: [{path.name}]({BLOCK.link(path)}).",
-                "",
-                *TABLES[part](rows),
-                "",
-            ]
+    """The block's text, from the committed tables: Markdown.
+
+    Raises:
+        ValueError: a table in the folder of another class than its machine's.
+    """
+    lines = ["### Side by side", "", *summary.lines(), "", *_strategy_map()]
+    for name, folder in by_class.folders(SUITE).items():
+        lines += [f"### {name}", "", *_pictures(folder)]
+        for part in TABLES:
+            if (folder / f"{part}.csv").exists():
+                lines += _section(part, folder / f"{part}.csv", name)
     return "\n".join(lines)
+
+
+def _strategy_map() -> Iterator[str]:
+    path = wgrad_times.DATA / strategy_map.PICTURE
+    if path.exists():
+        yield from (f"![What each strategy is chosen for, by class]({BLOCK.link(path)})", "")
+
+
+def _pictures(folder: Path) -> Iterator[str]:
+    links = {name: BLOCK.link(folder / name) for name in PICTURES if (folder / name).exists()}
+    for name in SHOWN:
+        if name in links:
+            yield from (f"![{PICTURES[name]}]({links[name]})", "")
+    more = [f"[{PICTURES[n].lower()}]({link})" for n, link in links.items() if n not in SHOWN]
+    if more:
+        yield from (f"More pictures: {', '.join(more)}.", "")
+
+
+def _section(part: str, path: Path, cpu_class: str) -> Iterator[str]:
+    header, rows = load_csv(path)
+    about = header["machine"]
+    by_class.check(about, cpu_class, path)
+    yield from (
+        f"#### {part}, {cpu_class}",
+        "",
+        f"`{header['command']}`, {about['date'][:10]}: {about['cpu']}, "
+        f"{about['instructions']}, {about['threads']} threads, PyTorch {about['torch']}. "
+        f"Every row: [{path.name}]({BLOCK.link(path)}).",
+        "",
+        *TABLES[part](rows),
+        "",
+    )
+    if part == "step":
+        yield from _red_cells(rows, path.parent)
+
+
+def _red_cells(rows: Sequence[Row], folder: Path) -> Iterator[str]:
+    for judged in step_goals.judge(rows):
+        yield f"- {judged.goal}: {judged.figure} {_mark(judged.passes)}"
+    yield ""
+    red = [row for row in step_goals.ours(rows) if step_goals.short_of(row)]
+    if red:
+        yield f"Red cells, {len(red)} of {len(step_goals.ours(rows))}, with the account of each:"
+        yield ""
+    for row in red:
+        path = folder / f"{account.name_of(*step_goals.cell_of(row))}.csv"
+        where = f"[account]({BLOCK.link(path)})" if path.exists() else "no account"
+        yield f"- {step_goals.name_of(row)}: {', '.join(step_goals.short_of(row))}; {where}"
+    yield ""
 
 
 def _mark(passes: bool | None) -> str:
@@ -97,40 +150,46 @@ def _worst(rows: Sequence[Row], count: int = 12) -> Iterator[str]:
 
 def _step(rows: Sequence[Row]) -> Iterator[str]:
     speedups = {
-        (r["provider"], r["model"], r["layout"], r["r"]): f"{r['speedup_median']:.3f}"
-        for r in rows
-        if "speedup_median" in r
+        (row["provider"], step_goals.cell_of(row)): f"{row['speedup_median']:.3f}"
+        for row in rows
+        if "speedup_median" in row
     }
     cells = []
     for row in rows:
+        about = [row["model"], row["layout"], step_goals.dtype_of(row), f"{row['r']:g}"]
         if "error" in row:
-            cells.append([row["model"], row["layout"], f"{row['r']:g}", f"wrong: {row['error']}"])
-            cells[-1] += [""] * 8
+            cells.append([*about, f"wrong: {row['error']}", *[""] * 8])
         elif row["provider"] == "neq":
-            cell = (row["model"], row["layout"], row["r"])
+            cell = step_goals.cell_of(row)
             cells.append(
                 [
-                    row["model"],
-                    row["layout"],
-                    f"{row['r']:g}",
+                    *about,
                     f"{row['total_seconds_median'] * 1e3:.1f}",
                     f"{row['speedup_median']:.3f}",
-                    f"{row['speedup_p20']:.2f}–{row['speedup_p80']:.2f}",
-                    speedups.get(("peer1", *cell), ""),
-                    speedups.get((NO_WGRAD, *cell), ""),
+                    f"{_interval(row)}{' (wide)' if row.get('wide') else ''}",
+                    speedups.get(("peer1", cell), ""),
+                    speedups.get((NO_WGRAD, cell), ""),
                     f"{row['backward_speedup_median']:.3f}",
                     f"{row['bound']:.3f}",
                     f"{row['bound_floor']:.3f}",
-                    f"{row['ratio_floor']:.3f} {_mark(row['passes_floor'])}",
+                    f"{row['ratio_floor']:.3f} {_mark(not step_goals.short_of(row))}",
                 ]
             )
     yield from table(
         [
-            "model", "layout", "r", "ms", "speed-up", "p20–p80", "peer 1", "no wgrad",
+            "model", "layout", "dtype", "r", "ms", "speed-up", "95 %", "peer 1", "no wgrad",
             "backward alone", "bound", "with floor", "of the bound with floor",
         ],
         cells,
     )  # fmt: skip
+    yield ""
+
+
+def _interval(row: Row) -> str:
+    """Of few rounds only the quantiles are known."""
+    if "speedup_low" in row:
+        return f"{row['speedup_low']:.3f}–{row['speedup_high']:.3f}"
+    return f"p20–p80: {row['speedup_p20']:.2f}–{row['speedup_p80']:.2f}"
 
 
 def _freed_memory(rows: Sequence[Row]) -> Iterator[str]:
@@ -212,19 +271,25 @@ TABLES: dict[str, Callable[[Sequence[Row]], Iterator[str]]] = {
 }
 
 
-def publish(folder: Path) -> None:
-    """Copy the tables and pictures, and write the page.
+def publish(run: Path) -> None:
+    """Copy the tables and pictures of a run on a machine of this class to its class's folder, and
+    write the page, of every class.
 
     Raises:
-        ValueError: a folder without records, or a page without the place for the tables.
+        ValueError: a folder without records, one of another class of machine, or a page without the
+            place for the tables.
     """
-    names = [part for part in TABLES if (folder / f"{part}.jsonl").exists()]
-    if not names:
-        raise ValueError(f"{folder}: expected records of the suite, got none")
+    records = [path for part in TABLES if (path := run / f"{part}.jsonl").exists()]
+    accounts = sorted(run.glob("account_*.jsonl"))
+    if not records:
+        raise ValueError(f"{run}: expected records of the suite, got none")
     BLOCK.text()
-    TABLES_AND_PICTURES.mkdir(parents=True, exist_ok=True)
-    for path in figures.draw(folder):
-        shutil.copy(path, TABLES_AND_PICTURES / path.name)
-    for name in names:
-        write_csv(TABLES_AND_PICTURES / f"{name}.csv", *load(folder / f"{name}.jsonl"))
+    loaded = {path: load(path) for path in (*records, *accounts)}
+    for path, (header, _) in loaded.items():
+        folder = by_class.own_folder(SUITE, header["machine"], path)
+    for path in figures.draw(run):
+        shutil.copy(path, folder / path.name)
+    for path, (header, rows) in loaded.items():
+        write_csv(folder / f"{path.stem}.csv", header, rows)
+    strategy_map.draw()
     BLOCK.write(published())

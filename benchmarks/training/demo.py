@@ -11,6 +11,7 @@ that cannot tell the runs apart.)
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -37,6 +38,7 @@ from benchmarks.training.train import (
     profile_run,
 )
 from neq_kernels.measure.timing import Quantiles
+from neq_kernels.optim import step_check
 
 
 @dataclass(frozen=True)
@@ -226,4 +228,5 @@ def _make_room(out: Path) -> None:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault(step_check.VARIABLE, "1")
     sys.exit(main())

@@ -98,14 +98,6 @@ struct Neurons {
   }
 };
 
-Tensor scattered(const Tensor& rows, const Tensor& like, const Tensor& order, int64_t n,
-                 const Neurons& neurons) {
-  if (!rows.defined()) return rows;
-  if (like.dim() == 1) return scatter_rows(rows, like, order, n, 1, 1, neurons.count, 1);
-  return scatter_rows(rows, like, order, n, 1, neurons.outer(like), neurons.count,
-                      neurons.inner(like));
-}
-
 // Neurons order[n:] of a gradient that was computed densely become 0, in place.
 void clear_frozen(const Tensor& grad, const Tensor& order, int64_t n, const Neurons& neurons) {
   if (!grad.defined() || grad.numel() == 0) return;
@@ -121,20 +113,54 @@ void clear_frozen(const Tensor& grad, const Tensor& order, int64_t n, const Neur
                  });
 }
 
-Tensor zeros_like(const Tensor& tensor) {
-  Tensor zeros = torch::stable::empty_like(tensor);
-  return torch::stable::zero_(zeros);
+// The gradients to fill: as the weight lies, and one entry for each neuron.
+struct Wholes {
+  const Tensor& weight;
+  int64_t k;
+  ScalarType dtype;
+
+  Tensor of_weight() const { return empty_of_dtype(weight, dtype); }
+  Tensor of_bias() const { return empty_in_order({k}, {0}, dtype); }
+
+  Grads zeros(bool want_weight, bool want_bias) const {
+    Tensor rows, bias;
+    if (want_weight) rows = torch::stable::zero_(rows = of_weight());
+    if (want_bias) bias = torch::stable::zero_(bias = of_bias());
+    return {Tensor(), rows, bias};
+  }
+};
+
+// Rows of active neurons, in a gradient whose other rows are zeros; nothing for nothing.
+Tensor scattered(const Tensor& rows, const Wholes& wholes, const Tensor& order, int64_t n,
+                 const Neurons& neurons) {
+  if (!rows.defined()) return rows;
+  const bool vector = rows.dim() == 1;
+  Tensor whole = vector ? wholes.of_bias() : wholes.of_weight();
+  scatter_rows_into(whole, rows, order, n, 1, vector ? 1 : neurons.outer(whole), neurons.count,
+                    vector ? 1 : neurons.inner(whole));
+  return whole;
 }
 
-Tensor bias_like(const Tensor& weight, int64_t k) {
-  return empty_in_order({k}, {0}, weight.scalar_type());
+// A gradient that was computed densely, with zeros over frozen neurons and of the right dtype.
+Tensor cleared(const Tensor& grad, const Wholes& wholes, const Tensor& order, int64_t n,
+               const Neurons& neurons) {
+  if (!grad.defined()) return grad;
+  if (grad.scalar_type() == wholes.dtype) {
+    if (n < neurons.count) clear_frozen(grad, order, n, neurons);
+    return grad;
+  }
+  const bool vector = grad.dim() == 1;
+  Tensor whole = vector ? wholes.of_bias() : wholes.of_weight();
+  keep_active_into(whole, grad, order, n, vector ? 1 : neurons.outer(whole), neurons.count,
+                   vector ? 1 : neurons.inner(whole));
+  return whole;
 }
 
 template <class T>
-Tensor whole_bias(const std::vector<double>& active, const Tensor& weight, const int64_t* order,
+Tensor whole_bias(const std::vector<double>& active, ScalarType dtype, const int64_t* order,
                   int64_t n, int64_t k) {
   if (active.empty()) return Tensor();
-  Tensor grad = bias_like(weight, k);
+  Tensor grad = empty_in_order({k}, {0}, dtype);
   T* to = static_cast<T*>(grad.mutable_data_ptr());
   for (int64_t i = 0; i < n; ++i) to[order[i]] = static_cast<T>(active[i]);
   for (int64_t i = n; i < k; ++i) to[order[i]] = T(0);
@@ -150,21 +176,36 @@ void dispatch_single_or_double(const Tensor& tensor, F&& f) {
   f(float{});
 }
 
-// Dimension 0 of `weight` is the outermost in memory.
-Grads direct(ConvProblem p, const Tensor& grad, const Tensor& input, const Tensor& weight,
+// The tensor itself where it has that dtype.
+Tensor converted(const Tensor& tensor, ScalarType dtype) {
+  if (!tensor.defined() || tensor.scalar_type() == dtype) return tensor;
+  Tensor copy = empty_of_dtype(tensor, dtype);
+  torch::stable::copy_(copy, tensor);
+  return copy;
+}
+
+bool is_half(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+// Dimension 0 of `weight` is the outermost in memory. Half types are multiplied in float32, as
+// copies: what they cost is little where the weight is large, which is where few rows pay.
+Grads direct(ConvProblem p, const Tensor& grad, const Tensor& input, const Wholes& wholes,
              const Tensor& order, bool channels_last) {
+  const Tensor& weight = wholes.weight;
   p.active = checked_order(order, p.output_channels, p.output_channels);
-  Tensor rows = torch::stable::empty_like(weight), bias;
+  const ScalarType dtype = is_half(weight.scalar_type()) ? ScalarType::Float : weight.scalar_type();
+  const Tensor dy = converted(grad, dtype), x = converted(input, dtype);
+  Tensor rows = empty_of_dtype(weight, dtype), bias;
   const bool taps_inside = weight.stride(1) != 1;
-  dispatch_single_or_double(input, [&](auto zero) {
+  dispatch_single_or_double(x, [&](auto zero) {
     using T = decltype(zero);
-    const std::vector<double> active =
-        direct_wgrad<T>(p, static_cast<const T*>(grad.const_data_ptr()),
-                        static_cast<const T*>(input.const_data_ptr()), channels_last,
-                        static_cast<T*>(rows.mutable_data_ptr()), taps_inside);
-    bias = whole_bias<T>(active, weight, p.active, p.n, p.output_channels);
+    const std::vector<double> active = direct_wgrad<T>(
+        p, static_cast<const T*>(dy.const_data_ptr()), static_cast<const T*>(x.const_data_ptr()),
+        channels_last, static_cast<T*>(rows.mutable_data_ptr()), taps_inside);
+    bias = whole_bias<T>(active, dtype, p.active, p.n, p.output_channels);
   });
-  return {Tensor(), rows, bias};
+  return {Tensor(), converted(rows, wholes.dtype), converted(bias, wholes.dtype)};
 }
 
 bool is_channels_last(const Tensor& t) {
@@ -179,6 +220,10 @@ const int64_t* checked_numbers(const Tensor& numbers, int64_t count) {
   return numbers.const_data_ptr<int64_t>();
 }
 
+ScalarType dtype_of_gradients(const Tensor& weight, int64_t in_float) {
+  return in_float ? ScalarType::Float : weight.scalar_type();
+}
+
 Strategy checked_strategy(int64_t strategy) {
   require(0 <= strategy && strategy <= 2, "strategy: expected 0 to 2, got ", strategy);
   return static_cast<Strategy>(strategy);
@@ -186,14 +231,13 @@ Strategy checked_strategy(int64_t strategy) {
 
 // Of weight and bias alone.
 Grads linear_wgrad(const Tensor& dy, const Tensor& input, const Tensor& weight, const Tensor& order,
-                   Strategy chosen, int64_t n, int64_t start, bool want_weight, bool want_bias) {
+                   Strategy chosen, int64_t n, int64_t start, ScalarType dtype, bool want_weight,
+                   bool want_bias) {
   const int64_t k = weight.size(0), c = weight.size(1);
+  const Wholes wholes{weight, k, dtype};
   const Neurons neurons{0, k};
   require(0 <= n && n <= k, "n: expected 0 <= n <= ", k, ", got ", n);
-  if (n == 0) {
-    return {Tensor(), want_weight ? zeros_like(weight) : Tensor(),
-            want_bias ? zeros_like(bias_like(weight, k)) : Tensor()};
-  }
+  if (n == 0) return wholes.zeros(want_weight, want_bias);
   if (chosen == Strategy::custom && want_weight && c > 0) {
     const Tensor x = in_order(matrix(input), {0, 1}), grad = in_order(dy, {0, 1});
     require_same_dtype(grad, x, "grad_output");
@@ -208,7 +252,7 @@ Grads linear_wgrad(const Tensor& dy, const Tensor& input, const Tensor& weight, 
                         checked_order(order, n, k),
                         n,
                         want_bias};
-    return direct(p, grad, x, weight, order, true);
+    return direct(p, grad, x, wholes, order, true);
   }
   Tensor packed = dy;
   int64_t skipped = 0, m = k;
@@ -226,28 +270,23 @@ Grads linear_wgrad(const Tensor& dy, const Tensor& input, const Tensor& weight, 
   if (want_weight) rows = mm(torch::stable::transpose(packed, 0, 1), matrix(input));
   if (want_bias) bias = column_sums(packed);
   if (m == k) {
-    if (n < k) {
-      clear_frozen(rows, order, n, neurons);
-      clear_frozen(bias, order, n, neurons);
-    }
-    return {Tensor(), rows, bias};
+    return {Tensor(), cleared(rows, wholes, order, n, neurons),
+            cleared(bias, wholes, order, n, neurons)};
   }
   if (rows.defined()) rows = narrow(rows, 0, skipped, n);
   if (bias.defined()) bias = narrow(bias, 0, skipped, n);
-  return {Tensor(), scattered(rows, weight, order, n, neurons),
-          scattered(bias, bias_like(weight, k), order, n, neurons)};
+  return {Tensor(), scattered(rows, wholes, order, n, neurons),
+          scattered(bias, wholes, order, n, neurons)};
 }
 
 // Of weight and bias alone, by another strategy than the dense one.
 Grads conv_wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                  const Tensor& order, const Geometry& g, Strategy chosen, int64_t n,
-                 bool want_weight, bool want_bias) {
+                 ScalarType dtype, bool want_weight, bool want_bias) {
   const int64_t k = grad_output.size(1);
+  const Wholes wholes{weight, k, dtype};
   const Neurons neurons{g.transposed ? 1 : 0, k};
-  if (n == 0) {
-    return {Tensor(), want_weight ? zeros_like(weight) : Tensor(),
-            want_bias ? zeros_like(bias_like(weight, k)) : Tensor()};
-  }
+  if (n == 0) return wholes.zeros(want_weight, want_bias);
   if (chosen == Strategy::pack || !want_weight) {
     require(g.groups == 1, "groups: expected 1 for the pack strategy, got ", g.groups);
     const int64_t m = rounded_up(n, k);
@@ -258,8 +297,8 @@ Grads conv_wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& w
         convolution_backward(packed, input, shape_only, g, {false, want_weight, want_bias});
     if (m > n && rows.defined()) rows = narrow(rows, neurons.axis, 0, n);
     if (m > n && bias.defined()) bias = narrow(bias, 0, 0, n);
-    return {Tensor(), scattered(rows, weight, order, n, neurons),
-            scattered(bias, bias_like(weight, k), order, n, neurons)};
+    return {Tensor(), scattered(rows, wholes, order, n, neurons),
+            scattered(bias, wholes, order, n, neurons)};
   }
   require(!g.transposed, "transposed: expected False for this strategy");
   const ConvProblem p = checked_problem(
@@ -271,14 +310,14 @@ Grads conv_wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& w
         last ? std::vector<int64_t>{0, 2, 3, 1} : std::vector<int64_t>{0, 1, 2, 3};
     // Channels of a single pixel lie innermost whatever the format.
     const bool single = p.h.input * p.w.input == 1 && p.h.output * p.w.output == 1;
-    return direct(p, in_order(grad_output, dims), in_order(input, dims), weight, order,
+    return direct(p, in_order(grad_output, dims), in_order(input, dims), wholes, order,
                   last || single);
   }
   auto [rows, bias] =
       depthwise_wgrad(grad_output, input, {k, weight.size(1), weight.size(2), weight.size(3)},
                       g.stride, g.padding, g.dilation, order, n, want_bias);
-  return {Tensor(), scattered(rows, weight, order, n, neurons),
-          want_bias ? scattered(bias, bias_like(weight, k), order, n, neurons) : Tensor()};
+  return {Tensor(), scattered(rows, wholes, order, n, neurons),
+          want_bias ? scattered(bias, wholes, order, n, neurons) : Tensor()};
 }
 
 }  // namespace
@@ -286,7 +325,7 @@ Grads conv_wgrad(const Tensor& grad_output, const Tensor& input, const Tensor& w
 Grads linear_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                       const Tensor& order, const Tensor& numbers, bool want_input, bool want_weight,
                       bool want_bias) {
-  const int64_t* given = checked_numbers(numbers, 3);
+  const int64_t* given = checked_numbers(numbers, 4);
   const Tensor dy = matrix(grad_output);
   Tensor grad_input;
   if (want_input) {
@@ -300,7 +339,7 @@ Grads linear_backward(const Tensor& grad_output, const Tensor& input, const Tens
   Grads grads;
   if (want_weight || want_bias) {
     grads = linear_wgrad(dy, input, weight, order, checked_strategy(given[0]), given[1], given[2],
-                         want_weight, want_bias);
+                         dtype_of_gradients(weight, given[3]), want_weight, want_bias);
   }
   std::get<0>(grads) = grad_input;
   return grads;
@@ -310,11 +349,12 @@ Grads conv_backward(const Tensor& grad_output, const Tensor& input, const Tensor
                     const Tensor& order, const Tensor& numbers, bool want_input, bool want_weight,
                     bool want_bias) {
   const int64_t spatial = weight.dim() - 2;
-  const int64_t* given = checked_numbers(numbers, 4 + 4 * spatial);
-  const int64_t n = given[1], groups = given[2];
-  const bool transposed = given[3] != 0;
+  const int64_t* given = checked_numbers(numbers, 5 + 4 * spatial);
+  const int64_t n = given[1], groups = given[3];
+  const bool transposed = given[4] != 0;
+  const ScalarType dtype = dtype_of_gradients(weight, given[2]);
   const auto of_each_dimension = [&](int64_t which) {
-    const int64_t* first = given + 4 + which * spatial;
+    const int64_t* first = given + 5 + which * spatial;
     return std::vector<int64_t>(first, first + spatial);
   };
   const std::vector<int64_t> stride = of_each_dimension(0), padding = of_each_dimension(1);
@@ -327,13 +367,10 @@ Grads conv_backward(const Tensor& grad_output, const Tensor& input, const Tensor
   const bool wants_rows = want_weight || want_bias;
   const bool packs_all = chosen == Strategy::pack && rounded_up(n, k) == k;
   if ((chosen == Strategy::dense || packs_all) && n > 0 && wants_rows) {
-    Grads grads = convolution_backward(grad_output, input, weight, geometry,
-                                       {want_input, want_weight, want_bias});
-    if (n < k) {
-      clear_frozen(std::get<1>(grads), order, n, neurons);
-      clear_frozen(std::get<2>(grads), order, n, neurons);
-    }
-    return grads;
+    const auto [dx, dw, db] = convolution_backward(grad_output, input, weight, geometry,
+                                                   {want_input, want_weight, want_bias});
+    const Wholes wholes{weight, k, dtype};
+    return {dx, cleared(dw, wholes, order, n, neurons), cleared(db, wholes, order, n, neurons)};
   }
   Tensor grad_input;
   if (want_input) {
@@ -342,8 +379,8 @@ Grads conv_backward(const Tensor& grad_output, const Tensor& input, const Tensor
   }
   Grads grads;
   if (wants_rows) {
-    grads =
-        conv_wgrad(grad_output, input, weight, order, geometry, chosen, n, want_weight, want_bias);
+    grads = conv_wgrad(grad_output, input, weight, order, geometry, chosen, n, dtype, want_weight,
+                       want_bias);
   }
   std::get<0>(grads) = grad_input;
   return grads;

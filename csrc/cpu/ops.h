@@ -17,6 +17,14 @@ Tensor pack(const Tensor& tensor, const Tensor& order, int64_t n, int64_t dim);
 Tensor scatter_rows(const Tensor& rows, const Tensor& like, const Tensor& order, int64_t n,
                     int64_t groups, int64_t outer, int64_t per_group, int64_t inner);
 
+// The same into a tensor that is there.
+void scatter_rows_into(const Tensor& target, const Tensor& rows, const Tensor& order, int64_t n,
+                       int64_t groups, int64_t outer, int64_t per_group, int64_t inner);
+
+// Neurons order[:n] of `whole`, in the target's dtype; zeros for the others.
+void keep_active_into(const Tensor& target, const Tensor& whole, const Tensor& order, int64_t n,
+                      int64_t outer, int64_t neurons, int64_t inner);
+
 std::tuple<Tensor, Tensor> depthwise_wgrad(const Tensor& grad_output, const Tensor& input,
                                            const std::vector<int64_t>& weight_shape,
                                            const std::vector<int64_t>& stride,
@@ -27,13 +35,15 @@ std::tuple<Tensor, Tensor> depthwise_wgrad(const Tensor& grad_output, const Tens
 // Gradients of input, weight and bias; undefined where not requested.
 using Grads = std::tuple<Tensor, Tensor, Tensor>;
 
-// Numbers come as one tensor, int64 on the CPU: every argument of an operator costs time.
-// strategy, n, start
+// Numbers come as one tensor, int64 on the CPU: every argument of an operator costs time. With
+// in_float the gradients of weight and bias are float32, whatever the operands are.
+// strategy, n, start, in_float
 Grads linear_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                       const Tensor& order, const Tensor& numbers, bool want_input, bool want_weight,
                       bool want_bias);
 
-// strategy, n, groups, transposed, then stride, padding, dilation, output padding by dimension
+// strategy, n, in_float, groups, transposed, then stride, padding, dilation, output padding by
+// dimension
 Grads conv_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                     const Tensor& order, const Tensor& numbers, bool want_input, bool want_weight,
                     bool want_bias);

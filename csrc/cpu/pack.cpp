@@ -75,6 +75,36 @@ void convert(To* to, const From* from, int64_t count) {
   }
 }
 
+// Active neurons all[:n] from where they lie in `source`, in another dtype where the target has
+// one; zeros for the others.
+template <class From>
+void write_neurons(const Tensor& target, const Tensor& source, const Blocks& blocks,
+                   const int64_t* all, int64_t n, int64_t max_run, const From& from_where) {
+  dispatch_floating(target.scalar_type(), "like", [&](auto to_zero) {
+    using To = decltype(to_zero);
+    To* to = static_cast<To*>(target.mutable_data_ptr());
+    constexpr auto bytes = static_cast<int64_t>(sizeof(To));
+    dispatch_floating(source.scalar_type(), "rows", [&](auto from_zero) {
+      using Element = decltype(from_zero);
+      const Element* from = static_cast<const Element*>(source.const_data_ptr());
+      for_each_piece(blocks, find_runs(all, 0, n, blocks.per_group, nullptr, max_run), bytes,
+                     [&](const Run& run, int64_t o, int64_t begin, int64_t at, int64_t count) {
+                       const Element* row = from + from_where(run, o, begin, at);
+                       if constexpr (std::is_same_v<To, Element>) {
+                         std::memcpy(to + at, row, static_cast<size_t>(count) * sizeof(To));
+                       } else {
+                         convert(to + at, row, count);
+                       }
+                     });
+    });
+    for_each_piece(blocks,
+                   find_runs(all, n, blocks.neurons(), blocks.per_group, nullptr, blocks.neurons()),
+                   bytes, [&](const Run&, int64_t, int64_t, int64_t at, int64_t count) {
+                     Zeros(target.numel() * bytes).write(to + at, count * bytes);
+                   });
+  });
+}
+
 void require_permutation(const int64_t* order, int64_t neurons) {
   std::vector<bool> seen(neurons, false);
   for (int64_t i = 0; i < neurons; ++i) {
@@ -119,7 +149,15 @@ Tensor pack(const Tensor& tensor, const Tensor& order, int64_t n, int64_t dim) {
 
 Tensor scatter_rows(const Tensor& rows, const Tensor& like, const Tensor& order, int64_t n,
                     int64_t groups, int64_t outer, int64_t per_group, int64_t inner) {
-  const Blocks blocks = checked_blocks(like, "like", groups, outer, per_group, inner);
+  checked_blocks(like, "like", groups, outer, per_group, inner);
+  Tensor target = torch::stable::empty_like(like);
+  scatter_rows_into(target, rows, order, n, groups, outer, per_group, inner);
+  return target;
+}
+
+void scatter_rows_into(const Tensor& target, const Tensor& rows, const Tensor& order, int64_t n,
+                       int64_t groups, int64_t outer, int64_t per_group, int64_t inner) {
+  const Blocks blocks = checked_blocks(target, "target", groups, outer, per_group, inner);
   const int64_t neurons = blocks.neurons();
   require_cpu(rows, "rows");
   require(order.numel() == neurons, "order: expected length ", neurons, ", got ", order.numel());
@@ -132,16 +170,16 @@ Tensor scatter_rows(const Tensor& rows, const Tensor& like, const Tensor& order,
   // Rows come one neuron after the other when there are groups, else with the neurons where like
   // has them.
   const bool neuron_first = groups > 1;
-  std::vector<int64_t> dims = memory_order(like);
+  const std::vector<int64_t> dims = memory_order(target);
   Tensor source = rows;
   if (neuron_first) {
     source = torch::stable::contiguous(rows);
   } else if (n > 0) {
-    require(rows.dim() == like.dim(), "rows: expected ", like.dim(), " dimensions, got shape ",
+    require(rows.dim() == target.dim(), "rows: expected ", target.dim(), " dimensions, got shape ",
             shape(rows));
     int64_t unlike = 0;
-    for (int64_t d = 0; d < like.dim(); ++d) unlike += rows.size(d) != like.size(d);
-    require(unlike <= 1, "rows: expected the shape of like, ", shape(like),
+    for (int64_t d = 0; d < target.dim(); ++d) unlike += rows.size(d) != target.size(d);
+    require(unlike <= 1, "rows: expected the shape of like, ", shape(target),
             ", but for the number of neurons, got ", shape(rows));
     source = in_order(rows, dims);
   }
@@ -150,30 +188,19 @@ Tensor scatter_rows(const Tensor& rows, const Tensor& like, const Tensor& order,
   const bool joins = slot_stride == inner;
   const int64_t max_run = joins ? neurons : 1;
 
-  Tensor target = torch::stable::empty_like(like);
-  dispatch_floating(like.scalar_type(), "like", [&](auto to_zero) {
-    using To = decltype(to_zero);
-    To* to = static_cast<To*>(target.mutable_data_ptr());
-    constexpr auto bytes = static_cast<int64_t>(sizeof(To));
-    dispatch_floating(source.scalar_type(), "rows", [&](auto from_zero) {
-      using From = decltype(from_zero);
-      const From* from = static_cast<const From*>(source.const_data_ptr());
-      for_each_piece(blocks, find_runs(all, 0, n, per_group, nullptr, max_run), bytes,
-                     [&](const Run& run, int64_t o, int64_t begin, int64_t at, int64_t count) {
-                       const From* row = from + run.slot * slot_stride + o * outer_stride + begin;
-                       if constexpr (std::is_same_v<To, From>) {
-                         std::memcpy(to + at, row, static_cast<size_t>(count) * sizeof(To));
-                       } else {
-                         convert(to + at, row, count);
-                       }
-                     });
-    });
-    for_each_piece(blocks, find_runs(all, n, neurons, per_group, nullptr, neurons), bytes,
-                   [&](const Run&, int64_t, int64_t, int64_t at, int64_t count) {
-                     write_zeros(to + at, count * bytes, target.numel() * bytes);
-                   });
-  });
-  return target;
+  write_neurons(target, source, blocks, all, n, max_run,
+                [&](const Run& run, int64_t o, int64_t begin, int64_t at) {
+                  return run.slot * slot_stride + o * outer_stride + begin;
+                });
+}
+
+void keep_active_into(const Tensor& target, const Tensor& whole, const Tensor& order, int64_t n,
+                      int64_t outer, int64_t neurons, int64_t inner) {
+  const Blocks blocks = checked_blocks(target, "target", 1, outer, neurons, inner);
+  require_same_shape(whole, target, "whole");
+  const int64_t* all = checked_order(order, neurons, neurons);
+  write_neurons(target, in_order(whole, memory_order(target)), blocks, all, n, neurons,
+                [](const Run&, int64_t, int64_t, int64_t at) { return at; });
 }
 
 }  // namespace neq

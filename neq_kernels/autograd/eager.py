@@ -18,7 +18,7 @@ from torch._C import _is_any_autocast_enabled, _len_torch_dispatch_stack
 
 from neq_kernels import ops
 from neq_kernels.autograd import dense
-from neq_kernels.autograd.amp import no_autocast
+from neq_kernels.autograd.amp import autocast_dtype_on_cpu, no_autocast, operands_as_cast
 from neq_kernels.autograd.arguments import GradInput, expanded, validate
 from neq_kernels.autograd.call_state import (
     PLAIN,
@@ -49,13 +49,14 @@ class LayerPlan:
         observed: computes the gradients by an operator that dispatch modes can see.
         again: computes gradients that can be differentiated again.
         on_gpu: backward may be captured into a CUDA graph, though the forward was not.
+        autocast: the dtype that autocast casts the operands to; None: they are as they are.
 
     Attributes:
         call: computes the gradients; None: PyTorch's own graph does.
     """
 
     __slots__ = (
-        *("again", "call", "channels", "forward", "generation"),
+        *("again", "autocast", "call", "channels", "forward", "generation"),
         *("none_active", "observed", "on_gpu"),
     )
 
@@ -66,12 +67,13 @@ class LayerPlan:
         observed: BackwardCall | None = None,
         again: BackwardCall | None = None,
         on_gpu: bool = False,
+        autocast: torch.dtype | None = None,
     ) -> None:
         self.channels, self.generation = channels, channels.generation
         self.none_active = channels.n_active == 0
         self.forward, self.observed, self.again = forward, observed, again
         self.call: BackwardCall | None = None
-        self.on_gpu = on_gpu
+        self.on_gpu, self.autocast = on_gpu, autocast
 
     def settle(self, call: BackwardCall) -> None:
         """Compute the gradients by ``call`` from now on."""
@@ -87,7 +89,11 @@ class LayerPlan:
                     return self.forward(input, weight, bias)
             # As with requires_grad=False: their hooks do not run.
             weight, bias = weight.detach(), detached(bias)
-        output: Tensor = _PlannedFunction.apply(input, weight, bias, self)
+        output: Tensor
+        if self.autocast is None:
+            output = _PlannedFunction.apply(input, weight, bias, self)
+        else:
+            output = _AutocastFunction.apply(input.to(self.autocast), weight, bias, self)
         return output
 
 
@@ -95,12 +101,13 @@ def call_key(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, .
     """What a plan depends on, besides the arguments that are no tensors; None where calls are not
     planned. One look at everything: it is on the way of every call."""
     on_cpu = input.is_cpu and weight.is_cpu
+    autocast = _is_any_autocast_enabled()
     if (
         type(input) not in PLAIN
         or type(weight) not in PLAIN
         or not (weight.requires_grad or (bias is not None and bias.requires_grad))
         or not is_grad_enabled()
-        or _is_any_autocast_enabled()
+        or (autocast and not on_cpu)
         or unplanned()
         or selector.rehearsal.is_running
         or not (on_cpu or _may_be_planned_on_a_gpu(input, weight))
@@ -118,6 +125,7 @@ def call_key(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, .
             None if bias is None else bias.dtype,
             get_num_threads(),
             selector.revision,
+            autocast and autocast_dtype_on_cpu(),
         )
     except RuntimeError:  # a nested or sparse tensor has no strides
         return None
@@ -151,6 +159,9 @@ def plan_linear(
         return LayerPlan(channels, F.linear)
     if grad_input == "active":
         return None
+    cast = operands_as_cast(input, weight, bias)
+    if cast is None:
+        return None
     size = input.shape
 
     def observed(
@@ -165,8 +176,8 @@ def plan_linear(
         mask = channels.mask_on(weight.device)
         return dense.linear_backward(grad_output, input, size, weight, mask, output_mask, False)
 
-    plan = LayerPlan(channels, linear_forward, observed, again, on_gpu)
-    plan.call = dispatch.linear_call(input, weight, channels, plan.settle)
+    plan = LayerPlan(channels, linear_forward, observed, again, on_gpu, cast.dtype)
+    plan.call = dispatch.linear_call(cast.input, cast.weight, channels, plan.settle, cast.in_float)
     return plan
 
 
@@ -203,9 +214,14 @@ def plan_conv(
 
     geometry = ConvGeometry(stride, padding, dilation, transposed, output_padding, groups)
     everything = all_active(channels, weight)
-    if everything and not dispatch.replaces_dense(input, weight, geometry):
+    cast = operands_as_cast(input, weight, bias)
+    if everything and (
+        cast is None
+        or channels.served_densely
+        or not dispatch.replaces_dense(cast.input, cast.weight, geometry)
+    ):
         return LayerPlan(channels, forward)
-    if grad_input == "active" and not everything:
+    if cast is None or (grad_input == "active" and not everything):
         return None
     size = input.shape
 
@@ -225,8 +241,10 @@ def plan_conv(
             grad_output, input, size, weight, geometry, mask, output_mask, False
         )
 
-    plan = LayerPlan(channels, forward, observed, again, on_gpu)
-    plan.call = dispatch.conv_call(input, weight, geometry, channels, plan.settle)
+    plan = LayerPlan(channels, forward, observed, again, on_gpu, cast.dtype)
+    plan.call = dispatch.conv_call(
+        cast.input, cast.weight, geometry, channels, plan.settle, cast.in_float
+    )
     return plan
 
 
@@ -260,12 +278,39 @@ class _PlannedFunction(torch.autograd.Function):
         return dx, dw, db, None
 
 
+class _AutocastFunction(_PlannedFunction):
+    """The weight is cast here, not before: what autograd would record to cast its gradient back,
+    row by row of zeros, the kernels do while they write it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, plan: LayerPlan
+    ) -> Tensor:
+        assert plan.autocast is not None
+        ctx.weight, ctx.version = weight, weight._version
+        bias = None if bias is None else bias.to(plan.autocast)
+        return _PlannedFunction.forward(ctx, input, weight.to(plan.autocast), bias, plan)
+
+
 def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """Where somebody differentiates this backward, a mode or a subclass watches it, or a CUDA graph
     captures it."""
     call = ctx.plan.again if is_grad_enabled() else ctx.plan.observed
     input, weight = ctx.saved_tensors
+    if is_grad_enabled() and ctx.plan.autocast is not None:
+        weight = _differentiably_cast(ctx)
     needed = ctx.needs_input_grad
     output_mask = (needed[0], False, False) if ctx.plan.none_active else needed[:3]
     with no_autocast(grad_output):
         return *call(grad_output, input, weight, output_mask), None
+
+
+def _differentiably_cast(ctx: Any) -> Tensor:
+    """The weight as autocast cast it; what was saved of that has no history."""
+    if ctx.weight._version != ctx.version:
+        raise RuntimeError(
+            "a weight was modified in place between a forward under autocast and a backward that "
+            f"is differentiated: expected version {ctx.version}, got {ctx.weight._version}"
+        )
+    weight: Tensor = ctx.weight.to(ctx.plan.autocast)
+    return weight

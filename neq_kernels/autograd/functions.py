@@ -1,6 +1,6 @@
-"""The autograd Functions of calls that are not planned: under ``torch.compile``, under autocast,
-while a CUDA graph is captured, with tensor subclasses, for the approximate input gradient, and
-wherever else ``eager`` makes no plan."""
+"""The autograd Functions of calls that are not planned: under ``torch.compile``, under
+autocast on a GPU, while a CUDA graph is captured, with tensor subclasses, for the approximate input
+gradient, and wherever else ``eager`` makes no plan."""
 
 from __future__ import annotations
 

@@ -98,9 +98,19 @@ class Backend(ABC):
         """Gradients of a convolution of batched images; as :meth:`linear_backward`."""
 
     def linear_call(
-        self, weight: Tensor, input_size: Sequence[int], active: Active, choice: KernelChoice
+        self,
+        weight: Tensor,
+        input_size: Sequence[int],
+        active: Active,
+        choice: KernelChoice,
+        in_float: bool = False,
     ) -> BackwardCall:
-        """:meth:`linear_backward` with everything but the tensors decided."""
+        """:meth:`linear_backward` with everything but the tensors decided.
+
+        Args:
+            in_float: gradients of weight and bias are welcome in float32, whatever the operands
+                are: autocast has made these of float32 parameters.
+        """
         return partial(self.linear_backward, input_size=input_size, active=active, choice=choice)
 
     def conv_call(
@@ -110,8 +120,9 @@ class Backend(ABC):
         geometry: ConvGeometry,
         active: Active,
         choice: KernelChoice,
+        in_float: bool = False,
     ) -> BackwardCall:
-        """:meth:`conv_backward` with everything but the tensors decided."""
+        """:meth:`conv_backward` with everything but the tensors decided; as :meth:`linear_call`."""
         return partial(
             self.conv_backward,
             input_size=input_size,

@@ -29,7 +29,7 @@ from neq_kernels.channels import Active, NeuronLayout
 ENVIRONMENT_VARIABLE = "NEQ_KERNELS_LIBRARY"
 _LIBRARY = Path(__file__).parent.parent / "_C.so"
 
-_CUSTOM_DTYPES = (torch.float32, torch.float64)
+_CUSTOM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ROW_STEP_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _leaf = torch.ops.neq_kernels_cpu
@@ -90,12 +90,17 @@ class Cpu(Aten):
         )
 
     def linear_call(
-        self, weight: Tensor, input_size: Sequence[int], active: Active, choice: KernelChoice
+        self,
+        weight: Tensor,
+        input_size: Sequence[int],
+        active: Active,
+        choice: KernelChoice,
+        in_float: bool = False,
     ) -> BackwardCall:
         if not weight.is_contiguous():
             return super().linear_call(weight, input_size, active, choice)
         leaf, order = _leaf.linear_backward.default, active.order
-        numbers = _numbers(choice.strategy.value, active.n, active.start)
+        numbers = _numbers(choice.strategy.value, active.n, active.start, int(in_float))
 
         def call(
             grad_output: Tensor, input: Tensor | None, weight: Tensor, output_mask: Sequence[bool]
@@ -143,11 +148,12 @@ class Cpu(Aten):
         geometry: ConvGeometry,
         active: Active,
         choice: KernelChoice,
+        in_float: bool = False,
     ) -> BackwardCall:
         if not _in_one_call(weight, geometry, active, choice):
             return super().conv_call(weight, input_size, geometry, active, choice)
         leaf, order = _leaf.conv_backward.default, active.order
-        numbers = _numbers(choice.strategy.value, active.n, *_flat(geometry))
+        numbers = _numbers(choice.strategy.value, active.n, int(in_float), *_flat(geometry))
         densely = super().conv_backward
 
         def call(

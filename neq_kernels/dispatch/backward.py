@@ -47,8 +47,7 @@ def linear_backward(
             choice = selector.choice_in_graph(problem, context, output_mask)
             active = replace(active, n=k, start=-1)
         else:
-            selector.costs.calibrate(context)
-            choice = selector.choice(problem, active.n, context)
+            choice = _chosen(problem, active, context)
     backend = selector.backend_of(choice, context)
     grad_input = None
     if active_dgrad and output_mask[0] and active.n < k:
@@ -90,9 +89,7 @@ def conv_backward(
             if replayed:
                 choice = selector.choice_in_graph(problem, context, output_mask)
             else:
-                if active.n < k:
-                    selector.costs.calibrate(context)
-                choice = selector.choice(problem, active.n, context)
+                choice = _chosen(problem, active, context)
         if replayed:
             active = replace(active, n=k, start=-1)
     backend = selector.backend_of(choice, context)
@@ -123,6 +120,15 @@ def _refuse_active_dgrad(is_asked: bool) -> None:
             'grad_input: expected "exact" while a CUDA graph is captured, got "active", which '
             "would go on propagating from the channels that are active now"
         )
+
+
+def _chosen(problem: Problem, active: Active, context: ExecutionContext) -> KernelChoice:
+    """In a backward that is not planned."""
+    if active.dense:
+        return _DENSE
+    if active.n < problem.neurons:
+        selector.costs.calibrate(context)
+    return selector.choice(problem, active.n, context)
 
 
 class _Undecided:
@@ -174,21 +180,24 @@ def linear_call(
     weight: Tensor,
     channels: ActiveChannels,
     settle: Callable[[BackwardCall], None] = _no_matter,
+    in_float: bool = False,
 ) -> BackwardCall:
     """The backward of a linear layer: for as long as shapes, ``channels`` and
     ``selector.revision`` do not change.
 
     Args:
         settle: is given a quicker one to call instead, as soon as there is one.
+        in_float: see :meth:`neq_kernels.backends.base.Backend.linear_call`.
     """
     context = selector.context(weight.device.type)
     active, size = channels.on(weight.device), input.shape
     problem = Problem.linear(input.numel() // max(1, weight.shape[1]), weight)
 
     def call_of(choice: KernelChoice) -> BackwardCall:
-        return selector.backend_of(choice, context).linear_call(weight, size, active, choice)
+        backend = selector.backend_of(choice, context)
+        return backend.linear_call(weight, size, active, choice, in_float)
 
-    return _decided(problem, active.n, context, call_of, settle)
+    return _decided(problem, active, context, call_of, settle)
 
 
 def conv_call(
@@ -197,6 +206,7 @@ def conv_call(
     geometry: ConvGeometry,
     channels: ActiveChannels,
     settle: Callable[[BackwardCall], None] = _no_matter,
+    in_float: bool = False,
 ) -> BackwardCall:
     """As :func:`linear_call`, for a convolution of batched images."""
     context = selector.context(weight.device.type)
@@ -205,23 +215,23 @@ def conv_call(
 
     def call_of(choice: KernelChoice) -> BackwardCall:
         backend = selector.backend_of(choice, context)
-        return backend.conv_call(weight, size, geometry, active, choice)
+        return backend.conv_call(weight, size, geometry, active, choice, in_float)
 
-    return _decided(problem, active.n, context, call_of, settle)
+    return _decided(problem, active, context, call_of, settle)
 
 
 def _decided(
     problem: Problem,
-    n: int,
+    active: Active,
     context: ExecutionContext,
     call_of: Callable[[KernelChoice], BackwardCall],
     settle: Callable[[BackwardCall], None],
 ) -> BackwardCall:
-    if n == 0:
+    if active.n == 0 or active.dense:
         return call_of(_DENSE)
     if context.device_type == "cpu" and context.measures:
-        return _Undecided(problem, n, context, call_of, settle)
-    return call_of(selector.choice(problem, n, context))
+        return _Undecided(problem, active.n, context, call_of, settle)
+    return call_of(selector.choice(problem, active.n, context))
 
 
 def replaces_dense(input: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:

@@ -340,7 +340,8 @@ class _TracedStep:
         weight = call.weight
         if func in PRODUCTS and weight is not None and weight.requires_grad:
             x, dy, dw = self.bytes_moved.get(call.name, (0, 0, 0))
-            x += (args[0] if args else kwargs["input"]).nbytes
+            input, cast = args[0] if args else kwargs["input"], _autocast_dtype(output)
+            x += input.numel() * (cast or input.dtype).itemsize
             self.bytes_moved[call.name] = (x, dy + output.nbytes, dw + weight.nbytes)
             propagates = call.input_needs_grad
             product = _Product(call.name, func, args, kwargs, _autocast_dtype(output), propagates)

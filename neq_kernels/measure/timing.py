@@ -148,9 +148,13 @@ class StepTimes:
     def speedup(self, name: str, *, over: str, phase: str = "total") -> Quantiles:
         """How many times faster ``name`` is than ``over``: quantiles of the ratios within the same
         round, so that drift of the machine cancels."""
+        return Quantiles.of(self.ratios(name, over=over, phase=phase))
+
+    def ratios(self, name: str, *, over: str, phase: str = "total") -> list[float]:
+        """How many times faster ``name`` is than ``over``, round by round."""
         self[name].quantiles(phase)
         slow, fast = getattr(self[over], phase), getattr(self[name], phase)
-        return Quantiles.of([s / f for s, f in zip(slow, fast, strict=True)])
+        return [s / f for s, f in zip(slow, fast, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
         """Samples, quantiles (seconds) and machine, ready for JSON."""

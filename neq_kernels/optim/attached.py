@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from neq_kernels.optim import step_check
 from neq_kernels.optim.agreement import Agreement
+from neq_kernels.optim.dense_serving import DenseServing
 from neq_kernels.optim.guard import Guard
 from neq_kernels.optim.invalidation import Watch
 from neq_kernels.optim.ownership import OwnedParameter, Ownership
@@ -90,6 +92,7 @@ class AttachedOptimizer:
         self._optimizer = optimizer
         self._ownership = ownership
         self._options = (frozen_state, free_frozen_state)
+        is_checked = step_check.is_asked_for()
         self._guard = Guard(optimizer)
         self._agreement = Agreement()
         self._logged: set[str] = set()
@@ -100,6 +103,8 @@ class AttachedOptimizer:
         self._plan: _StepPlan | None = None
         self._expects_load = False
         restore_counts(optimizer, ownership.parameters)
+        self._dense_serving = DenseServing(ownership)
+        self._check = step_check.StepCheck(ownership, self._dense_serving) if is_checked else None
         self._register()
         # A step compiled by the user breaks its graph here: what is active is decided on the host.
         eager: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.compiler.disable
@@ -173,6 +178,9 @@ class AttachedOptimizer:
         del self._optimizer.__dict__["__getstate__"]
         for anchor in self._ownership.anchors:
             anchor.optimizers.discard(self)
+        if self._check is not None:
+            self._check.stop()
+        self._dense_serving.stop()
         drop_counts(self._optimizer, self._ownership.parameters)
 
     def stand_in(self, frozen: Collection[Parameter]) -> Parameter | None:
@@ -214,6 +222,8 @@ class AttachedOptimizer:
 
     def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self._guard.restore()
+        if self._check is not None:
+            self._check.step_ended()
 
     def _after_state_dict(self, optimizer: Optimizer, state_dict: State) -> State:
         if self._rows is None:

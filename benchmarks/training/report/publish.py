@@ -3,8 +3,9 @@
 
     python -m benchmarks.training.report.publish runs/demo
 
-Copies ``summary.csv``, ``summary.json`` and the pictures to ``benchmarks/results/demo`` and writes
-the block from that copy, so that every figure there has a committed source.
+Copies ``summary.csv``, ``summary.json`` and the pictures to the folder of this machine's class in
+``benchmarks/results/demo`` and writes the block, of every class, from these copies, so that every
+figure there has a committed source.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import cli, markdown
+from benchmarks.common import by_class, cli, markdown
 from benchmarks.common.files import RESULTS
 from benchmarks.common.readme_block import Block
 from benchmarks.training.run_folder import RunError
@@ -38,21 +39,30 @@ BLOCK = Block("demo", "python -m benchmarks.training.report.publish")
 
 
 def published() -> str:
-    """The block's text, from the committed files."""
-    return block_text(json.loads((DEMO / "summary.json").read_text()))
+    """The block's text, from the committed files of every class of CPU.
+
+    Raises:
+        ValueError: files in the folder of another class than their machine's.
+    """
+    text = ""
+    for name, folder in by_class.folders(DEMO).items():
+        summary = json.loads((folder / "summary.json").read_text())
+        by_class.check(summary["machine"], name, folder)
+        text += f"### The demo on {name}\n\n{block_text(summary, folder)}\n"
+    return text
 
 
-def block_text(summary: Mapping[str, Any]) -> str:
-    """What the page says of the demo, from its ``summary.json``."""
+def block_text(summary: Mapping[str, Any], folder: Path) -> str:
+    """What the page says of the demo in a folder, from its ``summary.json``."""
     machine = summary["machine"]
     lines = [
-        f"![Step time per epoch, measured, with its bound]({BLOCK.link(DEMO / 'step_time.png')})",
+        f"![Step time per epoch, measured, with its bound]({BLOCK.link(folder / 'step_time.png')})",
         "",
-        f"![Frozen share of every layer in every epoch]({BLOCK.link(DEMO / 'frozen.png')})",
+        f"![Frozen share of every layer in every epoch]({BLOCK.link(folder / 'frozen.png')})",
         "",
         f"`make demo`, {machine['date'][:10]}: {machine['cpu']}, {machine['threads']} threads, "
         f"PyTorch {machine['torch']}. Source of every figure: "
-        f"[summary.csv]({BLOCK.link(DEMO / 'summary.csv')}).",
+        f"[summary.csv]({BLOCK.link(folder / 'summary.csv')}).",
         "",
         *markdown.table(COLUMNS, map(_cells, summary["runs"])),
         "",
@@ -86,16 +96,17 @@ def publish(demo: Path) -> None:
 
     Raises:
         RunError: the demo is not finished.
-        ValueError: the page has no place for the block.
+        ValueError: it ran on a machine of another class, or the page has no place for the block.
     """
     missing = [name for name in FILES if not (demo / name).is_file()]
     if missing:
         raise RunError(f"{demo}: expected a finished demo, lacks {', '.join(missing)}")
     BLOCK.text()
-    if demo.resolve() != DEMO.resolve():
-        DEMO.mkdir(parents=True, exist_ok=True)
+    machine = json.loads((demo / "summary.json").read_text())["machine"]
+    folder = by_class.own_folder(DEMO, machine, demo)
+    if demo.resolve() != folder.resolve():
         for name in FILES:
-            shutil.copyfile(demo / name, DEMO / name)
+            shutil.copyfile(demo / name, folder / name)
     BLOCK.write(published())
 
 

@@ -6,8 +6,6 @@
 namespace neq {
 namespace {
 
-constexpr size_t kMostBlended = 4;
-
 // The shuffle control that moves word `source` of the loaded vector to word `target`.
 void set_lane(Window& window, int64_t target, int64_t source, int64_t word_bytes) {
   if (word_bytes == 2) {
@@ -46,7 +44,8 @@ ColumnGatherPlan::ColumnGatherPlan(const int64_t* columns, int64_t n, int64_t wi
     }
     windows_.push_back(window);
   }
-  one_vector_ = word_bytes == 4 && n <= lanes && windows_.size() <= kMostBlended;
+  one_vector_ = word_bytes == 4 && n <= lanes &&
+                static_cast<int>(windows_.size()) <= kernels<float>().most_blended;
   if (!one_vector_) return;
   for (Window& window : windows_) {
     std::rotate(window.lanes, window.lanes + (lanes - window.to) % lanes, window.lanes + lanes);

@@ -20,7 +20,7 @@ constexpr int64_t kPixelsPerUnit = 256, kPixelsPerSmallUnit = 128, kFewPixels = 
 constexpr int64_t kPixelsPerPart = 512;          // what a sum of its own is worth
 constexpr int64_t kProductsPerPart = 1 << 16;    // of dy and x
 constexpr int64_t kParts = 16, kMostParts = 64;  // the most while all sums stay in the second cache
-constexpr int64_t kSumsOfAllParts = 1 << 20, kSumsInCache = 1 << 16;
+constexpr int64_t kSumsOfAllParts = 1 << 20, kCachedSums = 1 << 16;
 constexpr int64_t kPixelsTogether = 16;         // that are gathered block after block
 constexpr int64_t kElementsTogether = 1 << 15;  // of panels that are used in turn
 constexpr int64_t kUsesWorthAPanel = 3;
@@ -59,15 +59,16 @@ class Operands {
         grad_(grad),
         x_(input),
         channels_last_(channels_last),
-        blocks_(channel_blocks(p, sizeof(T))),
+        blocks_(channel_blocks(p, sizeof(T), kernels<T>().tile_limits.rows)),
         taps_as_channels_(p.input_channels < kLanes),
         panels_(!channels_last ||
                 p.taps() * static_cast<int64_t>(blocks_.size()) >= kUsesWorthAPanel),
         step_h_(takes_steps(p.h) ? p.h.stride : 1),
         step_w_(takes_steps(p.w) ? p.w.stride : 1),
         channels_(p.input_channels * (taps_as_channels_ ? p.taps() : 1)),
-        padded_(std::max(channels_, kLanes)),
-        tiles_(channel_tiles(padded_, kLanes, p.n, reads_in_place())),
+        padded_(taps_as_channels_ ? divided_up(channels_, kLanes) * kLanes
+                                  : std::max(channels_, kLanes)),
+        tiles_(channel_tiles(padded_, kLanes, p.n, reads_in_place(), kernels<T>().tile_limits)),
         parts_(number_of_parts()),
         band_rows_(rows_of_band()),
         bands_(divided_up(p.h.output, band_rows_)),
@@ -124,7 +125,9 @@ class Operands {
     rows_read(unit, begin, end);
     const int64_t pixels = unit.images * (end - begin) * panel_columns();
     const bool copied = panels_ && !taps_as_channels_;
-    T* panel = copied ? copies.input.at_least(pixels * kLanes * 4 * (last - first)) : nullptr;
+    // The last tile may overlap the one before.
+    const int64_t most = pixels * (channels_of(first, last) + kLanes);
+    T* panel = copied ? copies.input.at_least(most) : nullptr;
     const int64_t row = p_.w.input * p_.input_channels, image = p_.h.input * row;
     for (int64_t t = first; t < last; ++t) {
       const Tile& tile = tiles_[t];
@@ -149,20 +152,15 @@ class Operands {
     if (channels_last_) {
       const int64_t channel = p_.active[begin];
       return {images + from * p_.output_channels + channel,
-              pixels_of(unit),
-              p_.active[end - 1] + 1 - channel,
+              1,
+              0,
               pixels_of(unit),
               p_.output_channels,
-              0,
+              p_.active[end - 1] + 1 - channel,
               nullptr};
     }
-    const int64_t channels = end - begin;
-    return {images + from,
-            unit.images * channels,
-            (unit.bottom - unit.top) * p_.w.output,
-            channels,
-            plane,
-            p_.output_channels * plane,
+    return {images + from,    unit.images, p_.output_channels * plane,
+            end - begin,      plane,       (unit.bottom - unit.top) * p_.w.output,
             p_.active + begin};
   }
 
@@ -177,19 +175,19 @@ class Operands {
     const T* images = x_ + unit.image * plane * p_.input_channels;
     if (channels_last_) {
       return {images + from * p_.input_channels + channel,
-              unit.images * count,
-              channels,
+              unit.images,
+              plane * p_.input_channels,
               count,
               p_.input_channels,
-              plane * p_.input_channels,
+              channels,
               nullptr};
     }
     return {images + channel * plane + from,
-            unit.images * channels,
-            count,
+            unit.images,
+            p_.input_channels * plane,
             channels,
             plane,
-            p_.input_channels * plane,
+            count,
             nullptr};
   }
 
@@ -208,7 +206,7 @@ class Operands {
     for (int64_t b = first; b < last; ++b) {
       const Block& block = blocks_[b];
       for (int64_t image = unit.image; image < unit.image + unit.images; ++image) {
-        const T* planes[kRowsTogether];
+        const T* planes[kMostRows];
         for (int64_t k = 0; k < block.size; ++k) {
           planes[k] = grad_ + (image * p_.output_channels + p_.active[block.first + k]) * plane;
         }
@@ -271,7 +269,7 @@ class Operands {
   int64_t number_of_parts() const {
     const int64_t sums = p_.n * size_of_sums();
     const int64_t most =
-        std::min({std::clamp(kSumsInCache / sums, kParts, kMostParts), kSumsOfAllParts / sums,
+        std::min({std::clamp(kCachedSums / sums, kParts, kMostParts), kSumsOfAllParts / sums,
                   static_cast<int64_t>(products() / kProductsPerPart), pixels() / kPixelsPerPart});
     int64_t parts = 1;
     while (2 * parts <= most) parts *= 2;
@@ -374,15 +372,16 @@ class Operands {
       }
       return;
     }
-    const T* planes[4 * kLanes];
+    const T* planes[kMostInRegisters * kLanes];
     for (int64_t c = 0; c < width; ++c) planes[c] = images + (first + c) * plane;
-    if (step == 1) {
-      kernels<T>().interleave(planes, width, from, count, to, width);
-      return;
+    if (step > 1) {
+      static thread_local Scratch<T> scratch;
+      T* taken = scratch.at_least(width * count);
+      kernels<T>().copy_rows(planes[0] + from, plane, step, taken, count, width, count);
+      for (int64_t c = 0; c < width; ++c) planes[c] = taken + c * count;
+      from = 0;
     }
-    for (int64_t c = 0; c < width; ++c) {
-      for (int64_t i = 0; i < count; ++i) to[i * width + c] = planes[c][from + i * step];
-    }
+    kernels<T>().interleave(planes, width, from, count, to, width);
   }
 
   const ConvProblem& p_;

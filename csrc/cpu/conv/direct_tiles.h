@@ -20,8 +20,10 @@ struct Tile {
 
 // `wide`: the sums are in the first cache, for tiles that x is read by where it lies; else they are
 // in registers.
-inline std::vector<Tile> channel_tiles(int64_t channels, int64_t lanes, int64_t n, bool wide) {
-  const int64_t widest = wide ? kMostVectors : n <= 3 ? 4 : n == 4 ? 3 : 2;
+inline std::vector<Tile> channel_tiles(int64_t channels, int64_t lanes, int64_t n, bool wide,
+                                       const TileLimits& limits) {
+  const int64_t rows = divided_up(n, divided_up(n, limits.rows));
+  const int64_t widest = wide ? limits.widest_in_cache(rows) : limits.widest(rows);
   std::vector<Tile> tiles;
   for (int64_t c = 0; c < channels;) {
     const int64_t left = channels - c;
@@ -29,10 +31,12 @@ inline std::vector<Tile> channel_tiles(int64_t channels, int64_t lanes, int64_t 
       tiles.push_back({channels - lanes, 1, lanes - left});
       break;
     }
-    // Two and one are slower than three.
-    const int64_t vectors = left / lanes == 3 ? 3 : std::min(widest, left / lanes);
-    tiles.push_back({c, vectors, 0});
-    c += vectors * lanes;
+    // Of about the same width, of whole registers if they can. Two and one are slower than three.
+    const int64_t all = left / lanes, even = divided_up(all, divided_up(all, widest));
+    const int64_t registers = divided_up(even, limits.vectors_of_register);
+    const int64_t vectors = std::min(all, registers * limits.vectors_of_register);
+    tiles.push_back({c, all == 3 ? 3 : vectors, 0});
+    c += tiles.back().vectors * lanes;
   }
   return tiles;
 }
@@ -43,10 +47,10 @@ struct Block {
   ColumnGatherPlan plan;
 };
 
-inline std::vector<Block> channel_blocks(const ConvProblem& p, int64_t word_bytes) {
+inline std::vector<Block> channel_blocks(const ConvProblem& p, int64_t word_bytes, int64_t rows) {
   std::vector<Block> blocks;
   int64_t first = 0;
-  for (int64_t left = divided_up(p.n, kRowsTogether); left > 0; --left) {
+  for (int64_t left = divided_up(p.n, rows); left > 0; --left) {
     const int64_t size = divided_up(p.n - first, left);
     const int64_t soon = std::min(size, p.n - first - size);
     blocks.push_back(

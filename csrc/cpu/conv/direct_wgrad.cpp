@@ -271,22 +271,26 @@ class Direct {
   void clear_frozen() const {
     const GradientShares shares = gradient_shares();
     for_each_share(shares.shares(), [&](int64_t share) {
+      const Zeros zeros(bytes_of_gradient());
       shares.visit(share, [&](int64_t i, Range channels) {
-        if (i >= p_.n) clear_row(i, channels);
+        if (i >= p_.n) clear_row(i, channels, zeros);
       });
     });
   }
 
-  void clear_row(int64_t i, Range channels) const {
+  int64_t bytes_of_gradient() const {
+    return p_.output_channels * p_.taps() * p_.input_channels * kBytes;
+  }
+
+  void clear_row(int64_t i, Range channels, const Zeros& zeros) const {
     const int64_t taps = p_.taps(), row = taps * p_.input_channels;
-    const int64_t all_bytes = p_.output_channels * row * kBytes;
     T* to = gradient_ + p_.active[i] * row;
     if (taps_inside_ || channels.size() == p_.input_channels) {
-      write_zeros(to + channels.begin * taps, channels.size() * taps * kBytes, all_bytes);
+      zeros.write(to + channels.begin * taps, channels.size() * taps * kBytes);
       return;
     }
     for (int64_t tap = 0; tap < taps; ++tap, to += p_.input_channels) {
-      write_zeros(to + channels.begin, channels.size() * kBytes, all_bytes);
+      zeros.write(to + channels.begin, channels.size() * kBytes);
     }
   }
 
@@ -294,8 +298,9 @@ class Direct {
   void write_gradient(T* sums) const {
     const GradientShares shares = gradient_shares();
     for_each_share(shares.shares(), [&](int64_t share) {
+      const Zeros zeros(bytes_of_gradient());
       shares.visit(share, [&](int64_t i, Range channels) {
-        if (i >= p_.n) return clear_row(i, channels);
+        if (i >= p_.n) return clear_row(i, channels, zeros);
         T* row = sums + i * row_of_sums_;
         add_parts(row, channels);
         write_row(row, channels, gradient_ + p_.active[i] * p_.taps() * p_.input_channels);

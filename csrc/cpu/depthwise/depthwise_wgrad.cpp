@@ -158,7 +158,7 @@ class Gathered {
 
  private:
   static int64_t least_units(const ConvProblem& p, int64_t bands) {
-    return (kLeastPixels * bands - 1) / (p.h.output * p.w.output) + 1;
+    return (kLeastPixels / 2 * bands - 1) / (p.h.output * p.w.output) + 1;
   }
 
   const ConvProblem& p_;

@@ -7,6 +7,9 @@
 
 namespace neq::NEQ_ISA {
 
+// Windows that are blended into one vector: with their controls they fill the registers.
+constexpr int kMostBlended = NEQ_REGISTER_BYTES == 64 ? 8 : 4;
+
 #ifdef NEQ_VECTOR_SHUFFLES
 NEQ_TARGET inline void shuffle_window(const uint16_t* from, uint16_t* to, const Window& window) {
   const __m128i lanes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(window.lanes));
@@ -23,6 +26,27 @@ NEQ_TARGET inline void shuffle_window(const Word* from, Word* to, const Window& 
 #endif
 
 #ifdef NEQ_VECTOR_SHUFFLES
+#if NEQ_REGISTER_BYTES == 64
+using IsLater = __mmask8;
+NEQ_TARGET inline __attribute__((always_inline)) IsLater later_lanes(const Window& window) {
+  return _mm256_movepi32_mask(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(window.later)));
+}
+NEQ_TARGET inline __attribute__((always_inline)) __m256i move_later(__m256i words, __m256i window,
+                                                                    __m256i lanes, IsLater later) {
+  return _mm256_mask_permutexvar_epi32(words, later, lanes, window);
+}
+#else
+using IsLater = __m256;
+NEQ_TARGET inline __attribute__((always_inline)) IsLater later_lanes(const Window& window) {
+  return _mm256_loadu_ps(reinterpret_cast<const float*>(window.later));
+}
+NEQ_TARGET inline __attribute__((always_inline)) __m256i move_later(__m256i words, __m256i window,
+                                                                    __m256i lanes, IsLater later) {
+  const __m256 moved = _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(window, lanes));
+  return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(words), moved, later));
+}
+#endif
+
 // Columns that fit into one vector, from `kWindows` windows: a row is stored at once, and what that
 // writes past its end the next row overwrites. Returns how many rows are done: the others have not
 // enough room behind them.
@@ -31,12 +55,12 @@ NEQ_TARGET int64_t gather_vector(const ColumnGather& gather, const uint32_t* fro
                                  int64_t from_stride, uint32_t* to, int64_t to_stride,
                                  int64_t rows) {
   __m256i lanes[kWindows];
-  __m256 is_later[kWindows];
-#pragma GCC unroll 4
+  IsLater is_later[kWindows];
+#pragma GCC unroll 8
   for (int w = 0; w < kWindows; ++w) {
     const Window& window = gather.windows[w];
     lanes[w] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(window.lanes));
-    is_later[w] = _mm256_loadu_ps(reinterpret_cast<const float*>(window.later));
+    is_later[w] = later_lanes(window);
   }
   if (gather.room < 8) rows -= (8 + to_stride - 1) / to_stride;
   for (int64_t row = 0; row < rows; ++row) {
@@ -45,32 +69,29 @@ NEQ_TARGET int64_t gather_vector(const ColumnGather& gather, const uint32_t* fro
       __builtin_prefetch(source + gather.soon_first);
       __builtin_prefetch(source + gather.soon_last);
     }
-    __m256 words{};
-#pragma GCC unroll 4
+    __m256i words{};
+#pragma GCC unroll 8
     for (int w = 0; w < kWindows; ++w) {
       const __m256i window =
           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + gather.windows[w].from));
-      const __m256 moved = _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(window, lanes[w]));
-      words = w == 0 ? moved : _mm256_blendv_ps(words, moved, is_later[w]);
+      words = w == 0 ? _mm256_permutevar8x32_epi32(window, lanes[w])
+                     : move_later(words, window, lanes[w], is_later[w]);
     }
-    _mm256_storeu_ps(reinterpret_cast<float*>(to + row * to_stride), words);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + row * to_stride), words);
   }
   return std::max<int64_t>(0, rows);
 }
 
-NEQ_TARGET inline int64_t gather_vectors(const ColumnGather& gather, const uint32_t* from,
-                                         int64_t from_stride, uint32_t* to, int64_t to_stride,
-                                         int64_t rows) {
-  switch (gather.n_windows) {
-    case 1:
-      return gather_vector<1>(gather, from, from_stride, to, to_stride, rows);
-    case 2:
-      return gather_vector<2>(gather, from, from_stride, to, to_stride, rows);
-    case 3:
-      return gather_vector<3>(gather, from, from_stride, to, to_stride, rows);
-    default:
-      return gather_vector<4>(gather, from, from_stride, to, to_stride, rows);
+template <int kWindows>
+NEQ_TARGET int64_t gather_vectors(const ColumnGather& gather, const uint32_t* from,
+                                  int64_t from_stride, uint32_t* to, int64_t to_stride,
+                                  int64_t rows) {
+  if constexpr (kWindows > 1) {
+    if (gather.n_windows < kWindows) {
+      return gather_vectors<kWindows - 1>(gather, from, from_stride, to, to_stride, rows);
+    }
   }
+  return gather_vector<kWindows>(gather, from, from_stride, to, to_stride, rows);
 }
 #endif
 
@@ -82,7 +103,7 @@ NEQ_TARGET void gather_columns(const ColumnGather& gather, const Word* from, int
 #ifdef NEQ_VECTOR_SHUFFLES
   if (gather.one_vector) {
     if constexpr (sizeof(Word) == 4) {
-      row = gather_vectors(gather, from, from_stride, to, to_stride, rows);
+      row = gather_vectors<kMostBlended>(gather, from, from_stride, to, to_stride, rows);
     }
   } else if (gather.n_windows > 0 && gather.n_windows < gather.n) {
     // A window stores a whole vector: what it writes past its own columns, the next window or the

@@ -4,6 +4,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -78,8 +79,24 @@ template <class C>
 using CorrelatePixels = void (*)(const PixelSteps& steps, const C* dy, const C* x, int64_t rows,
                                  int64_t columns, C* lanes);
 
-// How many output channels the outer product takes at most, and how many vectors of input channels.
-constexpr int kRowsTogether = 6, kMostVectors = 16;
+// Of the outer product: output channels and vectors of input channels whose sums are in registers,
+// at most, and vectors of sums in the first cache.
+constexpr int kMostRows = 8, kMostInRegisters = 8, kSumsInCache = 128;
+
+// What of it an instruction set's registers hold: output channels, registers of sums, and how many
+// vectors of input channels one of them is.
+struct TileLimits {
+  int rows, sums, vectors_of_register;
+
+  // Vectors of input channels whose sums, for n output channels, are in registers.
+  constexpr int widest(int64_t n) const {
+    return vectors_of_register * static_cast<int>(std::min<int64_t>(4, sums / n));
+  }
+  // The same for sums in the first cache.
+  constexpr int widest_in_cache(int64_t n) const {
+    return static_cast<int>(kSumsInCache / n) / vectors_of_register * vectors_of_register;
+  }
+};
 
 // Pixels of dy and of x, in three nested loops, and where the sums of each output channel go.
 template <class C>
@@ -110,6 +127,8 @@ struct Kernels {
   void (*sum)(const Correlation<C>& c, double* totals);
   void (*copy_rows)(const T* from, int64_t from_row, int64_t stride, C* to, int64_t to_row,
                     int64_t rows, int64_t count);
+  int most_blended;  // windows of a gather
+  TileLimits tile_limits;
   void (*outer_product)(const OuterProduct<C>& o, int64_t n, int64_t vectors, int64_t skip);
   void (*sum_pixels)(const C* from, int64_t n, int64_t count, double* totals);
   void (*copy_pixels)(const C* from, int64_t stride, int64_t vectors, int64_t count, C* to,

@@ -4,13 +4,54 @@
 
 namespace neq::NEQ_ISA {
 
-// Vectors of sums in registers: with the operands they fill all 16.
-constexpr int kMostSums = 12, kMostInRegisters = 4;
+// Neighbouring elements that one register holds, and those of half of one where it holds two
+// vectors.
+template <class C, int kBytes>
+struct Register {
+  static constexpr int64_t count = kBytes / static_cast<int64_t>(sizeof(C));
+  typedef C Type __attribute__((vector_size(kBytes)));
+};
+
+template <class Vector, class C>
+NEQ_TARGET inline __attribute__((always_inline)) Vector load_as(const C* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
+
+// Read once: the compiler would rather read an operand of every instruction from memory again.
+template <class Vector>
+NEQ_TARGET inline __attribute__((always_inline)) void keep_in_register(Vector& vector) {
+#ifdef NEQ_VECTOR_SHUFFLES
+  asm("" : "+v"(vector));
+#endif
+}
+
+constexpr bool kKeepsPixels = NEQ_REGISTER_BYTES == 64;  // with 16 registers there is no room
+constexpr int kVectorsOfRegister = NEQ_REGISTER_BYTES / kVectorBytes;
+// Registers of sums: with the operands they fill all.
+constexpr int kMostSums = NEQ_REGISTER_BYTES == 64 ? 24 : 12;
+constexpr TileLimits kTileLimits{NEQ_REGISTER_BYTES == 64 ? 8 : 6, kMostSums, kVectorsOfRegister};
+
+// Lane by lane: the ones left out may be another thread's.
+template <class Vector, class C>
+NEQ_TARGET inline __attribute__((always_inline)) void store_lanes(const Vector& vector,
+                                                                  int64_t skip, C* to) {
+  constexpr int64_t kLanes = sizeof(Vector) / sizeof(C);
+#pragma GCC unroll 8
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    if (lane >= skip) to[lane] = vector[lane];
+  }
+}
 
 template <class C, int kRows, int kVectors>
 NEQ_TARGET void outer_product_tile(const OuterProduct<C>& o, int64_t first, int64_t skip) {
-  using Vector = typename Lanes<C>::Vector;
-  constexpr int64_t kLanes = Lanes<C>::count;
+  using Whole = Register<C, NEQ_REGISTER_BYTES>;
+  using Half = Register<C, kVectorBytes>;
+  using Vector = typename Whole::Type;
+  using HalfVector = typename Half::Type;
+  constexpr int kWhole = kVectors / kVectorsOfRegister, kMost = std::max(kWhole, 1);
+  constexpr bool kHasHalf = kVectors % kVectorsOfRegister != 0;
   const bool fresh = o.fresh;
   C* sums[kRows];
 #pragma GCC unroll 8
@@ -18,26 +59,34 @@ NEQ_TARGET void outer_product_tile(const OuterProduct<C>& o, int64_t first, int6
     sums[k] = o.sums[first + k] + o.at;
     __builtin_prefetch(sums[k], 1);
   }
-  Vector total[kRows][kVectors];
+  Vector total[kRows][kMost];
+  HalfVector half_total[kRows];
 #pragma GCC unroll 8
   for (int k = 0; k < kRows; ++k) {
+    half_total[k] = HalfVector{};
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) total[k][v] = Vector{};
+    for (int v = 0; v < kMost; ++v) total[k][v] = Vector{};
   }
   for (int64_t image = 0; image < o.images; ++image) {
     for (int64_t row = 0; row < o.rows; ++row) {
       const C* dy = o.dy + image * o.dy_image + row * o.dy_row + first;
       const C* x = o.x + image * o.x_image + row * o.x_row;
       for (int64_t column = 0; column < o.columns; ++column) {
-        Vector pixel[kVectors];
+        Vector pixel[kMost];
+        HalfVector half_pixel;
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) pixel[v] = load(x + v * kLanes);
+        for (int v = 0; v < kWhole; ++v) {
+          pixel[v] = load_as<Vector>(x + v * Whole::count);
+          if constexpr (kRows > 1 && kKeepsPixels) keep_in_register(pixel[v]);
+        }
+        if constexpr (kHasHalf) half_pixel = load_as<HalfVector>(x + kWhole * Whole::count);
 #pragma GCC unroll 8
         for (int k = 0; k < kRows; ++k) {
           // Minus, not plus: x - 0 is x whatever its sign, and costs no instruction.
           const Vector d = dy[k] - Vector{};
 #pragma GCC unroll 8
-          for (int v = 0; v < kVectors; ++v) total[k][v] += d * pixel[v];
+          for (int v = 0; v < kWhole; ++v) total[k][v] += d * pixel[v];
+          if constexpr (kHasHalf) half_total[k] += (dy[k] - HalfVector{}) * half_pixel;
         }
         dy += o.dy_column;
         x += o.x_column;
@@ -47,16 +96,23 @@ NEQ_TARGET void outer_product_tile(const OuterProduct<C>& o, int64_t first, int6
 #pragma GCC unroll 8
   for (int k = 0; k < kRows; ++k) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      C* to = sums[k] + v * kLanes;
-      const Vector sum = fresh ? total[k][v] : load(to) + total[k][v];
+    for (int v = 0; v < kWhole; ++v) {
+      C* to = sums[k] + v * Whole::count;
+      const Vector sum = fresh ? total[k][v] : load_as<Vector>(to) + total[k][v];
       if constexpr (kVectors == 1) {
-        // Lane by lane: the ones left out may be another thread's.
         if (skip > 0) {
-#pragma GCC unroll 8
-          for (int64_t lane = 0; lane < kLanes; ++lane) {
-            if (lane >= skip) to[lane] = sum[lane];
-          }
+          store_lanes(sum, skip, to);
+          continue;
+        }
+      }
+      std::memcpy(to, &sum, sizeof(sum));
+    }
+    if constexpr (kHasHalf) {
+      C* to = sums[k] + kWhole * Whole::count;
+      const HalfVector sum = fresh ? half_total[k] : load_as<HalfVector>(to) + half_total[k];
+      if constexpr (kVectors == 1) {
+        if (skip > 0) {
+          store_lanes(sum, skip, to);
           continue;
         }
       }
@@ -69,35 +125,61 @@ NEQ_TARGET void outer_product_tile(const OuterProduct<C>& o, int64_t first, int6
 // so x is read in long stretches, which the CPU foresees.
 template <class C, int kRows, int kPixels>
 NEQ_TARGET inline void add_pixels(const C* dy, int64_t dy_column, const C* x, int64_t x_column,
-                                  int64_t vectors, C (*sums)[kMostVectors * Lanes<C>::count]) {
-  using Vector = typename Lanes<C>::Vector;
-  constexpr int64_t kLanes = Lanes<C>::count;
+                                  int64_t vectors,
+                                  C (*sums)[kSumsInCache / kRows * Lanes<C>::count]) {
+  using Whole = Register<C, NEQ_REGISTER_BYTES>;
+  using Half = Register<C, kVectorBytes>;
+  using Vector = typename Whole::Type;
+  using HalfVector = typename Half::Type;
   Vector d[kPixels][kRows];
 #pragma GCC unroll 8
   for (int i = 0; i < kPixels; ++i) {
 #pragma GCC unroll 8
     for (int k = 0; k < kRows; ++k) d[i][k] = dy[i * dy_column + k] - Vector{};
   }
-  for (int64_t v = 0; v < vectors; ++v) {
+  const int64_t whole = vectors / kVectorsOfRegister;
+  for (int64_t v = 0; v < whole; ++v) {
     Vector pixel[kPixels];
 #pragma GCC unroll 8
-    for (int i = 0; i < kPixels; ++i) pixel[i] = load(x + i * x_column + v * kLanes);
+    for (int i = 0; i < kPixels; ++i) {
+      pixel[i] = load_as<Vector>(x + i * x_column + v * Whole::count);
+    }
 #pragma GCC unroll 8
     for (int k = 0; k < kRows; ++k) {
-      Vector total = load(sums[k] + v * kLanes);
+      Vector total = load_as<Vector>(sums[k] + v * Whole::count);
 #pragma GCC unroll 8
       for (int i = 0; i < kPixels; ++i) total += d[i][k] * pixel[i];
-      std::memcpy(sums[k] + v * kLanes, &total, sizeof(total));
+      std::memcpy(sums[k] + v * Whole::count, &total, sizeof(total));
     }
   }
+  if constexpr (kVectorsOfRegister > 1) {
+    if (vectors % kVectorsOfRegister == 0) return;
+    const int64_t at = whole * Whole::count;
+#pragma GCC unroll 8
+    for (int k = 0; k < kRows; ++k) {
+      HalfVector total = load_as<HalfVector>(sums[k] + at);
+#pragma GCC unroll 8
+      for (int i = 0; i < kPixels; ++i) {
+        total +=
+            (dy[i * dy_column + k] - HalfVector{}) * load_as<HalfVector>(x + i * x_column + at);
+      }
+      std::memcpy(sums[k] + at, &total, sizeof(total));
+    }
+  }
+}
+
+// How many pixels of dy, for so many rows, the registers hold beside x.
+constexpr int pixels_in_registers(int rows) {
+  if (NEQ_REGISTER_BYTES == 64) return std::min(8, 24 / rows);
+  return rows <= 2 ? 4 : rows <= 4 ? 3 : 2;
 }
 
 template <class C, int kRows>
 NEQ_TARGET void outer_product_wide(const OuterProduct<C>& o, int64_t vectors) {
   using Vector = typename Lanes<C>::Vector;
   constexpr int64_t kLanes = Lanes<C>::count;
-  constexpr int kPixels = kRows <= 2 ? 4 : kRows <= 4 ? 3 : 2;
-  alignas(64) C sums[kRows][kMostVectors * kLanes];
+  constexpr int kPixels = pixels_in_registers(kRows);
+  alignas(64) C sums[kRows][kSumsInCache / kRows * kLanes];
   for (int k = 0; k < kRows; ++k) std::memset(sums[k], 0, vectors * sizeof(Vector));
   for (int64_t image = 0; image < o.images; ++image) {
     for (int64_t row = 0; row < o.rows; ++row) {
@@ -126,14 +208,34 @@ NEQ_TARGET void outer_product_wide(const OuterProduct<C>& o, int64_t vectors) {
   }
 }
 
+// For the n rows from `first` on, at most kRows; of x kVectors vectors, or, where that is 0,
+// `vectors`, with the sums in the first cache.
 template <class C, int kVectors, int kRows>
 NEQ_TARGET void outer_product_rows(const OuterProduct<C>& o, int64_t first, int64_t n,
-                                   int64_t skip) {
+                                   int64_t vectors, int64_t skip) {
   if constexpr (kRows > 0) {
-    if (n == kRows) {
+    if (n != kRows) return outer_product_rows<C, kVectors, kRows - 1>(o, first, n, vectors, skip);
+    if constexpr (kVectors > 0) {
       outer_product_tile<C, kRows, kVectors>(o, first, skip);
     } else {
-      outer_product_rows<C, kVectors, kRows - 1>(o, first, n, skip);
+      outer_product_wide<C, kRows>(o, vectors);
+    }
+  }
+}
+
+// Of up to kVectors vectors; as many rows at a time as there are registers for.
+template <class C, int kVectors>
+NEQ_TARGET void outer_product_of_width(const OuterProduct<C>& o, int64_t n, int64_t vectors,
+                                       int64_t skip) {
+  if constexpr (kVectors > 0) {
+    if (vectors != kVectors) return outer_product_of_width<C, kVectors - 1>(o, n, vectors, skip);
+    constexpr int kRegisters = (kVectors - 1) / kVectorsOfRegister + 1;
+    constexpr int kMost = std::min<int>(kTileLimits.rows, kMostSums / kRegisters);
+    int64_t first = 0;
+    for (int64_t parts = (n + kMost - 1) / kMost; parts > 0; --parts) {
+      const int64_t size = (n - first + parts - 1) / parts;
+      outer_product_rows<C, kVectors, kMost>(o, first, size, vectors, skip);
+      first += size;
     }
   }
 }
@@ -142,36 +244,9 @@ NEQ_TARGET void outer_product_rows(const OuterProduct<C>& o, int64_t first, int6
 // first `skip` lanes, of a single vector, are left out.
 template <class C>
 NEQ_TARGET void outer_product(const OuterProduct<C>& o, int64_t n, int64_t vectors, int64_t skip) {
-  using Function = void (*)(const OuterProduct<C>&, int64_t, int64_t, int64_t);
-  static constexpr Function of_width[5] = {
-      nullptr,
-      outer_product_rows<C, 1, kRowsTogether>,
-      outer_product_rows<C, 2, kRowsTogether>,
-      outer_product_rows<C, 3, kMostSums / 3>,
-      outer_product_rows<C, 4, kMostSums / 4>,
-  };
-  static constexpr int64_t most_of_width[5] = {0, kRowsTogether, kRowsTogether, kMostSums / 3,
-                                               kMostSums / 4};
-  if (vectors > kMostInRegisters) {
-    static constexpr void (*wide[kRowsTogether + 1])(const OuterProduct<C>&, int64_t) = {
-        nullptr,
-        outer_product_wide<C, 1>,
-        outer_product_wide<C, 2>,
-        outer_product_wide<C, 3>,
-        outer_product_wide<C, 4>,
-        outer_product_wide<C, 5>,
-        outer_product_wide<C, 6>,
-    };
-    return wide[n](o, vectors);
-  }
-  const int64_t most = most_of_width[vectors];
-  if (n <= most) return of_width[vectors](o, 0, n, skip);
-  int64_t first = 0;
-  for (int64_t parts = (n + most - 1) / most; parts > 0; --parts) {
-    const int64_t size = (n - first + parts - 1) / parts;
-    of_width[vectors](o, first, size, skip);
-    first += size;
-  }
+  constexpr int kMost = kTileLimits.widest(1);
+  if (vectors > kMost) return outer_product_rows<C, 0, kTileLimits.rows>(o, 0, n, vectors, skip);
+  outer_product_of_width<C, kMost>(o, n, vectors, skip);
 }
 
 // totals[k] += sum over `count` pixels of from[pixel * n + k]; n is at most 8. Up to 7 elements

@@ -26,6 +26,8 @@ const Kernels<T>& kernels() {
       correlate_pixels<C>,
       sum<C>,
       copy_rows<T>,
+      kMostBlended,
+      kTileLimits,
       outer_product<C>,
       sum_pixels<C>,
       copy_pixels<C>,

@@ -39,8 +39,9 @@ class Scratch {
   T* at_least(int64_t size) {
     if (size > size_) {
       data_.reset();
-      size_ = size;
+      size_ = 0;
       data_.reset(LineAllocator<T>().allocate(size));
+      size_ = size;
     }
     return data_.get();
   }

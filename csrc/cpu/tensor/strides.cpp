@@ -27,6 +27,22 @@ bool is_dense(const Tensor& tensor, const std::vector<int64_t>& order) {
   return true;
 }
 
+namespace {
+
+Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType dtype) {
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, type,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+}  // namespace
+
+Tensor empty_of_dtype(const Tensor& like, ScalarType dtype) {
+  return empty_strided(like.sizes().data(), like.strides().data(), like.dim(), dtype);
+}
+
 Tensor empty_in_order(const std::vector<int64_t>& sizes, const std::vector<int64_t>& order,
                       ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size());
@@ -35,12 +51,7 @@ Tensor empty_in_order(const std::vector<int64_t>& sizes, const std::vector<int64
     strides[*dim] = stride;
     stride *= std::max<int64_t>(sizes[*dim], 1);
   }
-  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                  strides.data(), type,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return empty_strided(sizes.data(), strides.data(), static_cast<int64_t>(sizes.size()), dtype);
 }
 
 Tensor in_order(const Tensor& tensor, const std::vector<int64_t>& order) {

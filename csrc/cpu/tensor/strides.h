@@ -17,6 +17,9 @@ bool is_dense(const Tensor& tensor, const std::vector<int64_t>& order);
 Tensor empty_in_order(const std::vector<int64_t>& sizes, const std::vector<int64_t>& order,
                       ScalarType dtype);
 
+// Uninitialised tensor of another dtype, with the sizes and strides of a dense one.
+Tensor empty_of_dtype(const Tensor& like, ScalarType dtype);
+
 // tensor itself when it is dense in that order, else a copy that is.
 Tensor in_order(const Tensor& tensor, const std::vector<int64_t>& order);
 

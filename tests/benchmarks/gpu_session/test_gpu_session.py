@@ -69,7 +69,7 @@ def card(monkeypatch, tmp_path):
     monkeypatch.setattr(
         kernels_gpu, "GpuKernelOptions", lambda failed: replace(small, failed=failed)
     )
-    steps = steps_gpu.GpuStepOptions((1.0, 0.5), 1e-3, 2)
+    steps = steps_gpu.GpuStepOptions((1.0, 0.5), 1e-3, 2, least_rounds=2)
     monkeypatch.setattr(steps_gpu, "GpuStepOptions", lambda failed: replace(steps, failed=failed))
     energy = gpu_energy.EnergyOptions((0.5,), 5e-3, 2)
     monkeypatch.setattr(gpu_energy, "EnergyOptions", lambda failed: replace(energy, failed=failed))
@@ -79,7 +79,6 @@ def card(monkeypatch, tmp_path):
     monkeypatch.setattr(
         gpu_energy, "EnergyMeter", lambda gpus: EnergyMeter(gpus=[0], powercap=tmp_path, nvml=nvml)
     )
-    monkeypatch.setattr(comparison, "LEAST_ROUNDS", 2)
     monkeypatch.setattr(bandwidth, "BUFFER_BYTES", 2**16)
     told["started"] = started
     return told

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.common.records import Record, load
-from benchmarks.kernels import comparison, cpu, goals, layer_shapes, peers
+from benchmarks.common.records import load
+from benchmarks.kernels import comparison, cpu, goals, layer_shapes, peers, wgrad_times
 from benchmarks.kernels.layer_shapes import Shape
 from benchmarks.suite import __main__ as suite
-from benchmarks.suite import figures, page
+from benchmarks.suite import figures, page, summary
 from neq_kernels.backends.problem import ConvGeometry, Problem
 from neq_kernels.dispatch import backward, trial
+from neq_kernels.machine import cpu_class
 
 CONV = Problem(
     (2, 8, 6, 6),
@@ -36,7 +37,10 @@ FAST = ["--runs", "1", "--seconds", "0.001"]
 
 @pytest.fixture
 def tiny_shapes(monkeypatch):
-    monkeypatch.setattr(cpu, "shape_set", lambda names: TINY)
+    def shapes(names, dtype):
+        return [replace(s, problem=s.problem._replace(dtype=dtype)) for s in TINY]
+
+    monkeypatch.setattr(cpu, "shape_set", shapes)
     problems = {(s.network, s.layer, s.layout): s.problem for s in TINY}
     monkeypatch.setattr(figures, "problems_by_cell", lambda: problems)
 
@@ -52,6 +56,26 @@ def test_the_shape_set_has_every_layer_once_in_both_layouts():
     assert ("resnet32", "layer3.0.conv2", "nhwc") in {(s.network, s.layer, s.layout) for s in found}
     with pytest.raises(ValueError, match="expected some of resnet32"):
         layer_shapes.shape_set(("resnet33",))
+
+
+@pytest.mark.usefixtures("tiny_shapes")
+@pytest.mark.parametrize("dtype", layer_shapes.DTYPES)
+def test_operands_and_the_unit_of_errors_are_of_the_dtype(dtype, tmp_path, monkeypatch):
+    """A gradient that was rounded to bfloat16 is right in bfloat16, and wrong in float32."""
+    original = trial.wgrad
+
+    def rounded(*arguments):
+        call = original(*arguments)
+        return lambda: (lambda gradient: gradient.bfloat16().to(gradient.dtype))(call())
+
+    monkeypatch.setattr(trial, "wgrad", rounded)
+    arguments = ["--dtype", dtype, "--strategies", "--out", str(tmp_path), *FAST]
+    code = cpu.main([*arguments, "--shares", "0.5"])
+    rows = load(tmp_path / "kernels.jsonl")[1]
+    assert {row["dtype"] for row in rows} == {dtype}
+    wrong = {row["provider"] for row in rows if "wrong" in row}
+    assert bool(wrong) == (dtype == "float32") == (code != 0)
+    assert all(provider.startswith("neq ") for provider in wrong)
 
 
 @pytest.mark.usefixtures("tiny_shapes")
@@ -133,27 +157,10 @@ def test_pictures_and_page_come_from_the_records(tmp_path, monkeypatch):
     block = replace(page.BLOCK, page=tmp_path / "page.md")
     block.page.write_text(f"before\n{block.begin}old\n{block.end}after\n")
     monkeypatch.setattr(page, "BLOCK", block)
-    monkeypatch.setattr(page, "TABLES_AND_PICTURES", tmp_path / "results")
+    for module in (page, summary):
+        monkeypatch.setattr(module, "SUITE", tmp_path / "results")
+    monkeypatch.setattr(wgrad_times, "DATA", tmp_path / "costs")
     assert suite.main(["--publish", "--out", str(tmp_path)]) == 0
-    text = block.page.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "old" not in text
-    assert "| fewer active, against dense | worst cell |" in text
-    published = {path.name for path in (tmp_path / "results").iterdir()}
+    assert "| fewer active, against dense | worst cell |" in block.page.read_text()
+    published = {path.name for path in (tmp_path / "results" / cpu_class()).iterdir()}
     assert published == {"kernels.csv", "kernel_speedups.png", "roofline.png", "strategies.png"}
-
-
-def test_a_page_needs_records_and_a_place(tmp_path, monkeypatch, capsys):
-    assert suite.main(["--publish", "--out", str(tmp_path)]) == 2
-    assert "expected records" in capsys.readouterr().err
-    with Record(tmp_path, "overhead", {}) as record:
-        record.add(
-            {"case": "c", "what": "w", **{f"seconds_{q}": 1.0 for q in ("p20", "median", "p80")}}
-        )
-    block = replace(page.BLOCK, page=tmp_path / "page.md")
-    block.page.write_text("no markers")
-    monkeypatch.setattr(page, "BLOCK", block)
-    assert suite.main(["--publish", "--out", str(tmp_path)]) == 2
-    assert block.page.read_text() == "no markers"
-    assert figures.main([str(tmp_path)]) == 2

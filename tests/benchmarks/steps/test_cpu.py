@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 import neq_kernels as neq
 from benchmarks.common.records import load
 from benchmarks.common.workloads import WORKLOADS, output_layer, random_masks, set_masks
-from benchmarks.steps import comparison, cpu
+from benchmarks.steps import certainty, comparison, cpu
 from benchmarks.steps.correctness import differences
 from neq_kernels.measure import bandwidth
 from tests.support.step_workloads import TINY
@@ -19,17 +20,22 @@ from tests.support.step_workloads import TINY
 @pytest.fixture(autouse=True)
 def _tiny_cases(monkeypatch):
     monkeypatch.setattr(cpu, "WORKLOADS", TINY)
+    half = {
+        name: replace(w, autocast=torch.bfloat16, layouts=("nhwc",)) for name, w in TINY.items()
+    }
+    monkeypatch.setattr(cpu, "BF16_WORKLOADS", half)
+    monkeypatch.setattr(cpu, "computes_bfloat16", lambda: False)
     monkeypatch.setattr(cpu, "QUICK", (("tiny", "nhwc"),))
     monkeypatch.setattr(bandwidth, "BUFFER_BYTES", 2**20)
 
 
 def run(tmp_path, *arguments):
-    code = cpu.main(["--out", str(tmp_path), "--seconds", "0.01", *arguments])
+    code = cpu.main(["--out", str(tmp_path), "--seconds", "0.01", "--rounds", "6", *arguments])
     return code, *load(tmp_path / "step.jsonl")
 
 
 def test_one_row_per_cell_and_provider(tmp_path, capsys):
-    code, header, rows = run(tmp_path, "--r", "1", "0.5", "0")
+    code, header, rows = run(tmp_path, "--peer", "--r", "1", "0.5", "0")
     assert code == 0
     keys = [(row["layout"], row["r"], row["provider"]) for row in rows]
     assert keys == [
@@ -38,43 +44,66 @@ def test_one_row_per_cell_and_provider(tmp_path, capsys):
         for r in (1.0, 0.5, 0.0)
         for provider in ("dense", "peer1", "neq", comparison.NO_WGRAD)
     ]
-    assert header["settings"]["workloads"] == [["tiny", "nchw"], ["tiny", "nhwc"]]
+    assert header["settings"]["cells"] == [
+        ["tiny", layout, "float32", r] for layout in ("nchw", "nhwc") for r in (1.0, 0.5, 0.0)
+    ]
     for row in rows:
-        assert row["rounds"] == comparison.LEAST_ROUNDS or row["rounds"] <= comparison.MOST_ROUNDS
+        assert row["rounds"] in (6, 12, 18)
         for phase in ("forward", "backward", "optimizer", "total"):
             quantiles = [row[f"{phase}_seconds_{level}"] for level in ("p20", "median", "p80")]
             assert quantiles == sorted(quantiles)
         assert ("speedup_median" in row) == (row["provider"] != "dense")
+        if "speedup_median" in row:
+            assert row["speedup_low"] <= row["speedup_median"] <= row["speedup_high"]
         if row["r"] == 1 and row["provider"] == "neq":
             assert row["bound"] == row["bound_floor"] == 1
-            assert row["target"] == comparison.TARGET_OF_DENSE
+        assert ("wide" in row) == (row["provider"] == "neq")
         if row["provider"] == "neq":
             assert row["bound_floor"] <= row["bound"]
             # Records keep four digits.
-            ratio = row["speedup_median"] / row["bound"]
-            assert row["ratio"] == pytest.approx(ratio, rel=1e-3)
-            assert row["passes"] == (ratio >= row["target"]) or ratio == pytest.approx(
-                row["target"], rel=1e-3
-            )
+            ratio = row["speedup_median"] / row["bound_floor"]
+            assert row["ratio_floor"] == pytest.approx(ratio, rel=1e-3)
+            assert row["wide"] == (row["speedup_width"] > certainty.WIDEST)
+            assert row["rounds"] == 18 if row["wide"] else row["tries"] <= 2
     table = (tmp_path / "step.csv").read_text().splitlines()
     assert table[0].startswith("# command:")
     assert len(list(csv.DictReader(table[1:]))) == len(rows)
     printed = capsys.readouterr().out
-    assert printed.count("neq") == 6
-    assert printed.count("ok") + printed.count("short") == 6
+    table, _, summary = printed.partition("float32: ")
+    assert table.count("neq") == 6
+    assert table.count("ok") + table.count("short ") == 6
+    assert "of the bound with floor, no cell < 0.9" in summary
 
 
 def test_quick_has_the_quick_cases(tmp_path):
     _, header, rows = run(tmp_path, "--quick")
-    assert header["settings"]["workloads"] == [["tiny", "nhwc"]]
+    assert {tuple(cell[:3]) for cell in header["settings"]["cells"]} == {
+        ("tiny", "nhwc", "float32")
+    }
     assert {row["r"] for row in rows} == set(cpu.QUICK_SHARES)
+    assert {row["provider"] for row in rows} == {"dense", "neq", comparison.NO_WGRAD}
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
 def test_other_optimizers(tmp_path, optimizer):
     code, _, rows = run(tmp_path, "--layouts", "nchw", "--r", "0.5", "--optimizer", optimizer)
     assert code == 0
-    assert len(rows) == 4
+    assert len(rows) == 3
+
+
+def test_bfloat16_has_rows_of_its_own(tmp_path, capsys):
+    code, _, rows = run(tmp_path, "--dtypes", "float32", "bfloat16", "--r", "0.5")
+    assert code == 0
+    found = [(row["dtype"], row["layout"]) for row in rows if row["provider"] == "neq"]
+    assert found == [("float32", "nchw"), ("float32", "nhwc"), ("bfloat16", "nhwc")]
+    printed = capsys.readouterr().out
+    assert "bfloat16: of the bound with floor, geomean" in printed
+
+
+def test_bfloat16_is_measured_where_the_cpu_computes_in_it(monkeypatch):
+    monkeypatch.setattr(cpu, "computes_bfloat16", lambda: True)
+    assert {cell.workload.dtype for cell in cpu.chosen_cells()} == {"float32", "bfloat16"}
+    assert {cell.workload.dtype for cell in cpu.chosen_cells(quick=True)} == {"float32"}
 
 
 def wrong_mask(model, masks, r):
@@ -93,8 +122,8 @@ def scaled_gradient(model, masks, r):
 @pytest.mark.parametrize("fault", [wrong_mask, scaled_gradient])
 def test_a_wrong_result_has_no_figure_and_fails(tmp_path, capsys, monkeypatch, fault):
     wrong = comparison.Provider("neq", comparison.OURS.build, fault)
-    monkeypatch.setattr(comparison, "PROVIDERS", (*comparison.PROVIDERS[:2], wrong))
-    code, _, rows = run(tmp_path, "--layouts", "nchw", "--r", "0.5")
+    monkeypatch.setattr(cpu, "OURS", wrong)
+    code, _, rows = run(tmp_path, "--peer", "--layouts", "nchw", "--r", "0.5")
     assert code == 1
     (row,) = rows
     assert row["provider"] == "neq"
@@ -133,6 +162,8 @@ def test_the_gate_sees_a_wrong_loss_and_a_missing_gradient():
         ["--seconds", "0"],
         ["--threads", "0"],
         ["--layouts", "x"],
+        ["--dtypes", "float16"],
+        ["--rounds", "0"],
     ],
 )
 def test_bad_arguments_are_refused(arguments, capsys):
