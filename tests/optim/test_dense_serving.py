@@ -16,6 +16,7 @@ from torch.optim import SGD
 
 import neq_kernels as neq
 from neq_kernels.backends.problem import Strategy
+from neq_kernels.conversion.convert import convert
 from neq_kernels.dispatch.selection import selector
 from neq_kernels.optim import attach, is_attached, step_check
 from neq_kernels.optim.forward_watch import ForwardWatch
@@ -110,6 +111,14 @@ def test_an_optimizer_that_is_dropped_leaves_nothing_for_long(monkeypatch):
     optimizer = SGD(net.parameters(), lr=0.1)
     attach(optimizer, net)
     assert not is_dense(net)
+
+
+def test_with_everything_active_the_graph_is_pytorchs():
+    layer, x = convert(nn.Conv2d(3, 8, 3)), torch.ones(2, 3, 5, 5)
+    with selector.forced_strategy(Strategy.CUSTOM):
+        assert type(layer(x).grad_fn).__name__ == "_PlannedFunctionBackward"
+        layer.channels.serve_densely([layer.channels])
+        assert type(layer(x).grad_fn).__name__ == "ConvolutionBackward0"
 
 
 def test_a_hook_whose_listener_is_gone_goes():
