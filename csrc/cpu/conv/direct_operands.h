@@ -18,7 +18,7 @@ namespace neq {
 // kernels sum even fewer at a time, and what is summed in one go is less exact.
 constexpr int64_t kPixelsPerUnit = 256, kPixelsPerSmallUnit = 128, kFewPixels = 1024;
 constexpr int64_t kPixelsPerPart = 512;          // what a sum of its own is worth
-constexpr int64_t kProductsPerPart = 1 << 16;    // of dy and x
+constexpr int64_t kProductsPerPart = 1 << 17;    // of dy and x
 constexpr int64_t kParts = 16, kMostParts = 64;  // the most while all sums stay in the second cache
 constexpr int64_t kSumsOfAllParts = 1 << 20, kCachedSums = 1 << 16;
 constexpr int64_t kPixelsTogether = 16;         // that are gathered block after block

@@ -2,8 +2,6 @@
 // and tiles of x's, cut into a grid. The kernel runs by exactly this, and a test reads it.
 #pragma once
 
-#include <vector>
-
 #include "../tensor/shares.h"
 #include "../tensor/split.h"
 #include "direct_operands.h"
@@ -29,115 +27,102 @@ struct DirectShare {
   Range parts, blocks, tiles;
 };
 
+// Reads the operands, which outlive it; `units` are cut into the parts of the reduction.
+template <class T>
 class DirectSchedule {
  public:
-  // `units` are cut into the parts of the reduction.
-  template <class T>
   DirectSchedule(const Operands<T>& o, const ConvProblem& p, const Split& units, int64_t threads)
-      : all_{{0, units.parts},
-             {0, static_cast<int64_t>(o.blocks().size())},
-             {0, static_cast<int64_t>(o.tiles().size())}},
-        products_(static_cast<int64_t>(o.products())) {
-    const int64_t most = worthwhile(threads, products_, 2 * kLeastProducts);
-    if (most == 1) return;
-    parts_ = pixels_before(o, p, units);
-    blocks_ = channels_before(o);
-    find_tiles(o, kLineBytes / static_cast<int64_t>(sizeof(T)));
-    taps_ = o.taps_as_channels() ? 1 : p.taps();
-    input_cost_ = o.reads_in_place() ? kProductsPerRead : kProductsPerInput;
-    choose(most);
+      : o_(o),
+        p_(p),
+        units_(units),
+        blocks_(static_cast<int64_t>(o.blocks().size())),
+        tiles_(static_cast<int64_t>(o.tiles().size())),
+        taps_(o.taps_as_channels() ? 1 : p.taps()) {
+    const auto products = static_cast<int64_t>(o.products());
+    const int64_t most = worthwhile(threads, products, 2 * kLeastProducts);
+    if (most > 1) choose(most);
   }
 
   int64_t shares() const { return of_parts_ * of_blocks_ * of_tiles_; }
   int64_t groups() const { return of_blocks_; }
   bool cuts_rows() const { return of_tiles_ > 1; }
   int64_t group_of(int64_t share) const { return share / of_tiles_ % of_blocks_; }
-
-  Range blocks_of(int64_t group) const {
-    return of_blocks_ == 1 ? all_.blocks : blocks_.share(group, of_blocks_);
-  }
+  Range blocks_of(int64_t group) const { return share_of(blocks_, group, of_blocks_); }
 
   DirectShare share(int64_t i) const {
-    if (shares() == 1) return all_;
-    const Range tiles = tiles_.share(i % of_tiles_, of_tiles_);
-    return {parts_.share(i / of_tiles_ / of_blocks_, of_parts_),
+    const int64_t tile = i % of_tiles_;
+    return {share_of(units_.parts, i / of_tiles_ / of_blocks_, of_parts_),
             blocks_of(group_of(i)),
-            {first_tile_[tiles.begin], first_tile_[tiles.end]}};
+            {first_tile(tile, of_tiles_), first_tile(tile + 1, of_tiles_)}};
   }
 
-  // The input channels of a share, of `padded` in all.
-  Range lanes_of(int64_t i, int64_t padded) const {
-    if (of_tiles_ == 1) return {0, padded};
-    const Range tiles = tiles_.share(i % of_tiles_, of_tiles_);
-    return {tiles_.work({0, tiles.begin}), tiles_.work({0, tiles.end})};
+  // The input channels of a share.
+  Range lanes_of(int64_t i) const {
+    const int64_t tile = i % of_tiles_;
+    return {lanes_before(tile, of_tiles_), lanes_before(tile + 1, of_tiles_)};
   }
 
   int64_t products(int64_t i) const {
-    if (shares() == 1) return products_;
-    return parts_.work(parts_.share(i / of_tiles_ / of_blocks_, of_parts_)) *
-           blocks_.work(blocks_of(group_of(i))) *
-           tiles_.work(tiles_.share(i % of_tiles_, of_tiles_)) * taps_;
+    const int64_t part = i / of_tiles_ / of_blocks_, group = group_of(i);
+    return (pixels_before(part + 1, of_parts_) - pixels_before(part, of_parts_)) *
+           (channels_before(group + 1, of_blocks_) - channels_before(group, of_blocks_)) *
+           lanes_of(i).size() * taps_;
   }
 
  private:
-  template <class T>
-  static Cuts pixels_before(const Operands<T>& o, const ConvProblem& p, const Split& units) {
-    std::vector<int64_t> before;
-    for (int64_t part = 0; part < units.parts; ++part) {
-      const Unit unit = o.unit_at(units.begin(part));
-      before.push_back((unit.image * p.h.output + unit.top) * p.w.output);
-    }
-    before.push_back(p.images * p.h.output * p.w.output);
-    return Cuts(std::move(before));
+  // What lies before share i of so many.
+  int64_t pixels_before(int64_t i, int64_t shares) const {
+    if (i == shares) return p_.outputs();
+    const Unit unit = o_.unit_at(units_.begin(share_of(units_.parts, i, shares).begin));
+    return (unit.image * p_.h.output + unit.top) * p_.w.output;
   }
 
-  template <class T>
-  static Cuts channels_before(const Operands<T>& o) {
-    std::vector<int64_t> before;
-    for (const Block& block : o.blocks()) before.push_back(block.first);
-    before.push_back(o.blocks().back().first + o.blocks().back().size);
-    return Cuts(std::move(before));
+  int64_t channels_before(int64_t i, int64_t shares) const {
+    return i == shares ? p_.n : o_.blocks()[share_of(blocks_, i, shares).begin].first;
+  }
+
+  int64_t lanes_before(int64_t i, int64_t shares) const {
+    const int64_t tile = first_tile(i, shares);
+    return tile == tiles_ ? o_.padded() : o_.tiles()[tile].first;
   }
 
   // Shares begin where a line does. A tile that leaves lanes out stays with the one before.
-  template <class T>
-  void find_tiles(const Operands<T>& o, int64_t line) {
-    std::vector<int64_t> before;
-    for (size_t t = 0; t < o.tiles().size(); ++t) {
-      const Tile& tile = o.tiles()[t];
-      if (t > 0 && (tile.skip > 0 || tile.first % line != 0)) continue;
-      before.push_back(tile.first);
-      first_tile_.push_back(static_cast<int64_t>(t));
+  int64_t first_tile(int64_t i, int64_t shares) const {
+    constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
+    int64_t tile = share_of(tiles_, i, shares).begin;
+    if (i == 0) return 0;
+    while (tile < tiles_ && (o_.tiles()[tile].skip > 0 || o_.tiles()[tile].first % kLine != 0)) {
+      ++tile;
     }
-    before.push_back(o.padded());
-    first_tile_.push_back(static_cast<int64_t>(o.tiles().size()));
-    tiles_ = Cuts(std::move(before));
+    return tile;
   }
 
   // The grid whose largest share is done first.
   void choose(int64_t threads) {
-    if (threads == 1) return;
-    const double all = static_cast<double>(parts_.total()) * static_cast<double>(blocks_.total()) *
-                       static_cast<double>(tiles_.total());
-    double best = cost({parts_.total(), 0}, {blocks_.total(), 0}, {tiles_.total(), 0}, 1);
-    std::vector<Cuts::Extent> of_tiles(threads + 1, {0, 0});
-    for (const int64_t n_parts : parts_.numbers(threads)) {
-      const Cuts::Extent pixels = parts_.extent(n_parts);
-      for (const int64_t n_blocks : blocks_.numbers(threads / n_parts)) {
-        const Cuts::Extent channels = blocks_.extent(n_blocks);
-        const int64_t left = threads / n_parts / n_blocks;
-        for (int64_t n_tiles = std::min(left, tiles_.pieces()); n_tiles > 0; --n_tiles) {
-          if (of_tiles[n_tiles].largest == 0) of_tiles[n_tiles] = tiles_.extent(n_tiles);
-          const Cuts::Extent lanes = of_tiles[n_tiles];
+    const auto pixels_of = [&](int64_t i, int64_t n) { return pixels_before(i, n); };
+    const auto channels_of = [&](int64_t i, int64_t n) { return channels_before(i, n); };
+    const auto lanes_of = [&](int64_t i, int64_t n) { return lanes_before(i, n); };
+    const double all = static_cast<double>(p_.outputs()) * static_cast<double>(p_.n) *
+                       static_cast<double>(o_.padded());
+    double best = cost(p_.outputs(), p_.n, o_.padded(), 1);
+    for (int64_t n_parts = 1; n_parts <= std::min(threads, units_.parts); ++n_parts) {
+      if (!is_worth_a_share_more(n_parts, units_.parts)) continue;
+      const Extent pixels = extent_of(n_parts, pixels_of);
+      for (int64_t n_blocks = 1; n_blocks <= std::min(threads / n_parts, blocks_); ++n_blocks) {
+        if (!is_worth_a_share_more(n_blocks, blocks_)) continue;
+        const Extent channels = extent_of(n_blocks, channels_of);
+        for (int64_t n_tiles = std::min(threads / n_parts / n_blocks, tiles_); n_tiles > 0;
+             --n_tiles) {
+          const Extent lanes = extent_of(n_tiles, lanes_of);
           const double largest = static_cast<double>(pixels.largest) *
                                  static_cast<double>(channels.largest * lanes.largest);
           const double smallest = static_cast<double>(pixels.smallest) *
                                   static_cast<double>(channels.smallest * lanes.smallest);
           const auto n = static_cast<double>(n_parts * n_blocks * n_tiles);
           if (n * largest > kMostUneven * all) continue;
-          if (smallest * static_cast<double>(taps_) >= kLeastProducts &&
-              cost(pixels, channels, lanes, n_blocks) < best) {
-            best = cost(pixels, channels, lanes, n_blocks);
+          const double time = cost(pixels.largest, channels.largest, lanes.largest, n_blocks);
+          if (smallest * static_cast<double>(taps_) >= kLeastProducts && time < best) {
+            best = time;
             of_parts_ = n_parts, of_blocks_ = n_blocks, of_tiles_ = n_tiles;
           }
           break;
@@ -146,21 +131,18 @@ class DirectSchedule {
     }
   }
 
-  double cost(const Cuts::Extent& pixels, const Cuts::Extent& channels, const Cuts::Extent& lanes,
-              int64_t n_blocks) const {
-    const int64_t copies = groups_together(divided_up(blocks_.pieces(), n_blocks));
-    const int64_t of_a_pixel = channels.largest * lanes.largest * taps_ +
-                               kProductsPerGrad * channels.largest +
-                               input_cost_ * copies * lanes.largest;
-    return static_cast<double>(pixels.largest) * static_cast<double>(of_a_pixel);
+  double cost(int64_t pixels, int64_t channels, int64_t lanes, int64_t n_blocks) const {
+    const int64_t copies = groups_together(divided_up(blocks_, n_blocks));
+    const int64_t input_cost = o_.reads_in_place() ? kProductsPerRead : kProductsPerInput;
+    const int64_t of_a_pixel =
+        channels * lanes * taps_ + kProductsPerGrad * channels + input_cost * copies * lanes;
+    return static_cast<double>(pixels) * static_cast<double>(of_a_pixel);
   }
 
-  DirectShare all_;
-  int64_t products_;
-  // Only where there is something to choose.
-  Cuts parts_, blocks_, tiles_;
-  std::vector<int64_t> first_tile_;
-  int64_t taps_ = 0, input_cost_ = 0;
+  const Operands<T>& o_;
+  const ConvProblem& p_;
+  Split units_;
+  int64_t blocks_, tiles_, taps_;
   int64_t of_parts_ = 1, of_blocks_ = 1, of_tiles_ = 1;
 };
 

@@ -96,7 +96,7 @@ class Direct {
         }
       }
     });
-    if (!in_place_) write_gradient(sums);
+    if (!in_place_) write_sums(sums);
     return p_.want_bias ? whole_bias(bias) : std::vector<double>();
   }
 
@@ -105,7 +105,7 @@ class Direct {
     const int64_t taps_of_sums = o_.taps_as_channels() ? 1 : p_.taps();
     for (int64_t i = 0; i < schedule_.shares(); ++i) {
       const DirectShare share = schedule_.share(i);
-      const Range lanes = schedule_.lanes_of(i, o_.padded());
+      const Range lanes = schedule_.lanes_of(i);
       const Range slots{
           o_.blocks()[share.blocks.begin].first,
           o_.blocks()[share.blocks.end - 1].first + o_.blocks()[share.blocks.end - 1].size};
@@ -126,23 +126,27 @@ class Direct {
     const GradientShares shares = gradient_shares();
     for (int64_t i = 0; i < shares.shares(); ++i) {
       table.add_work(1, i, shares.work(i));
-      shares.visit(i, [&](int64_t slot, Range channels) {
-        if (slot < p_.n && in_place_) return;
+      const auto tell_row = [&](int64_t slot, int64_t rows, Range channels) {
         const int64_t row = p_.active[slot] * taps * p_.input_channels;
         if (taps_inside_ || channels.size() == p_.input_channels) {
           table.add_writes(
-              1, i, {1, (row + channels.begin * taps) * kBytes, channels.size() * taps * kBytes});
+              1, i,
+              {1, (row + channels.begin * taps) * kBytes, rows * channels.size() * taps * kBytes});
         } else {
           table.add_writes(1, i,
                            {1, (row + channels.begin) * kBytes, channels.size() * kBytes, taps,
                             p_.input_channels * kBytes});
         }
-        if (slot >= p_.n) return;
+      };
+      const auto tell_sums = [&](int64_t slot, Range channels) {
+        if (in_place_) return;
+        tell_row(slot, 1, channels);
         if (channels.size() == p_.input_channels) channels = {0, o_.padded()};
         table.add_writes(1, i,
                          {0, (slot * row_of_sums_ + channels.begin) * kBytes,
                           channels.size() * kBytes, taps_of_sums, tap_of_sums_ * kBytes});
-      });
+      };
+      shares.visit(i, tell_sums, tell_row);
     }
   }
 
@@ -269,42 +273,36 @@ class Direct {
   }
 
   void clear_frozen() const {
+    write_gradient([](int64_t, Range) {});
+  }
+
+  // Zeros for frozen rows, and what `write` does for the channels of active ones.
+  template <class Write>
+  void write_gradient(const Write& write) const {
+    const int64_t taps = p_.taps(), row = taps * p_.input_channels;
     const GradientShares shares = gradient_shares();
     for_each_share(shares.shares(), [&](int64_t share) {
-      const Zeros zeros(bytes_of_gradient());
-      shares.visit(share, [&](int64_t i, Range channels) {
-        if (i >= p_.n) clear_row(i, channels, zeros);
+      const Zeros zeros(p_.output_channels * row * kBytes);
+      shares.visit(share, write, [&](int64_t slot, int64_t rows, Range channels) {
+        T* to = gradient_ + p_.active[slot] * row;
+        if (taps_inside_ || channels.size() == p_.input_channels) {
+          zeros.write(to + channels.begin * taps, rows * channels.size() * taps * kBytes);
+          return;
+        }
+        for (int64_t tap = 0; tap < taps; ++tap, to += p_.input_channels) {
+          zeros.write(to + channels.begin, channels.size() * kBytes);
+        }
       });
     });
   }
 
-  int64_t bytes_of_gradient() const {
-    return p_.output_channels * p_.taps() * p_.input_channels * kBytes;
-  }
-
-  void clear_row(int64_t i, Range channels, const Zeros& zeros) const {
-    const int64_t taps = p_.taps(), row = taps * p_.input_channels;
-    T* to = gradient_ + p_.active[i] * row;
-    if (taps_inside_ || channels.size() == p_.input_channels) {
-      zeros.write(to + channels.begin * taps, channels.size() * taps * kBytes);
-      return;
-    }
-    for (int64_t tap = 0; tap < taps; ++tap, to += p_.input_channels) {
-      zeros.write(to + channels.begin, channels.size() * kBytes);
-    }
-  }
-
   // Adds up the parts and puts the rows where they belong.
-  void write_gradient(T* sums) const {
-    const GradientShares shares = gradient_shares();
-    for_each_share(shares.shares(), [&](int64_t share) {
-      const Zeros zeros(bytes_of_gradient());
-      shares.visit(share, [&](int64_t i, Range channels) {
-        if (i >= p_.n) return clear_row(i, channels, zeros);
-        T* row = sums + i * row_of_sums_;
-        add_parts(row, channels);
-        write_row(row, channels, gradient_ + p_.active[i] * p_.taps() * p_.input_channels);
-      });
+  void write_sums(T* sums) const {
+    const int64_t row = p_.taps() * p_.input_channels;
+    write_gradient([&](int64_t slot, Range channels) {
+      T* total = sums + slot * row_of_sums_;
+      add_parts(total, channels);
+      write_row(total, channels, gradient_ + p_.active[slot] * row);
     });
   }
 
@@ -328,9 +326,10 @@ class Direct {
   void write_row(const T* total, Range channels, T* to) const {
     const int64_t taps = p_.taps();
     if (taps_inside_ && !o_.taps_as_channels()) {
-      LineVector<const T*> planes(taps);
+      static thread_local Scratch<const T*> scratch;
+      const T** planes = scratch.at_least(taps);
       for (int64_t tap = 0; tap < taps; ++tap) planes[tap] = total + tap * tap_of_sums_;
-      kernels<T>().interleave(planes.data(), taps, channels.begin, channels.size(),
+      kernels<T>().interleave(planes, taps, channels.begin, channels.size(),
                               to + channels.begin * taps, taps);
       return;
     }
@@ -350,7 +349,7 @@ class Direct {
   std::vector<Range> taps_h_, taps_w_;
   Split units_;
   int64_t threads_;
-  DirectSchedule schedule_;
+  DirectSchedule<T> schedule_;
   bool in_place_;
   int64_t tap_of_sums_, row_of_sums_;  // elements from a tap, and from a row, of sums to the next
 };

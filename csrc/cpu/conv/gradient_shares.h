@@ -3,7 +3,7 @@
 // memory, unless they are whole lines: then by p.active, the active ones first.
 #pragma once
 
-#include <vector>
+#include <algorithm>
 
 #include "../tensor/shares.h"
 #include "convolution.h"
@@ -26,50 +26,72 @@ class GradientShares {
     const int64_t line = kLineBytes / item_bytes;
     step_ = cut_rows && p.input_channels % line == 0 ? line : p.input_channels;
     rows_together_ = rows_of_whole_lines(row_, item_bytes);
-    if (rows_together_ > 1) {
-      slot_of_.resize(p.output_channels);
-      for (int64_t i = 0; i < p.output_channels; ++i) slot_of_[p.active[i]] = i;
-      before_.resize(p.output_channels + 1);
-      for (int64_t k = 0; k < p.output_channels; ++k) {
-        before_[k + 1] = before_[k] + row_ * (slot_of_[k] < p.n ? active_cost : frozen_cost);
-      }
+    if (as_in_memory() && !is_ascending()) {
+      shares_ = 1;
+      return;
     }
     shares_ = even_shares(shares_, work_, [&](int64_t shares) {
       shares_ = shares;
-      int64_t largest = 0;
-      for (int64_t i = 0; i < shares; ++i) {
-        largest = std::max(largest, work_before(begin_of(i + 1)) - work_before(begin_of(i)));
-      }
-      return largest;
+      return extent_of(shares, [&](int64_t i, int64_t) { return work_before(begin_of(i)); })
+          .largest;
     });
   }
 
   int64_t shares() const { return shares_; }
 
   int64_t work(int64_t share) const {
-    if (shares_ == 1) return work_;
     return work_before(begin_of(share + 1)) - work_before(begin_of(share));
   }
 
-  // Calls f(slot, channels): that output channel is p.active[slot].
-  template <class F>
-  void visit(int64_t share, const F& f) const {
-    if (shares_ == 1) {
-      for (int64_t i = 0; i < p_.output_channels; ++i) f(i, Range{0, p_.input_channels});
+  // Calls write(slot, channels) for active rows, and clear(slot, rows, channels) for frozen ones,
+  // neighbours together; the output channel of the first is p.active[slot].
+  template <class Write, class Clear>
+  void visit(int64_t share, const Write& write, const Clear& clear) const {
+    Place begin = begin_of(share);
+    const Place end = begin_of(share + 1);
+    const Range all{0, p_.input_channels};
+    if (shares_ > 1 && as_in_memory()) {
+      const Range active{active_before(begin.row), active_before(end.row)};
+      for (int64_t slot = active.begin; slot < active.end; ++slot) write(slot, all);
+      clear_runs({p_.n + begin.row - active.begin, p_.n + end.row - active.end}, clear);
       return;
     }
-    const Place begin = begin_of(share), end = begin_of(share + 1);
-    for (int64_t row = begin.row; row < end.row + (end.channel > 0); ++row) {
-      f(slot_of_.empty() ? row : slot_of_[row],
-        Range{row == begin.row ? begin.channel : 0,
-              row == end.row ? end.channel : p_.input_channels});
+    const auto visit_some = [&](int64_t slot, Range channels) {
+      if (channels.size() == 0) return;
+      slot < p_.n ? write(slot, channels) : clear(slot, int64_t{1}, channels);
+    };
+    if (begin.channel > 0) {
+      const bool ends = begin.row == end.row;
+      visit_some(begin.row, {begin.channel, ends ? end.channel : p_.input_channels});
+      if (ends) return;
+      ++begin.row;
     }
+    for (int64_t slot = begin.row; slot < std::min(end.row, p_.n); ++slot) write(slot, all);
+    clear_runs({std::max(begin.row, p_.n), end.row}, clear);
+    visit_some(end.row, {0, end.channel});
   }
 
  private:
   struct Place {
     int64_t row, channel;
   };
+
+  bool as_in_memory() const { return rows_together_ > 1; }
+
+  bool is_ascending() const {
+    const int64_t* frozen = p_.active + p_.n;
+    return std::is_sorted(p_.active, frozen) &&
+           std::is_sorted(frozen, p_.active + p_.output_channels);
+  }
+
+  template <class Clear>
+  void clear_runs(Range slots, const Clear& clear) const {
+    for (int64_t slot = slots.begin, next = slot; slot < slots.end; slot = next) {
+      do ++next;
+      while (next < slots.end && p_.active[next] == p_.active[next - 1] + 1);
+      clear(slot, next - slot, Range{0, p_.input_channels});
+    }
+  }
 
   Place begin_of(int64_t share) const {
     if (share == 0) return {0, 0};
@@ -91,10 +113,14 @@ class GradientShares {
             0};
   }
 
+  int64_t active_before(int64_t row) const {
+    if (!as_in_memory()) return std::min(row, p_.n);
+    return std::lower_bound(p_.active, p_.active + p_.n, row) - p_.active;
+  }
+
   // What rows cost up to this one.
   int64_t before(int64_t row) const {
-    if (!before_.empty()) return before_[row];
-    const int64_t active = std::min(row, p_.n);
+    const int64_t active = active_before(row);
     return row_ * (active * active_cost_ + (row - active) * frozen_cost_);
   }
 
@@ -106,7 +132,6 @@ class GradientShares {
 
   const ConvProblem& p_;
   int64_t row_, active_cost_, frozen_cost_, work_, shares_ = 1, step_ = 0, rows_together_ = 1;
-  std::vector<int64_t> slot_of_, before_;  // only where rows are no whole lines
 };
 
 }  // namespace neq

@@ -39,9 +39,10 @@ void nchw(const ConvProblem& p, const T* grad, const T* input, Partial& partial)
                           int64_t to_row, int64_t rows, int64_t count) {
       kernels<T>().copy_rows(from + column, from_row, stride, to, to_row, rows, count);
     };
+    Sums<T> sums(p.taps());
     const auto add = [&](int64_t part, int64_t slot) {
       const int64_t channel = p.active[slot];
-      Sums<T> sums(p.taps());
+      sums.clear();
       for (int64_t image = images.begin(part); image < images.end(part); ++image) {
         const T* dy = grad + (image * p.output_channels + channel) * out_plane;
         const T* x = input + (image * p.input_channels + channel / p.multiplier()) * in_plane;
@@ -51,9 +52,8 @@ void nchw(const ConvProblem& p, const T* grad, const T* input, Partial& partial)
           band.add(b, 0, sums);
         }
       }
-      for (int64_t lane = 0; lane < Sums<T>::kLanes; ++lane) {
-        sums.add_lane(lane, partial.row(part, slot));
-      }
+      double* row = partial.fresh_row(part, slot);
+      for (int64_t lane = 0; lane < Sums<T>::kLanes; ++lane) sums.add_lane(lane, row);
     };
     for (int64_t part = share.parts.begin; part < share.parts.end; ++part) {
       for (int64_t slot = share.vectors.begin; slot < share.vectors.end; ++slot) add(part, slot);
@@ -107,7 +107,7 @@ class Gathered {
       : p_(p),
         chunks_((p.n - 1) / kWidth + 1),
         products_(chunks_ * kWidth * p.outputs() * p.taps()),
-        bands_(Band<T>(p, kWidth).bands()),
+        bands_(Band<T>::bands(p, kWidth)),
         units_(parts_of(p.images * bands_, least_units(p, bands_), 2 * chunks_, products_)) {}
 
   Schedule schedule(int64_t threads) const { return {units_, chunks_, products_, threads}; }
@@ -135,8 +135,9 @@ class Gathered {
       const Range chunks = share.vectors;
       const int64_t first = chunks.begin * kWidth, last = std::min(p_.n, chunks.end * kWidth);
       Band<T> band(p_, kWidth);
+      LineVector<Sums<T>> sums((last - first - 1) / kLanes + 1, Sums<T>(p_.taps()));
       for (int64_t part = share.parts.begin; part < share.parts.end; ++part) {
-        LineVector<Sums<T>> sums((last - first - 1) / kLanes + 1, Sums<T>(p_.taps()));
+        for (Sums<T>& of_vector : sums) of_vector.clear();
         for (int64_t unit = units_.begin(part); unit < units_.end(part); ++unit) {
           const int64_t image = unit / bands_, b = unit % bands_;
           const T* dy = grad + image * p_.h.output * p_.w.output * p_.output_channels;
@@ -150,7 +151,7 @@ class Gathered {
           }
         }
         for (int64_t slot = first; slot < last; ++slot) {
-          sums[(slot - first) / kLanes].add_lane(slot % kLanes, partial.row(part, slot));
+          sums[(slot - first) / kLanes].add_lane(slot % kLanes, partial.fresh_row(part, slot));
         }
       }
     });

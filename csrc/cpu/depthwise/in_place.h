@@ -69,11 +69,12 @@ class InPlace {
     for_each_share(shares.shares(), [&](int64_t i) {
       const Share share = shares.share(i);
       const int64_t groups = (share.vectors.size() - 1) / kGroup + 1;
+      LineVector<Sums<T>> sums((share.vectors.size() - 1) / groups + 1, Sums<T>(p_.taps()));
       for (int64_t part = share.parts.begin; part < share.parts.end; ++part) {
         for (int64_t group = 0; group < groups; ++group) {
           const Range some = share_of(share.vectors.size(), group, groups);
-          add_part(grad, input, units.begin(part), units.end(part),
-                   share.vectors.begin + some.begin, share.vectors.begin + some.end, part, partial);
+          const int64_t first = share.vectors.begin;
+          add_part(grad, input, part, {first + some.begin, first + some.end}, sums, partial);
         }
       }
     });
@@ -99,10 +100,12 @@ class InPlace {
                     kLanes * vectors() * p_.outputs() * p_.taps());
   }
 
-  void add_part(const T* grad, const T* input, int64_t begin, int64_t end, int64_t first,
-                int64_t last, int64_t part, Partial& partial) const {
-    LineVector<Sums<T>> sums(last - first, Sums<T>(p_.taps()));
-    for (int64_t unit = begin; unit < end; ++unit) {
+  void add_part(const T* grad, const T* input, int64_t part, Range vectors,
+                LineVector<Sums<T>>& sums, Partial& partial) const {
+    const int64_t first = vectors.begin, last = vectors.end;
+    const Split units = parts();
+    for (Sums<T>& of_vector : sums) of_vector.clear();
+    for (int64_t unit = units.begin(part); unit < units.end(part); ++unit) {
       const int64_t image = unit / bands(), top = unit % bands() * height_;
       const T* dy = grad + image * p_.h.output * p_.w.output * p_.output_channels;
       const T* x = input + image * p_.h.input * p_.w.input * p_.input_channels;
@@ -115,7 +118,7 @@ class InPlace {
       const ChannelVector& vector = vectors_[v];
       for (int64_t i = vector.begin; i < vector.end; ++i) {
         const int64_t slot = by_channel_[i];
-        sums[v - first].add_lane(p_.active[slot] - vector.channel, partial.row(part, slot));
+        sums[v - first].add_lane(p_.active[slot] - vector.channel, partial.fresh_row(part, slot));
       }
     }
   }

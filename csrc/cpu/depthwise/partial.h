@@ -15,16 +15,16 @@ class Partial {
   explicit Partial(const ConvProblem& p)
       : n_(p.n), cells_(p.cells()), row_(whole_lines(cells_, sizeof(double))) {}
 
-  // All 0.
   void resize(int64_t parts) {
     static thread_local Scratch<double> scratch;
     parts_ = parts;
     sums_ = scratch.at_least(parts * n_ * row_);
-    std::fill_n(sums_, parts * n_ * row_, 0.0);
   }
 
-  // Rows are whole lines: channels are several threads'.
-  double* row(int64_t part, int64_t slot) { return sums_ + place(part, slot); }
+  // All 0. Rows are whole lines: channels are several threads'.
+  double* fresh_row(int64_t part, int64_t slot) {
+    return std::fill_n(sums_ + place(part, slot), cells_, 0.0) - cells_;
+  }
   int64_t place(int64_t part, int64_t slot) const { return (part * n_ + slot) * row_; }
 
   // [n][taps + 1]

@@ -12,7 +12,7 @@ namespace neq::depthwise {
 constexpr int64_t kLeastProducts = 1 << 15;
 
 // So many pieces of work, of a part and a vector each, are enough for any number of threads.
-constexpr int64_t kEnoughPieces = 256, kMostParts = 64;
+constexpr int64_t kEnoughPieces = 128, kMostParts = 64;
 
 // What sums of its own for a part are worth, where each vector of channels has one of every tap.
 constexpr int64_t kLeastPixels = 512;

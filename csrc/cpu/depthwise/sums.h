@@ -20,6 +20,13 @@ class Sums {
 
   explicit Sums(int64_t taps) : taps_(taps), lanes_(taps * kLanes, C(0)) {}
 
+  void clear() {
+    std::fill(lanes_.begin(), lanes_.end(), C(0));
+    totals_.clear();
+    std::fill_n(bias_, kLanes, 0.0);
+    vectors_ = 0;
+  }
+
   // [tap][lane], to add up to `vectors` more products to.
   C* lanes_for(int64_t vectors) {
     if (vectors_ + vectors > kMostVectors) flush();
@@ -42,7 +49,7 @@ class Sums {
 
  private:
   void flush() {
-    totals_.resize(lanes_.size());
+    totals_.resize(lanes_.size(), 0.0);
     for (size_t i = 0; i < lanes_.size(); ++i) {
       totals_[i] += static_cast<double>(lanes_[i]);
       lanes_[i] = C(0);

@@ -6,8 +6,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <utility>
-#include <vector>
 
 namespace neq {
 
@@ -64,43 +62,25 @@ void for_each_share(int64_t shares, const F& f) {
   });
 }
 
-// Work that lies in a row of pieces, each of which stays whole.
-class Cuts {
- public:
-  // before[i] lies before piece i; the last one is everything.
-  Cuts() = default;
-  explicit Cuts(std::vector<int64_t> before) : before_(std::move(before)) {}
-
-  int64_t pieces() const { return static_cast<int64_t>(before_.size()) - 1; }
-  int64_t total() const { return before_.back(); }
-  Range share(int64_t i, int64_t shares) const { return share_of(pieces(), i, shares); }
-  int64_t work(Range pieces) const { return before_[pieces.end] - before_[pieces.begin]; }
-
-  struct Extent {
-    int64_t largest, smallest;
-  };
-  Extent extent(int64_t shares) const {
-    Extent extent{0, total()};
-    for (int64_t i = 0; i < shares; ++i) {
-      const int64_t one = work(share(i, shares));
-      extent = {std::max(extent.largest, one), std::min(extent.smallest, one)};
-    }
-    return extent;
-  }
-
-  // The numbers of shares, up to `most`, that are worth a thought: with fewer of them the largest
-  // share is larger.
-  std::vector<int64_t> numbers(int64_t most) const {
-    std::vector<int64_t> numbers;
-    for (int64_t n = 1; n <= std::min(most, pieces()); ++n) {
-      const int64_t size = (pieces() + n - 1) / n;
-      if (n == 1 || size < (pieces() + n - 2) / (n - 1)) numbers.push_back(n);
-    }
-    return numbers;
-  }
-
- private:
-  std::vector<int64_t> before_;
+// The largest and the smallest share, where before(i, shares) is the work before share i.
+struct Extent {
+  int64_t largest, smallest;
 };
+
+template <class Before>
+Extent extent_of(int64_t shares, const Before& before) {
+  Extent extent{0, before(shares, shares)};
+  for (int64_t i = 0, begin = 0; i < shares; ++i) {
+    const int64_t end = before(i + 1, shares);
+    extent = {std::max(extent.largest, end - begin), std::min(extent.smallest, end - begin)};
+    begin = end;
+  }
+  return extent;
+}
+
+// Whether so many shares of `pieces` have a smaller largest one than fewer shares.
+inline bool is_worth_a_share_more(int64_t shares, int64_t pieces) {
+  return shares == 1 || (pieces + shares - 1) / shares < (pieces + shares - 2) / (shares - 1);
+}
 
 }  // namespace neq
