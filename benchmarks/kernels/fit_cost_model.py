@@ -49,11 +49,9 @@ _ROUNDS = 10
 _NOISE = 0.03
 FOLDS = 5
 _MARGINS = (1.0, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.6, 2.0)
-# Of a group that few shapes are known of.
-_FEW_SHAPES, _LEAST_MARGIN = 10, 1.2
 # What one cell slower than PyTorch's kernel counts, beside logarithms of times; and the least that
 # a margin has to spare.
-_PENALTY, _WORTH = 0.3, 0.3
+_PENALTY, _WORTH = 1.0, 0.3
 
 Group = str
 Table = dict[Group, dict[str, float]]
@@ -100,8 +98,7 @@ def _fit(cells: Cells) -> Table:
         left_out: dict[Cell, Table] = {}
         for learned, judged in folds(cells):
             left_out |= dict.fromkeys(judged, _coefficients(learned, problems, most))
-        least = _least_margins(problems, coefficients)
-        margins = _margins(cells, problems, left_out, least)
+        margins = _margins(cells, problems, left_out, {})
         margins = _margins(cells, problems, dict.fromkeys(cells, coefficients), margins)
         margins = {group: margin for group, margin in margins.items() if margin > 1}
         for strategy in Strategy:
@@ -109,17 +106,6 @@ def _fit(cells: Cells) -> Table:
     return {
         group: costs | ({MARGIN: margins[group]} if group in margins else {})
         for group, costs in sorted(coefficients.items())
-    }
-
-
-def _least_margins(problems: Mapping[Cell, Problem], table: Table) -> dict[Group, float]:
-    shapes: dict[str, set[Problem]] = defaultdict(set)
-    for problem in problems.values():
-        shapes[cost_model.kind(problem)].add(problem)
-    return {
-        group: 1.0 if len(shapes[group.partition(" ")[2]]) > _FEW_SHAPES else _LEAST_MARGIN
-        for group in table
-        if not _is_of(group, Strategy.DENSE)
     }
 
 
@@ -223,7 +209,8 @@ def _margins(
         for strategy in times:
             if strategy != Strategy.DENSE:
                 known[groups[strategy]].append((cell, times))
-    margins = dict(least)
+    margins = {group: least.get(group, 1.0) for group in known}
+    low = dict(margins)
 
     def loss(group: Group, margin: float) -> float:
         trial = {**margins, group: margin}
@@ -242,7 +229,7 @@ def _margins(
 
     for _ in range(2):
         for group in sorted(margins):
-            possible = [margin for margin in _MARGINS if margin >= least[group]]
+            possible = [margin for margin in _MARGINS if margin >= low[group]]
             losses = {margin: loss(group, margin) for margin in possible}
             best = min(possible, key=lambda margin: (losses[margin], margin))
             worth = losses[possible[0]] - losses[best] >= _WORTH
