@@ -108,7 +108,7 @@ void clear_frozen(const Tensor& grad, const Tensor& order, int64_t n, const Neur
   char* data = static_cast<char*>(grad.mutable_data_ptr());
   const int64_t* frozen = checked_order(order, neurons.count, neurons.count);
   for_each_piece(blocks, find_runs(frozen, n, neurons.count, neurons.count, nullptr, neurons.count),
-                 [&](const Run&, int64_t, int64_t, int64_t at, int64_t count) {
+                 bytes, [&](const Run&, int64_t, int64_t, int64_t at, int64_t count) {
                    std::memset(data + at * bytes, 0, static_cast<size_t>(count * bytes));
                  });
 }

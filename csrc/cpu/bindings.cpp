@@ -12,6 +12,13 @@ STABLE_TORCH_LIBRARY(neq_kernels_cpu, m) {
       "depthwise_wgrad(Tensor grad_output, Tensor input, int[] weight_shape, int[] stride, "
       "int[] padding, int[] dilation, Tensor order, int n, bool want_bias) -> (Tensor, Tensor)");
   m.def(
+      "wgrad_shares(int[] input_size, int[] weight_size, int[] stride, int[] padding, "
+      "int[] dilation, bool channels_last, Tensor order, int n, int threads) -> Tensor");
+  m.def("neuron_shares(Tensor order, int n, int[] blocks, int item_bytes, int threads) -> Tensor");
+  m.def(
+      "pack_shares(Tensor order, int rows, int elements, int item_bytes, bool cut_rows, "
+      "int threads) -> Tensor");
+  m.def(
       "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor order, "
       "Tensor numbers, bool want_input, bool want_weight, bool want_bias) "
       "-> (Tensor, Tensor, Tensor)");
@@ -38,6 +45,9 @@ STABLE_TORCH_LIBRARY_IMPL(neq_kernels_cpu, CPU, m) {
   m.impl("pack", TORCH_BOX(&neq::pack));
   m.impl("scatter_rows", TORCH_BOX(&neq::scatter_rows));
   m.impl("depthwise_wgrad", TORCH_BOX(&neq::depthwise_wgrad));
+  m.impl("wgrad_shares", TORCH_BOX(&neq::wgrad_shares));
+  m.impl("neuron_shares", TORCH_BOX(&neq::neuron_shares));
+  m.impl("pack_shares", TORCH_BOX(&neq::pack_shares));
   m.impl("linear_backward", TORCH_BOX(&neq::linear_backward));
   m.impl("conv_backward", TORCH_BOX(&neq::conv_backward));
   m.impl("sgd_rows_", TORCH_BOX(&neq::sgd_rows_));

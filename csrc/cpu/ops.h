@@ -48,9 +48,21 @@ Grads conv_backward(const Tensor& grad_output, const Tensor& input, const Tensor
                     const Tensor& order, const Tensor& numbers, bool want_input, bool want_weight,
                     bool want_bias);
 
-// Parameter by parameter; `blocks` has four numbers for each, lists that are not used are empty.
 using TensorList = std::vector<Tensor>;
 using IntList = std::vector<int64_t>;
+
+// Which thread does what in the custom wgrad of a shape: the rows of a ShareTable.
+Tensor wgrad_shares(const IntList& input_size, const IntList& weight_size, const IntList& stride,
+                    const IntList& padding, const IntList& dilation, bool channels_last,
+                    const Tensor& order, int64_t n, int64_t threads);
+
+// Likewise for active neurons of a tensor, and for `rows` rows of `elements` that are packed.
+Tensor neuron_shares(const Tensor& order, int64_t n, const IntList& blocks, int64_t item_bytes,
+                     int64_t threads);
+Tensor pack_shares(const Tensor& order, int64_t rows, int64_t elements, int64_t item_bytes,
+                   bool cut_rows, int64_t threads);
+
+// Parameter by parameter; `blocks` has four numbers for each, lists that are not used are empty.
 
 void sgd_rows_(const TensorList& params, const TensorList& grads, const TensorList& buffers,
                const TensorList& steps, const TensorList& orders, const IntList& n,

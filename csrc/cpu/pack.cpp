@@ -1,10 +1,10 @@
 // Gather the active channels of a tensor; write rows back into a whole gradient.
-#include <torch/csrc/stable/ops.h>
-
+#include <algorithm>
 #include <cstring>
 
 #include "conv/column_gather.h"
 #include "ops.h"
+#include "tensor/memory_shares.h"
 #include "tensor/runs.h"
 #include "tensor/strides.h"
 #include "tensor/zeros.h"
@@ -18,22 +18,50 @@ void gather_columns(const void* source, void* target, const int64_t* order, int6
                     const ChannelView& view) {
   const ColumnGatherPlan plan(order, n, view.channels, sizeof(Word));
   const GatherColumns<Word> gather = gather_columns_kernel<Word>();
-  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / n);
-  torch::stable::parallel_for(0, view.outer, grain, [&](int64_t begin, int64_t end) {
-    gather(plan.get(), static_cast<const Word*>(source) + begin * view.channels, view.channels,
-           static_cast<Word*>(target) + begin * n, n, end - begin);
+  const MemoryShares shares(view.outer, n, sizeof(Word), false, torch::stable::get_num_threads());
+  for_each_share(shares.shares(), [&](int64_t i) {
+    const Range share = shares.share(i);
+    gather(plan.get(), static_cast<const Word*>(source) + share.begin / n * view.channels,
+           view.channels, static_cast<Word*>(target) + share.begin, n, share.size() / n);
   });
 }
 
+// Neighbours of order[:n], in its order.
+std::vector<Run> slot_runs(const int64_t* order, int64_t n) {
+  std::vector<Run> runs;
+  for (int64_t slot = 0; slot < n; ++slot) {
+    if (slot > 0 && order[slot] == order[slot - 1] + 1) {
+      ++runs.back().length;
+    } else {
+      runs.push_back({0, order[slot], 1, slot});
+    }
+  }
+  return runs;
+}
+
+// Each row of the target is made of the runs, one after the other.
 void gather_runs(const char* source, char* target, const ChannelView& view, int64_t item_bytes,
                  const std::vector<Run>& runs, int64_t n) {
-  const Blocks blocks{1, view.outer, view.channels, view.inner};
-  for_each_piece(blocks, runs,
-                 [&](const Run& run, int64_t o, int64_t begin, int64_t at, int64_t count) {
-                   const int64_t to = (o * n + run.slot) * view.inner + begin;
-                   std::memcpy(target + to * item_bytes, source + at * item_bytes,
-                               static_cast<size_t>(count * item_bytes));
-                 });
+  const int64_t row = n * view.inner;
+  const MemoryShares shares(view.outer, row, item_bytes, true, torch::stable::get_num_threads());
+  for_each_share(shares.shares(), [&](int64_t i) {
+    const Range share = shares.share(i);
+    for (int64_t o = share.begin / row; o * row < share.end; ++o) {
+      const int64_t begin = std::max(share.begin - o * row, int64_t{0});
+      const int64_t end = std::min(share.end - o * row, row);
+      auto run = std::upper_bound(runs.begin(), runs.end(), begin / view.inner,
+                                  [](int64_t slot, const Run& r) { return slot < r.slot; }) -
+                 1;
+      for (int64_t at = begin; at < end; ++run) {
+        const int64_t first = run->slot * view.inner, last = first + run->length * view.inner;
+        const int64_t count = std::min(end, last) - at;
+        const int64_t from = (o * view.channels + run->first) * view.inner + at - first;
+        std::memcpy(target + (o * row + at) * item_bytes, source + from * item_bytes,
+                    static_cast<size_t>(count * item_bytes));
+        at += count;
+      }
+    }
+  });
 }
 
 template <class To, class From>
@@ -59,7 +87,7 @@ void write_neurons(const Tensor& target, const Tensor& source, const Blocks& blo
     dispatch_floating(source.scalar_type(), "rows", [&](auto from_zero) {
       using Element = decltype(from_zero);
       const Element* from = static_cast<const Element*>(source.const_data_ptr());
-      for_each_piece(blocks, find_runs(all, 0, n, blocks.per_group, nullptr, max_run),
+      for_each_piece(blocks, find_runs(all, 0, n, blocks.per_group, nullptr, max_run), bytes,
                      [&](const Run& run, int64_t o, int64_t begin, int64_t at, int64_t count) {
                        const Element* row = from + from_where(run, o, begin, at);
                        if constexpr (std::is_same_v<To, Element>) {
@@ -71,7 +99,7 @@ void write_neurons(const Tensor& target, const Tensor& source, const Blocks& blo
     });
     for_each_piece(blocks,
                    find_runs(all, n, blocks.neurons(), blocks.per_group, nullptr, blocks.neurons()),
-                   [&](const Run&, int64_t, int64_t, int64_t at, int64_t count) {
+                   bytes, [&](const Run&, int64_t, int64_t, int64_t at, int64_t count) {
                      Zeros(target.numel() * bytes).write(to + at, count * bytes);
                    });
   });
@@ -114,7 +142,7 @@ Tensor pack(const Tensor& tensor, const Tensor& order, int64_t n, int64_t dim) {
     gather_columns<uint64_t>(from, to, channels, n, view);
   } else {
     gather_runs(static_cast<const char*>(from), static_cast<char*>(to), view, item_bytes,
-                find_runs(channels, 0, n, view.channels, nullptr, n), n);
+                slot_runs(channels, n), n);
   }
   return target;
 }

@@ -165,7 +165,7 @@ void sgd_rows_(const TensorList& params, const TensorList& grads, const TensorLi
     using C = Compute<T>;
     const std::vector<T*> p = active.data<T>(params, "param"), g = active.data<T>(grads, "grad"),
                           b = active.data<T>(buffers, "momentum_buffer");
-    Pieces pieces;
+    Pieces pieces(sizeof(T));
     const std::vector<int32_t> is_first =
         active.cut(with_momentum ? counts : std::vector<int64_t*>(), pieces,
                    [](int64_t count) { return count == 0; });
@@ -210,7 +210,7 @@ void adam_rows_(const TensorList& params, const TensorList& grads, const TensorL
     // Neurons that have stepped equally often share one: mostly all of them.
     std::vector<AdamStep<C>> different_steps;
     int64_t last_count = -1;
-    Pieces pieces;
+    Pieces pieces(sizeof(T));
     const std::vector<int32_t> step_of_run = active.cut(counts, pieces, [&](int64_t before) {
       if (different_steps.empty() || before != last_count) {
         const double count = static_cast<double>(before + 1);

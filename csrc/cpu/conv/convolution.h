@@ -55,6 +55,7 @@ struct ConvProblem {
   bool want_bias;
 
   int64_t taps() const { return h.kernel * w.kernel; }
+  int64_t outputs() const { return images * h.output * w.output; }  // of a channel
   int64_t cells() const { return taps() + 1; }
   int64_t multiplier() const { return output_channels / input_channels; }
 };

@@ -17,10 +17,10 @@ namespace neq {
 // As many pixels are summed in registers before they join the others. Of few pixels PyTorch's
 // kernels sum even fewer at a time, and what is summed in one go is less exact.
 constexpr int64_t kPixelsPerUnit = 256, kPixelsPerSmallUnit = 128, kFewPixels = 1024;
-constexpr int64_t kPixelsPerPart = 512;        // what a sum of its own is worth
-constexpr int64_t kProductsPerItem = 1 << 17;  // of dy and x: what one parallel item is worth
-constexpr int64_t kMostParts = 16;
-constexpr int64_t kSumsOfAllParts = 1 << 20;
+constexpr int64_t kPixelsPerPart = 512;          // what a sum of its own is worth
+constexpr int64_t kProductsPerPart = 1 << 17;    // of dy and x
+constexpr int64_t kParts = 16, kMostParts = 64;  // the most while all sums stay in the second cache
+constexpr int64_t kSumsOfAllParts = 1 << 20, kCachedSums = 1 << 16;
 constexpr int64_t kPixelsTogether = 16;         // that are gathered block after block
 constexpr int64_t kElementsTogether = 1 << 15;  // of panels that are used in turn
 constexpr int64_t kUsesWorthAPanel = 3;
@@ -42,7 +42,7 @@ struct Pixels {
 template <class T>
 struct Copies {
   Scratch<T> grad, input, rows;
-  std::vector<Pixels<T>> tiles;
+  LineVector<Pixels<T>> tiles;
 };
 
 // The pixels are taken in units: some rows of an image, or several small images. Channels of x are
@@ -267,9 +267,10 @@ class Operands {
 
   // A power of two, so that threads get equal shares.
   int64_t number_of_parts() const {
+    const int64_t sums = p_.n * size_of_sums();
     const int64_t most =
-        std::min({kMostParts, kSumsOfAllParts / (p_.n * size_of_sums()),
-                  static_cast<int64_t>(products() / kProductsPerItem), pixels() / kPixelsPerPart});
+        std::min({std::clamp(kCachedSums / sums, kParts, kMostParts), kSumsOfAllParts / sums,
+                  static_cast<int64_t>(products() / kProductsPerPart), pixels() / kPixelsPerPart});
     int64_t parts = 1;
     while (2 * parts <= most) parts *= 2;
     return parts;

@@ -6,18 +6,16 @@
 
 #include "../simd/kernels.h"
 #include "../tensor/prefetch.h"
-#include "../tensor/runs.h"
 #include "../tensor/scratch.h"
+#include "../tensor/shares.h"
 #include "../tensor/split.h"
 #include "../tensor/zeros.h"
 #include "direct_operands.h"
+#include "direct_schedule.h"
+#include "gradient_shares.h"
 
 namespace neq {
 namespace {
-
-// Blocks whose pixels of a unit fit into the second cache.
-constexpr int64_t kBlocksTogether = 32, kMostBlocksTogether = 48;
-constexpr int64_t kEnoughItems = 8;  // for a thread, where they cannot be shared out evenly
 
 // A 1x1 convolution is a product of matrices: the pixels of an image, or of all images, form a row.
 void flatten_pixels(ConvProblem& p, bool channels_last) {
@@ -33,10 +31,6 @@ void flatten_pixels(ConvProblem& p, bool channels_last) {
   p.w = {1, 1, 1, 1, 0, 1};
 }
 
-struct Range {
-  int64_t begin, end;
-};
-
 // The output rows, or columns, that read inside the input by each tap.
 std::vector<Range> tap_ranges(const Axis& axis) {
   std::vector<Range> ranges;
@@ -49,69 +43,114 @@ std::vector<Range> tap_ranges(const Axis& axis) {
 template <class T>
 class Direct {
  public:
-  static constexpr int64_t kLanes = Operands<T>::kLanes;
+  static constexpr int64_t kLanes = Operands<T>::kLanes, kBytes = sizeof(T);
+  static constexpr int64_t kDoubleBytes = sizeof(double);
+  static constexpr int64_t kDoublesPerLine = kLineBytes / kDoubleBytes;
 
   Direct(const ConvProblem& p, const T* grad, const T* input, bool channels_last, T* gradient,
-         bool taps_inside)
+         bool taps_inside, int64_t threads)
       : p_(p),
         o_(p, grad, input, channels_last),
         gradient_(gradient),
         taps_inside_(taps_inside && p.taps() > 1),
         taps_h_(tap_ranges(p.h)),
-        taps_w_(tap_ranges(p.w)) {}
+        taps_w_(tap_ranges(p.w)),
+        units_(o_.units(), o_.parts(), 1),
+        threads_(threads),
+        schedule_(o_, p, units_, threads) {
+    // Rows of the gradient that are no whole lines are not for several threads to add to.
+    in_place_ =
+        units_.parts == 1 && !taps_inside_ && o_.padded() == o_.channels() &&
+        (schedule_.shares() == 1 || whole_lines(p.input_channels, kBytes) == p.input_channels);
+    tap_of_sums_ = schedule_.cuts_rows() ? whole_lines(o_.padded(), kBytes) : o_.padded();
+    row_of_sums_ = (o_.taps_as_channels() ? 1 : p.taps()) * tap_of_sums_;
+    if (!in_place_) row_of_sums_ = whole_lines(row_of_sums_, kBytes);
+  }
 
   std::vector<double> run() {
     const int64_t n = p_.n;
-    const int64_t size = o_.size_of_sums();
-    // The bits depend on the number of parts, so it follows from the shape; they do not depend on
-    // how blocks and tiles are shared out.
-    const Split units(o_.units(), o_.parts(), 1);
-    const int64_t threads =
-        std::min<int64_t>(torch::stable::get_num_threads(),
-                          static_cast<int64_t>(o_.products() / kProductsPerItem) + 1);
-    const Split groups(static_cast<int64_t>(o_.blocks().size()), number_of_groups(threads), 1);
-    // Each chunk of tiles packs dy for itself, so tiles are shared out only where the rest would
-    // leave threads without work.
-    const int64_t others = units.parts * groups.parts;
-    const bool is_even = others % threads == 0 || others >= kEnoughItems * threads;
-    const Split chunks(static_cast<int64_t>(o_.tiles().size()), is_even ? 1 : threads, 1);
-
-    const bool in_place = units.parts == 1 && !taps_inside_ && o_.padded() == o_.channels();
+    const int64_t rows = units_.parts * n;
     static thread_local Scratch<T> scratch_of_sums;
-    T* sums = in_place ? nullptr : scratch_of_sums.at_least(units.parts * n * size);
-    std::vector<T*> sums_of(units.parts * n);
-    for (int64_t i = 0; i < units.parts * n; ++i) {
-      sums_of[i] = in_place ? gradient_ + p_.active[i] * size : sums + i * size;
+    T* sums = in_place_ ? nullptr : scratch_of_sums.at_least(rows * row_of_sums_);
+    std::vector<T*> sums_of(rows);
+    for (int64_t i = 0; i < rows; ++i) {
+      sums_of[i] = in_place_ ? gradient_ + p_.active[i] * row_of_sums_ : sums + i * row_of_sums_;
     }
-    if (in_place) clear_frozen(size);
-    std::vector<double> bias(p_.want_bias ? units.parts * n : 0);
-    torch::stable::parallel_for(0, others * chunks.parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) {
-        const int64_t chunk = item % chunks.parts, group = item / chunks.parts % groups.parts;
-        const int64_t part = item / chunks.parts / groups.parts;
-        add_units({units.begin(part), units.end(part)}, {groups.begin(group), groups.end(group)},
-                  {chunks.begin(chunk), chunks.end(chunk)}, sums_of.data() + part * n,
-                  p_.want_bias && chunk == 0 ? bias.data() + part * n : nullptr);
+    if (in_place_) clear_frozen();
+    static thread_local Scratch<double> scratch_of_bias;
+    const int64_t size_of_bias = p_.want_bias ? place_of_bias(units_.parts, 0, 0) : 0;
+    double* bias = scratch_of_bias.at_least(size_of_bias);
+    std::fill_n(bias, size_of_bias, 0.0);
+    for_each_share(schedule_.shares(), [&](int64_t i) {
+      const DirectShare share = schedule_.share(i);
+      const bool adds_bias = p_.want_bias && share.tiles.begin == 0;
+      for (int64_t part = share.parts.begin; part < share.parts.end; ++part) {
+        double* bias_of_part =
+            adds_bias ? bias + place_of_bias(part, schedule_.group_of(i), 0) : nullptr;
+        const int64_t groups = groups_together(share.blocks.size());
+        for (int64_t group = 0; group < groups; ++group) {
+          const Range some = share_of(share.blocks.size(), group, groups);
+          add_units({units_.begin(part), units_.end(part)},
+                    {share.blocks.begin + some.begin, share.blocks.begin + some.end}, share.tiles,
+                    sums_of.data() + part * n, bias_of_part);
+        }
       }
     });
-    if (!in_place) write_gradient(sums, units.parts, size);
-    for (int64_t part = 1; p_.want_bias && part < units.parts; ++part) {
-      for (int64_t i = 0; i < n; ++i) bias[i] += bias[part * n + i];
+    if (!in_place_) write_sums(sums);
+    return p_.want_bias ? whole_bias(bias) : std::vector<double>();
+  }
+
+  // The shares of both loops.
+  void tell(ShareTable& table) const {
+    const int64_t taps_of_sums = o_.taps_as_channels() ? 1 : p_.taps();
+    for (int64_t i = 0; i < schedule_.shares(); ++i) {
+      const DirectShare share = schedule_.share(i);
+      const Range lanes = schedule_.lanes_of(i);
+      const Range slots{
+          o_.blocks()[share.blocks.begin].first,
+          o_.blocks()[share.blocks.end - 1].first + o_.blocks()[share.blocks.end - 1].size};
+      table.add_work(0, i, schedule_.products(i));
+      for (int64_t part = share.parts.begin; part < share.parts.end; ++part) {
+        for (int64_t slot = slots.begin; slot < slots.end; ++slot) {
+          const int64_t row = in_place_ ? p_.active[slot] : part * p_.n + slot;
+          table.add_writes(0, i,
+                           {in_place_, (row * row_of_sums_ + lanes.begin) * kBytes,
+                            lanes.size() * kBytes, taps_of_sums, tap_of_sums_ * kBytes});
+        }
+        if (share.tiles.begin > 0) continue;
+        const int64_t at = place_of_bias(part, schedule_.group_of(i), slots.begin);
+        table.add_writes(0, i, {2, at * kDoubleBytes, slots.size() * kDoubleBytes});
+      }
     }
-    bias.resize(p_.want_bias ? n : 0);
-    return bias;
+    const int64_t taps = p_.taps();
+    const GradientShares shares = gradient_shares();
+    for (int64_t i = 0; i < shares.shares(); ++i) {
+      table.add_work(1, i, shares.work(i));
+      const auto tell_row = [&](int64_t slot, int64_t rows, Range channels) {
+        const int64_t row = p_.active[slot] * taps * p_.input_channels;
+        if (taps_inside_ || channels.size() == p_.input_channels) {
+          table.add_writes(
+              1, i,
+              {1, (row + channels.begin * taps) * kBytes, rows * channels.size() * taps * kBytes});
+        } else {
+          table.add_writes(1, i,
+                           {1, (row + channels.begin) * kBytes, channels.size() * kBytes, taps,
+                            p_.input_channels * kBytes});
+        }
+      };
+      const auto tell_sums = [&](int64_t slot, Range channels) {
+        if (in_place_) return;
+        tell_row(slot, 1, channels);
+        if (channels.size() == p_.input_channels) channels = {0, o_.padded()};
+        table.add_writes(1, i,
+                         {0, (slot * row_of_sums_ + channels.begin) * kBytes,
+                          channels.size() * kBytes, taps_of_sums, tap_of_sums_ * kBytes});
+      };
+      shares.visit(i, tell_sums, tell_row);
+    }
   }
 
  private:
-  // Of blocks. Where there are several anyway, as many as the threads can share evenly.
-  int64_t number_of_groups(int64_t threads) const {
-    const auto blocks = static_cast<int64_t>(o_.blocks().size());
-    const int64_t groups = divided_up(blocks, kBlocksTogether);
-    if (groups == 1 || o_.parts() % threads == 0) return groups;
-    const int64_t more = divided_up(groups, threads) * threads, fewer = more - threads;
-    return fewer > 0 && blocks <= fewer * kMostBlocksTogether ? fewer : more;
-  }
-
   // Of units, for the channels of some blocks and tiles.
   void add_units(Range units, Range blocks, Range tiles, T* const* targets, double* bias) const {
     static thread_local Copies<T> copies;
@@ -162,7 +201,7 @@ class Direct {
       const int64_t y0 = p0 * stride_h - p_.h.padding + r * p_.h.dilation - x.begin;
       for (int64_t s = 0; s < p_.w.kernel; ++s) {
         const int64_t q0 = taps_w_[s].begin, q1 = taps_w_[s].end;
-        const int64_t sums = (r * p_.w.kernel + s) * o_.padded() + at;
+        const int64_t sums = (r * p_.w.kernel + s) * tap_of_sums_ + at;
         if (p0 >= p1 || q0 >= q1) {
           if (fresh) clear(block, tile, targets, sums);
           continue;
@@ -210,57 +249,97 @@ class Direct {
     }
   }
 
+  // A line lies between the sums of one share and another's.
+  int64_t place_of_bias(int64_t part, int64_t group, int64_t slot) const {
+    return part * (p_.n + kDoublesPerLine * schedule_.groups()) + kDoublesPerLine * group + slot;
+  }
+
+  std::vector<double> whole_bias(const double* of_parts) const {
+    std::vector<double> bias(p_.n);
+    for (int64_t group = 0; group < schedule_.groups(); ++group) {
+      const Range blocks = schedule_.blocks_of(group);
+      const int64_t end = o_.blocks()[blocks.end - 1].first + o_.blocks()[blocks.end - 1].size;
+      for (int64_t part = 0; part < units_.parts; ++part) {
+        const double* from = of_parts + place_of_bias(part, group, 0);
+        for (int64_t i = o_.blocks()[blocks.begin].first; i < end; ++i) bias[i] += from[i];
+      }
+    }
+    return bias;
+  }
+
+  GradientShares gradient_shares() const {
+    const int64_t active_cost = in_place_ ? 0 : units_.parts + 1;
+    return {p_, kBytes, active_cost, 1, !o_.taps_as_channels(), threads_};
+  }
+
+  void clear_frozen() const {
+    write_gradient([](int64_t, Range) {});
+  }
+
+  // Zeros for frozen rows, and what `write` does for the channels of active ones.
+  template <class Write>
+  void write_gradient(const Write& write) const {
+    const int64_t taps = p_.taps(), row = taps * p_.input_channels;
+    const GradientShares shares = gradient_shares();
+    for_each_share(shares.shares(), [&](int64_t share) {
+      const Zeros zeros(p_.output_channels * row * kBytes);
+      shares.visit(share, write, [&](int64_t slot, int64_t rows, Range channels) {
+        T* to = gradient_ + p_.active[slot] * row;
+        if (taps_inside_ || channels.size() == p_.input_channels) {
+          zeros.write(to + channels.begin * taps, rows * channels.size() * taps * kBytes);
+          return;
+        }
+        for (int64_t tap = 0; tap < taps; ++tap, to += p_.input_channels) {
+          zeros.write(to + channels.begin, channels.size() * kBytes);
+        }
+      });
+    });
+  }
+
   // Adds up the parts and puts the rows where they belong.
-  void write_gradient(T* sums, int64_t parts, int64_t size) const {
-    const int64_t n = p_.n, taps = p_.taps(), row = taps * p_.input_channels;
-    constexpr auto bytes = static_cast<int64_t>(sizeof(T));
-    const auto write_row = [&](int64_t i, const Zeros& zeros) {
-      T* to = gradient_ + p_.active[i] * row;
-      if (i >= n) {
-        zeros.write(to, row * bytes);
-        return;
-      }
-      T* total = sums + i * size;
-      for (int64_t part = 1; part < parts; ++part) {
-        const T* more = total + part * n * size;
-        for (int64_t j = 0; j < size; ++j) total[j] += more[j];
-      }
-      if (taps_inside_ && !o_.taps_as_channels()) {
-        std::vector<const T*> planes(taps);
-        for (int64_t tap = 0; tap < taps; ++tap) planes[tap] = total + tap * o_.padded();
-        kernels<T>().interleave(planes.data(), taps, 0, p_.input_channels, to, taps);
-        return;
-      }
-      const int64_t channels = p_.input_channels;
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        const T* from = total + tap * (o_.taps_as_channels() ? channels : o_.padded());
-        T* target = to + (taps_inside_ ? tap : tap * channels);
-        for (int64_t c = 0; c < channels; ++c) target[taps_inside_ ? c * taps : c] = from[c];
-      }
-    };
-    for_each_range(0, p_.output_channels, row * (1 + parts), [&](int64_t begin, int64_t end) {
-      const Zeros zeros(p_.output_channels * row * bytes);
-      for (int64_t i = begin; i < end; ++i) write_row(i, zeros);
+  void write_sums(T* sums) const {
+    const int64_t row = p_.taps() * p_.input_channels;
+    write_gradient([&](int64_t slot, Range channels) {
+      T* total = sums + slot * row_of_sums_;
+      add_parts(total, channels);
+      write_row(total, channels, gradient_ + p_.active[slot] * row);
     });
   }
 
-  // Rows of `size` elements; neighbours are written in one go.
-  void clear_frozen(int64_t size) const {
-    const int64_t row_bytes = size * static_cast<int64_t>(sizeof(T));
-    for_each_range(p_.n, p_.output_channels, size, [&](int64_t begin, int64_t end) {
-      const Zeros zeros(p_.output_channels * row_bytes);
-      for (int64_t i = begin, next = begin; i < end; i = next) {
-        do ++next;
-        while (next < end && p_.active[next] == p_.active[next - 1] + 1);
-        zeros.write(gradient_ + p_.active[i] * size, (next - i) * row_bytes);
+  // To the first one.
+  void add_parts(T* total, Range channels) const {
+    if (channels.size() == p_.input_channels) channels = {0, o_.padded()};
+    int64_t taps = o_.taps_as_channels() ? 1 : p_.taps(), count = channels.size();
+    if (count == tap_of_sums_) {
+      count *= taps;
+      taps = 1;
+    }
+    for (int64_t tap = 0; tap < taps; ++tap, total += tap_of_sums_) {
+      const T* more = total;
+      for (int64_t part = 1; part < units_.parts; ++part) {
+        more += p_.n * row_of_sums_;
+        for (int64_t j = channels.begin; j < channels.begin + count; ++j) total[j] += more[j];
       }
-    });
+    }
   }
 
-  template <class F>
-  static void for_each_range(int64_t first, int64_t last, int64_t size, const F& f) {
-    const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, size));
-    torch::stable::parallel_for(first, last, grain, f);
+  void write_row(const T* total, Range channels, T* to) const {
+    const int64_t taps = p_.taps();
+    if (taps_inside_ && !o_.taps_as_channels()) {
+      static thread_local Scratch<const T*> scratch;
+      const T** planes = scratch.at_least(taps);
+      for (int64_t tap = 0; tap < taps; ++tap) planes[tap] = total + tap * tap_of_sums_;
+      kernels<T>().interleave(planes, taps, channels.begin, channels.size(),
+                              to + channels.begin * taps, taps);
+      return;
+    }
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const T* from = total + tap * (o_.taps_as_channels() ? p_.input_channels : tap_of_sums_);
+      T* target = to + (taps_inside_ ? tap : tap * p_.input_channels);
+      for (int64_t c = channels.begin; c < channels.end; ++c) {
+        target[taps_inside_ ? c * taps : c] = from[c];
+      }
+    }
   }
 
   const ConvProblem& p_;
@@ -268,7 +347,14 @@ class Direct {
   T* gradient_;
   bool taps_inside_;
   std::vector<Range> taps_h_, taps_w_;
+  Split units_;
+  int64_t threads_;
+  DirectSchedule<T> schedule_;
+  bool in_place_;
+  int64_t tap_of_sums_, row_of_sums_;  // elements from a tap, and from a row, of sums to the next
 };
+
+bool is_empty(const ConvProblem& p) { return p.n == 0 || p.images * p.h.output * p.w.output == 0; }
 
 }  // namespace
 
@@ -276,16 +362,24 @@ template <class T>
 std::vector<double> direct_wgrad(ConvProblem p, const T* grad, const T* input, bool channels_last,
                                  T* gradient, bool taps_inside) {
   flatten_pixels(p, channels_last);
-  if (p.n == 0 || p.images * p.h.output * p.w.output == 0) {
+  if (is_empty(p)) {
     std::fill_n(gradient, p.output_channels * p.taps() * p.input_channels, T(0));
     return std::vector<double>(p.want_bias ? p.n : 0);
   }
-  return Direct<T>(p, grad, input, channels_last, gradient, taps_inside).run();
+  const int64_t threads = torch::stable::get_num_threads();
+  return Direct<T>(p, grad, input, channels_last, gradient, taps_inside, threads).run();
 }
 
 template std::vector<double> direct_wgrad(ConvProblem, const float*, const float*, bool, float*,
                                           bool);
 template std::vector<double> direct_wgrad(ConvProblem, const double*, const double*, bool, double*,
                                           bool);
+
+void direct_wgrad_shares(ConvProblem p, bool channels_last, bool taps_inside, int64_t threads,
+                         ShareTable& shares) {
+  flatten_pixels(p, channels_last);
+  if (is_empty(p)) return;
+  Direct<float>(p, nullptr, nullptr, channels_last, nullptr, taps_inside, threads).tell(shares);
+}
 
 }  // namespace neq

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "../tensor/share_table.h"
 #include "convolution.h"
 
 namespace neq {
@@ -23,5 +24,10 @@ extern template std::vector<double> direct_wgrad(ConvProblem, const float*, cons
                                                  float*, bool);
 extern template std::vector<double> direct_wgrad(ConvProblem, const double*, const double*, bool,
                                                  double*, bool);
+
+// The shares of `threads` threads, in float: loop 0 adds up products, loop 1 writes the gradient.
+// Memory 0 holds the sums, 1 the gradient, 2 the bias.
+void direct_wgrad_shares(ConvProblem p, bool channels_last, bool taps_inside, int64_t threads,
+                         ShareTable& shares);
 
 }  // namespace neq

@@ -18,7 +18,7 @@ namespace neq::depthwise {
 
 constexpr int64_t kScratchBytes = 96 * 1024;
 
-// The scratch copy of one band. `width` elements stand side by side at
+// The scratch copy of one band; a thread has one at a time. `width` elements stand side by side at
 // each pixel: 1 in NCHW, some channels in NHWC.
 template <class T>
 class Band {
@@ -29,17 +29,14 @@ class Band {
   Band(const ConvProblem& problem, int64_t width)
       : p_(problem), k_(kernels<T>()), width_(width), in_columns_(width == 1) {
     columns_ = in_columns_ ? (p_.w.output + kLanes - 1) / kLanes : p_.w.output;
-    const int64_t row_elements =
-        (p_.w.output + p_.w.max_shift()) * width_ * p_.h.stride * p_.w.stride;
-    const int64_t affordable =
-        kScratchBytes / (row_elements * static_cast<int64_t>(sizeof(C))) - p_.h.max_shift();
-    height_ = std::clamp<int64_t>(affordable, 1, p_.h.output);
+    height_ = height(p_, width);
     x_row_ = (p_.w.output + p_.w.max_shift()) * width_;
     x_phase_ = (height_ + p_.h.max_shift()) * x_row_;
     dy_row_ = in_columns_ ? columns_ * kLanes : columns_ * width_;
     // Whole vectors are read and written at the end of the last row.
-    x_ = aligned_zeros(x_memory_, x_phase_ * p_.h.stride * p_.w.stride + 2 * kLanes);
-    dy_ = aligned_zeros(dy_memory_, height_ * dy_row_ + 2 * kLanes);
+    static thread_local Scratch<C> scratch_of_x, scratch_of_dy;
+    x_ = zeros(scratch_of_x, x_phase_ * p_.h.stride * p_.w.stride + 2 * kLanes);
+    dy_ = zeros(scratch_of_dy, height_ * dy_row_ + 2 * kLanes);
     for (int64_t r = 0; r < p_.h.kernel; ++r) {
       for (int64_t s = 0; s < p_.w.kernel; ++s) {
         offsets_.push_back(phase_at(p_.h.phase(r), p_.w.phase(s)) + p_.h.shift(r) * x_row_ +
@@ -48,7 +45,11 @@ class Band {
     }
   }
 
-  int64_t bands() const { return (p_.h.output + height_ - 1) / height_; }
+  int64_t bands() const { return (p_.h.output - 1) / height_ + 1; }
+
+  static int64_t bands(const ConvProblem& p, int64_t width) {
+    return (p.h.output - 1) / height(p, width) + 1;
+  }
 
   // copy(from, from_row, pixel, stride, to, to_row, rows, count) copies `rows` rows of `count`
   // pixels, from `pixel` on and `stride` apart.
@@ -101,11 +102,15 @@ class Band {
   }
 
  private:
-  static C* aligned_zeros(std::vector<C>& memory, int64_t count) {
-    constexpr size_t kCacheLine = 64;
-    memory.assign(count + kCacheLine / sizeof(C), C(0));
-    const auto address = reinterpret_cast<uintptr_t>(memory.data());
-    return memory.data() + (kCacheLine - address % kCacheLine) % kCacheLine / sizeof(C);
+  static int64_t height(const ConvProblem& p, int64_t width) {
+    const int64_t row_elements = (p.w.output + p.w.max_shift()) * width * p.h.stride * p.w.stride;
+    const int64_t affordable =
+        kScratchBytes / (row_elements * static_cast<int64_t>(sizeof(C))) - p.h.max_shift();
+    return std::clamp<int64_t>(affordable, 1, p.h.output);
+  }
+
+  static C* zeros(Scratch<C>& scratch, int64_t count) {
+    return std::fill_n(scratch.at_least(count), count, C(0)) - count;
   }
 
   int64_t rows_of(int64_t band) const { return std::min(height_, p_.h.output - band * height_); }
@@ -116,7 +121,6 @@ class Band {
   int64_t width_;
   bool in_columns_;
   int64_t columns_, height_, x_row_, x_phase_, dy_row_;
-  std::vector<C> x_memory_, dy_memory_;
   C *x_, *dy_;
   std::vector<int64_t> offsets_;
 };

@@ -2,8 +2,6 @@
 // channels, of which at least one is active.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
@@ -11,7 +9,8 @@
 
 #include "../conv/convolution.h"
 #include "../simd/kernels.h"
-#include "../tensor/split.h"
+#include "partial.h"
+#include "schedule.h"
 #include "sums.h"
 
 namespace neq::depthwise {
@@ -54,46 +53,37 @@ class InPlace {
     return vectors() * products <= packed * (products + kProductsPerCopy * copied);
   }
 
-  // [part][n][taps + 1], bias last.
-  std::vector<double> partial(const T* grad, const T* input, int64_t& parts) const {
-    const int64_t bands = (p_.h.output - 1) / height_ + 1;
-    const Split groups(vectors(), (vectors() - 1) / kGroup + 1, 1);
-    const int64_t least_bands = (kLeastPixels - 1) / (height_ * p_.w.output) + 1;
-    const Split units(p_.images * bands, (kMostItems - 1) / groups.parts + 1, least_bands);
-    parts = units.parts;
-    std::vector<double> partial(parts * p_.n * p_.cells(), 0.0);
-    torch::stable::parallel_for(0, parts * groups.parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) {
-        const int64_t part = item / groups.parts, group = item % groups.parts;
-        const int64_t first = groups.begin(group), last = groups.end(group);
-        std::vector<Sums<T>> sums(last - first, Sums<T>(p_.taps()));
-        for (int64_t unit = units.begin(part); unit < units.end(part); ++unit) {
-          const int64_t image = unit / bands, top = unit % bands * height_;
-          const T* dy = grad + image * p_.h.output * p_.w.output * p_.output_channels;
-          const T* x = input + image * p_.h.input * p_.w.input * p_.input_channels;
-          for (int64_t v = first; v < last; ++v) {
-            const int64_t channel = vectors_[v].channel;
-            add(dy + channel, x + channel, top, std::min(top + height_, p_.h.output),
-                sums[v - first]);
-          }
-        }
-        for (int64_t v = first; v < last; ++v) {
-          for (int64_t i = vectors_[v].begin; i < vectors_[v].end; ++i) {
-            const int64_t index = by_channel_[i];
-            sums[v - first].add_lane(p_.active[index] - vectors_[v].channel,
-                                     partial.data() + (part * p_.n + index) * p_.cells());
-          }
+  Schedule schedule(int64_t threads) const {
+    return {parts(), vectors(), kLanes * vectors() * p_.outputs() * p_.taps(), threads};
+  }
+
+  std::vector<int64_t> slots_of(int64_t vector) const {
+    return {by_channel_.begin() + vectors_[vector].begin,
+            by_channel_.begin() + vectors_[vector].end};
+  }
+
+  void add(const T* grad, const T* input, Partial& partial) const {
+    const Split units = parts();
+    const Schedule shares = schedule(torch::stable::get_num_threads());
+    partial.resize(units.parts);
+    for_each_share(shares.shares(), [&](int64_t i) {
+      const Share share = shares.share(i);
+      const int64_t groups = (share.vectors.size() - 1) / kGroup + 1;
+      LineVector<Sums<T>> sums((share.vectors.size() - 1) / groups + 1, Sums<T>(p_.taps()));
+      for (int64_t part = share.parts.begin; part < share.parts.end; ++part) {
+        for (int64_t group = 0; group < groups; ++group) {
+          const Range some = share_of(share.vectors.size(), group, groups);
+          const int64_t first = share.vectors.begin;
+          add_part(grad, input, part, {first + some.begin, first + some.end}, sums, partial);
         }
       }
     });
-    return partial;
   }
 
  private:
   static constexpr int64_t kWindow = 128;     // output columns at a time
   static constexpr int64_t kGroup = 16;       // vectors that are done for a band before the next
   static constexpr int64_t kBandLines = 384;  // that a vector touches in a band: most of an L1
-  static constexpr int64_t kMostItems = 16, kLeastPixels = 512;
   // Copying a vector takes as long as so many products, measured.
   static constexpr int64_t kProductsPerCopy = 9;
 
@@ -101,6 +91,37 @@ class InPlace {
   struct ChannelVector {
     int64_t channel, begin, end;
   };
+
+  int64_t bands() const { return (p_.h.output - 1) / height_ + 1; }
+
+  Split parts() const {
+    const int64_t least_bands = (kLeastPixels - 1) / (height_ * p_.w.output) + 1;
+    return parts_of(p_.images * bands(), least_bands, vectors(),
+                    kLanes * vectors() * p_.outputs() * p_.taps());
+  }
+
+  void add_part(const T* grad, const T* input, int64_t part, Range vectors,
+                LineVector<Sums<T>>& sums, Partial& partial) const {
+    const int64_t first = vectors.begin, last = vectors.end;
+    const Split units = parts();
+    for (Sums<T>& of_vector : sums) of_vector.clear();
+    for (int64_t unit = units.begin(part); unit < units.end(part); ++unit) {
+      const int64_t image = unit / bands(), top = unit % bands() * height_;
+      const T* dy = grad + image * p_.h.output * p_.w.output * p_.output_channels;
+      const T* x = input + image * p_.h.input * p_.w.input * p_.input_channels;
+      for (int64_t v = first; v < last; ++v) {
+        const int64_t channel = vectors_[v].channel;
+        add(dy + channel, x + channel, top, std::min(top + height_, p_.h.output), sums[v - first]);
+      }
+    }
+    for (int64_t v = first; v < last; ++v) {
+      const ChannelVector& vector = vectors_[v];
+      for (int64_t i = vector.begin; i < vector.end; ++i) {
+        const int64_t slot = by_channel_[i];
+        sums[v - first].add_lane(p_.active[slot] - vector.channel, partial.fresh_row(part, slot));
+      }
+    }
+  }
 
   int64_t vectors() const { return static_cast<int64_t>(vectors_.size()); }
 

@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "../simd/kernels.h"
+#include "../tensor/scratch.h"
 
 namespace neq::depthwise {
 
@@ -19,6 +19,13 @@ class Sums {
   static constexpr int64_t kMostVectors = 256;
 
   explicit Sums(int64_t taps) : taps_(taps), lanes_(taps * kLanes, C(0)) {}
+
+  void clear() {
+    std::fill(lanes_.begin(), lanes_.end(), C(0));
+    totals_.clear();
+    std::fill_n(bias_, kLanes, 0.0);
+    vectors_ = 0;
+  }
 
   // [tap][lane], to add up to `vectors` more products to.
   C* lanes_for(int64_t vectors) {
@@ -42,7 +49,7 @@ class Sums {
 
  private:
   void flush() {
-    totals_.resize(lanes_.size());
+    totals_.resize(lanes_.size(), 0.0);
     for (size_t i = 0; i < lanes_.size(); ++i) {
       totals_[i] += static_cast<double>(lanes_[i]);
       lanes_[i] = C(0);
@@ -51,8 +58,8 @@ class Sums {
   }
 
   int64_t taps_;
-  std::vector<C> lanes_;        // [tap][lane]
-  std::vector<double> totals_;  // likewise; none before the first flush
+  LineVector<C> lanes_;        // [tap][lane]
+  LineVector<double> totals_;  // likewise; none before the first flush
   double bias_[kLanes] = {};
   int64_t vectors_ = 0;
 };

@@ -5,8 +5,32 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <vector>
 
 namespace neq {
+
+// Memory of its own lines: what a thread writes there drives nothing out of another one's cache.
+template <class T>
+struct LineAllocator {
+  using value_type = T;
+  static constexpr size_t kLine = 64;
+
+  LineAllocator() = default;
+  template <class U>
+  LineAllocator(const LineAllocator<U>&) {}
+
+  T* allocate(size_t count) {
+    const size_t bytes = (count * sizeof(T) + kLine - 1) / kLine * kLine;
+    return static_cast<T*>(::operator new(bytes, std::align_val_t{kLine}));
+  }
+  void deallocate(T* data, size_t) { ::operator delete(data, std::align_val_t{kLine}); }
+
+  bool operator==(const LineAllocator&) const { return true; }
+  bool operator!=(const LineAllocator&) const { return false; }
+};
+
+template <class T>
+using LineVector = std::vector<T, LineAllocator<T>>;
 
 template <class T>
 class Scratch {
@@ -15,7 +39,8 @@ class Scratch {
   T* at_least(int64_t size) {
     if (size > size_) {
       data_.reset();
-      data_.reset(new (std::align_val_t{kCacheLine}) T[size]);
+      size_ = 0;
+      data_.reset(LineAllocator<T>().allocate(size));
       size_ = size;
     }
     return data_.get();
@@ -24,11 +49,8 @@ class Scratch {
   T* data() const { return data_.get(); }
 
  private:
-  // Vectors that lie across two lines are read at half the speed.
-  static constexpr size_t kCacheLine = 64;
-
   struct Delete {
-    void operator()(T* data) const { operator delete[](data, std::align_val_t{kCacheLine}); }
+    void operator()(T* data) const { LineAllocator<T>().deallocate(data, 0); }
   };
 
   std::unique_ptr<T[], Delete> data_;
