@@ -17,7 +17,7 @@ import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,24 +89,33 @@ def fit(cells: Cells) -> dict[str, Table]:
 
 
 def _fit(cells: Cells) -> Table:
-    """Of one dtype. Margins come from predictions of shapes that were left out, and of all."""
+    """Of one dtype: once to see which groups need a margin, then with room for these, and no
+    others."""
     problems = wgrad_times.problems_of(cells)
-    most = dict.fromkeys(Strategy, MOST)
-    margins: dict[Group, float] = {}
-    for _ in range(2):  # once to see how many margins there are
-        coefficients = _coefficients(cells, problems, most)
-        left_out: dict[Cell, Table] = {}
-        for learned, judged in folds(cells):
-            left_out |= dict.fromkeys(judged, _coefficients(learned, problems, most))
-        margins = _margins(cells, problems, left_out, {})
-        margins = _margins(cells, problems, dict.fromkeys(cells, coefficients), margins)
-        margins = {group: margin for group, margin in margins.items() if margin > 1}
-        for strategy in Strategy:
-            most[strategy] = MOST - sum(_is_of(group, strategy) for group in margins)
+    _, margins = _fit_with(cells, problems, dict.fromkeys(Strategy, MOST), None)
+    most = {s: MOST - sum(_is_of(group, s) for group in margins) for s in Strategy}
+    coefficients, margins = _fit_with(cells, problems, most, margins)
     return {
         group: costs | ({MARGIN: margins[group]} if group in margins else {})
         for group, costs in sorted(coefficients.items())
     }
+
+
+def _fit_with(
+    cells: Cells,
+    problems: Mapping[Cell, Problem],
+    most: Mapping[Strategy, int],
+    among: Collection[Group] | None,
+) -> tuple[Table, dict[Group, float]]:
+    """Coefficients, and the margins above 1, which come from predictions of shapes that were left
+    out, and of all."""
+    coefficients = _coefficients(cells, problems, most)
+    left_out: dict[Cell, Table] = {}
+    for learned, judged in folds(cells):
+        left_out |= dict.fromkeys(judged, _coefficients(learned, problems, most))
+    margins = _margins(cells, problems, left_out, {}, among)
+    margins = _margins(cells, problems, dict.fromkeys(cells, coefficients), margins, among)
+    return coefficients, {group: margin for group, margin in margins.items() if margin > 1}
 
 
 def _is_of(group: Group, strategy: Strategy) -> bool:
@@ -189,12 +198,14 @@ def _margins(
     problems: Mapping[Cell, Problem],
     tables: Mapping[Cell, Table],
     least: Mapping[Group, float],
+    among: Collection[Group] | None,
 ) -> dict[Group, float]:
     """For each group, by what to multiply its predictions so that choosing costs least; of no
     group less than ``least``.
 
     Args:
         tables: by which each cell's times are predicted.
+        among: the groups that may have a margin; None: all.
     """
     known: dict[Group, list[tuple[Cell, dict[Strategy, float]]]] = defaultdict(list)
     for cell, seconds in cells.items():
@@ -228,7 +239,7 @@ def _margins(
         return total
 
     for _ in range(2):
-        for group in sorted(margins):
+        for group in sorted(margins if among is None else margins.keys() & among):
             possible = [margin for margin in _MARGINS if margin >= low[group]]
             losses = {margin: loss(group, margin) for margin in possible}
             best = min(possible, key=lambda margin: (losses[margin], margin))
