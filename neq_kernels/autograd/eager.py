@@ -287,9 +287,12 @@ class _AutocastFunction(_PlannedFunction):
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, plan: LayerPlan
     ) -> Tensor:
         assert plan.autocast is not None
-        ctx.weight, ctx.version = weight, weight._version
+        ctx.plan, ctx.weight, ctx.version = plan, weight, weight._version
+        weight = weight.to(plan.autocast)
         bias = None if bias is None else bias.to(plan.autocast)
-        return _PlannedFunction.forward(ctx, input, weight.to(plan.autocast), bias, plan)
+        reads_input = ctx.needs_input_grad[1] and not plan.none_active
+        ctx.save_for_backward(input if reads_input else None, weight)
+        return plan.forward(input, weight, bias)
 
 
 def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
