@@ -23,34 +23,17 @@ from neq_kernels.optim.forward_watch import ForwardWatch
 from tests.support.checked_steps import (
     FakeClock,
     X,
-    asked_for,
     hooks,
     is_dense,
     make,
     make_net,
-    recorded_strategies,
     slower,
     step,
     train,
     until_verdict,
 )
 
-
-@pytest.fixture(autouse=True)
-def _asked_for(monkeypatch, stock_algorithms):
-    with asked_for(monkeypatch):
-        yield
-
-
-@pytest.fixture
-def hasty(monkeypatch):
-    """As many dense steps as the check likes."""
-    monkeypatch.setattr(step_check, "MOST_DENSE_SHARE", 1.0)
-
-
-@pytest.fixture
-def strategies(monkeypatch):
-    return recorded_strategies(monkeypatch)
+pytestmark = pytest.mark.usefixtures("step_check_asked_for")
 
 
 def copies(things):

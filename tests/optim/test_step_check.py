@@ -22,7 +22,6 @@ from neq_kernels.optim.step_check import EventClock, StepCheck, interval_of_medi
 from tests.support.checked_steps import (
     FakeClock,
     X,
-    asked_for,
     faster,
     hooks,
     is_dense,
@@ -30,29 +29,13 @@ from tests.support.checked_steps import (
     make,
     make_net,
     noisy,
-    recorded_strategies,
     slower,
     step,
     train,
     until_verdict,
 )
 
-
-@pytest.fixture(autouse=True)
-def _asked_for(monkeypatch, stock_algorithms):
-    with asked_for(monkeypatch):
-        yield
-
-
-@pytest.fixture
-def hasty(monkeypatch):
-    """As many dense steps as the check likes."""
-    monkeypatch.setattr(step_check, "MOST_DENSE_SHARE", 1.0)
-
-
-@pytest.fixture
-def strategies(monkeypatch):
-    return recorded_strategies(monkeypatch)
+pytestmark = pytest.mark.usefixtures("step_check_asked_for")
 
 
 def used_by_a_step(strategies, net):
