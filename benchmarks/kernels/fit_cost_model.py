@@ -6,8 +6,9 @@
 >>> python -m benchmarks.kernels.fit_cost_model --check  # are the shipped tables these, and good?
 
 A time is linear in what is read, written and multiplied, with coefficients for each kind of layer
-and layout, none of them negative; the least of them are left out until ``MOST`` are left. Where a
-strategy loses though its predicted time is lower, the prediction is multiplied by a margin.
+and layout, none of them negative; the least of them are left out until ``MOST`` are left. These are
+then moved, as little as need be, to where the choices cost least: a time matters as far as a choice
+depends on it.
 """
 
 from __future__ import annotations
@@ -17,23 +18,25 @@ import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import nnls
+import torch
+from scipy.optimize import minimize, nnls
+from torch import Tensor
 
 from benchmarks.common import cli
 from benchmarks.common.records import load
 from benchmarks.kernels import regret, wgrad_times
-from benchmarks.kernels.wgrad_times import Cell, Cells
+from benchmarks.kernels.wgrad_times import Cells
 from neq_kernels.backends.problem import Problem, Strategy
 from neq_kernels.dispatch import cost_model
-from neq_kernels.dispatch.cost_model import MARGIN
+from neq_kernels.dispatch.cost_model import CostModel
 
-# Coefficients and margins of one strategy, for one dtype on one class of machine.
+# Coefficients of one strategy, for one dtype on one class of machine.
 MOST = 40
 # Which features each strategy can depend on.
 _READ = ("calls", "input", "active output", "output", "active weight", "weight")
@@ -48,10 +51,15 @@ _ROUNDS = 10
 # Below this error, in logarithms, it is noise.
 _NOISE = 0.03
 FOLDS = 5
-_MARGINS = (1.0, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.6, 2.0)
-# What one cell slower than PyTorch's kernel counts, beside logarithms of times; and the least that
-# a margin has to spare.
-_PENALTY, _WORTH = 1.0, 0.3
+# What one cell counts, beside logarithms of times, that is not faster than PyTorch's kernel by at
+# least so much; and what the error of a predicted time counts.
+_PENALTY, _WORTH, _TIMES = 2.0, 1.03, 0.05
+# By what two predictions may differ, in logarithms, and still be both chosen.
+_SOFTNESS = 0.1
+# What a coefficient is multiplied or divided by at most.
+_MOVED = 2.0
+# Two predictions of a time by the same table, as solvers on different machines find it.
+_SAME = 0.05
 
 Group = str
 Table = dict[Group, dict[str, float]]
@@ -85,41 +93,7 @@ def fit(cells: Cells) -> dict[str, Table]:
     by_dtype: dict[str, Cells] = defaultdict(dict)
     for cell, seconds in cells.items():
         by_dtype[cell.dtype][cell] = seconds
-    return {dtype: _fit(some) for dtype, some in by_dtype.items()}
-
-
-def _fit(cells: Cells) -> Table:
-    """Of one dtype: once to see which groups need a margin, then with room for these, and no
-    others."""
-    problems = wgrad_times.problems_of(cells)
-    _, margins = _fit_with(cells, problems, dict.fromkeys(Strategy, MOST), None)
-    most = {s: MOST - sum(_is_of(group, s) for group in margins) for s in Strategy}
-    coefficients, margins = _fit_with(cells, problems, most, margins)
-    return {
-        group: costs | ({MARGIN: margins[group]} if group in margins else {})
-        for group, costs in sorted(coefficients.items())
-    }
-
-
-def _fit_with(
-    cells: Cells,
-    problems: Mapping[Cell, Problem],
-    most: Mapping[Strategy, int],
-    among: Collection[Group] | None,
-) -> tuple[Table, dict[Group, float]]:
-    """Coefficients, and the margins above 1, which come from predictions of shapes that were left
-    out, and of all."""
-    coefficients = _coefficients(cells, problems, most)
-    left_out: dict[Cell, Table] = {}
-    for learned, judged in folds(cells):
-        left_out |= dict.fromkeys(judged, _coefficients(learned, problems, most))
-    margins = _margins(cells, problems, left_out, {}, among)
-    margins = _margins(cells, problems, dict.fromkeys(cells, coefficients), margins, among)
-    return coefficients, {group: margin for group, margin in margins.items() if margin > 1}
-
-
-def _is_of(group: Group, strategy: Strategy) -> bool:
-    return group.startswith(f"{strategy.name.lower()} ")
+    return {dtype: _for_choices(some, _for_times(some)) for dtype, some in by_dtype.items()}
 
 
 def folds(cells: Cells) -> Iterator[tuple[Cells, Cells]]:
@@ -142,9 +116,9 @@ def folds(cells: Cells) -> Iterator[tuple[Cells, Cells]]:
         )
 
 
-def _coefficients(
-    cells: Cells, problems: Mapping[Cell, Problem], most: Mapping[Strategy, int]
-) -> Table:
+def _for_times(cells: Cells) -> Table:
+    """Coefficients whose predictions are close to the times measured."""
+    problems = wgrad_times.problems_of(cells)
     rows: dict[Group, list[tuple[dict[str, float], float]]] = defaultdict(list)
     for cell, seconds in cells.items():
         features = cost_model.features(problems[cell], cell.active)
@@ -160,9 +134,9 @@ def _coefficients(
                 np.array([measured for _, measured in some]),
             )
             for group, some in rows.items()
-            if _is_of(group, strategy)
+            if group.startswith(f"{strategy.name.lower()} ")
         }
-        table |= _with_the_best(fits, most[strategy])
+        table |= _with_the_best(fits, MOST)
     return table
 
 
@@ -193,59 +167,59 @@ def _with_the_best(fits: Mapping[Group, _Fit], most: int) -> Table:
     }
 
 
-def _margins(
-    cells: Cells,
-    problems: Mapping[Cell, Problem],
-    tables: Mapping[Cell, Table],
-    least: Mapping[Group, float],
-    among: Collection[Group] | None,
-) -> dict[Group, float]:
-    """For each group, by what to multiply its predictions so that choosing costs least; of no
-    group less than ``least``.
+def _for_choices(cells: Cells, table: Table) -> Table:
+    """The same coefficients, moved until choosing by them costs least. A choice is a matter of
+    degree here: the closer two predictions, the more evenly each is taken to be chosen."""
+    problems = wgrad_times.problems_of(cells)
+    where = {(g, name): i for i, (g, name) in enumerate(_names(table))}
+    shape = len(cells), len(Strategy)
+    values = torch.zeros(*shape, len(where), dtype=torch.float64)
+    measured, handicap, loss = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
+    competes = torch.zeros(shape, dtype=torch.bool)
+    for i, (cell, seconds) in enumerate(cells.items()):
+        problem = problems[cell]
+        features = cost_model.features(problem, cell.active)
+        factors = cost_model.handicapped(problem, cell.active, dict.fromkeys(seconds, 1.0))
+        for strategy, time in seconds.items():
+            at, group = (i, list(Strategy).index(strategy)), cost_model.group(problem, strategy)
+            for name in table[group]:
+                values[*at, where[group, name]] = features[name]
+            measured[at] = math.log(time)
+            loss[at] = math.log(time / min(seconds.values()))
+            if strategy != Strategy.DENSE and regret.is_large(problem):
+                loss[at] += _PENALTY * (_WORTH * time > seconds[Strategy.DENSE])
+            if strategy in factors:
+                competes[at], handicap[at] = True, math.log(factors[strategy])
+    known = values.sum(-1) > 0
 
-    Args:
-        tables: by which each cell's times are predicted.
-        among: the groups that may have a margin; None: all.
-    """
-    known: dict[Group, list[tuple[Cell, dict[Strategy, float]]]] = defaultdict(list)
-    for cell, seconds in cells.items():
-        features = cost_model.features(problems[cell], cell.active)
-        groups = {s: cost_model.group(problems[cell], s) for s in seconds}
-        costs = tables[cell]
-        times = {
-            s: cost_model.linear(costs[group], features)
-            for s, group in groups.items()
-            if group in costs
-        }
-        for strategy in times:
-            if strategy != Strategy.DENSE:
-                known[groups[strategy]].append((cell, times))
-    margins = {group: least.get(group, 1.0) for group in known}
-    low = dict(margins)
+    def total(logs: Tensor) -> Tensor:
+        times = torch.where(known, values @ logs.exp(), 1.0).log()
+        lead = torch.where(competes, -(times + handicap) / _SOFTNESS, -math.inf)
+        off = torch.where(known, times - measured, 0.0)
+        return (lead.softmax(1) * loss).sum() + _TIMES * (off**2 + _NOISE**2).sqrt().sum()
 
-    def loss(group: Group, margin: float) -> float:
-        trial = {**margins, group: margin}
-        total = 0.0
-        for cell, times in known[group]:
-            problem, measured = problems[cell], cells[cell]
-            scaled = {
-                s: time * trial.get(cost_model.group(problem, s), 1.0) for s, time in times.items()
-            }
-            compared = cost_model.handicapped(problem, cell.active, scaled)
-            chosen = min(compared, key=lambda s: compared[s])
-            total += math.log(measured[chosen] / min(measured.values()))
-            if regret.is_slower(problem, measured, chosen):
-                total += _PENALTY
-        return total
+    logs = np.log([table[g][name] for g, name in where])
+    limits = [(log - math.log(_MOVED), log + math.log(_MOVED)) for log in logs]
+    found = np.exp(_minimum(total, logs, limits)).tolist()
+    return {g: {name: found[where[g, name]] for name in table[g]} for g in sorted(table)}
 
-    for _ in range(2):
-        for group in sorted(margins if among is None else margins.keys() & among):
-            possible = [margin for margin in _MARGINS if margin >= low[group]]
-            losses = {margin: loss(group, margin) for margin in possible}
-            best = min(possible, key=lambda margin: (losses[margin], margin))
-            worth = losses[possible[0]] - losses[best] >= _WORTH
-            margins[group] = best if worth else possible[0]
-    return margins
+
+def _minimum(
+    function: Callable[[Tensor], Tensor], start: np.ndarray, limits: Sequence[tuple[float, float]]
+) -> np.ndarray:
+    """Where a function is least, near ``start`` and within limits."""
+
+    def value_and_gradient(numbers: np.ndarray) -> tuple[float, np.ndarray]:
+        at = torch.tensor(numbers, requires_grad=True)
+        value = function(at)
+        value.backward()
+        return value.item(), at.grad.numpy()
+
+    return minimize(value_and_gradient, start, jac=True, method="L-BFGS-B", bounds=limits).x
+
+
+def _names(table: Table) -> Iterator[tuple[Group, str]]:
+    return ((group, name) for group, costs in table.items() for name in costs)
 
 
 def path_of(name: str) -> Path:
@@ -266,7 +240,7 @@ def fit_class(name: str, measured_on: Mapping[str, Any] | None = None) -> dict[s
     """
     if measured_on is None:
         measured_on = json.loads((cost_model.COSTS / f"{name}.json").read_text())["measured_on"]
-    costs = fit(wgrad_times.fastest(wgrad_times.read(path_of(name))))
+    costs = fit(wgrad_times.typical(wgrad_times.read(path_of(name))))
     rounded = {
         dtype: {
             group: {key: float(f"{value:.5g}") for key, value in some.items()}
@@ -302,9 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path, text = cost_model.COSTS / f"{name}.json", json.dumps(content, indent=1) + "\n"
         if not args.check:
             path.write_text(text)
-        elif not path.exists() or not _agree(
-            json.loads(path.read_text())["costs"], content["costs"]
-        ):
+        elif not _agree(name, CostModel.of_class(name).coefficients, content["costs"]):
             print(cli.red(f"{path.name} is not what {path_of(name).name} gives"))
             right = False
     return 0 if regret.show(classes(), fit, folds) and right else cli.WRONG_RESULT
@@ -319,13 +291,17 @@ def _by_number(runs: Sequence[Cells]) -> list[Cells]:
     return [{**dict(itertools.chain(*(some.items() for some in group)))} for group in together]
 
 
-def _agree(shipped: Any, fitted: Any) -> bool:
-    """Whether two tables are the same but for the last digits of a solver."""
-    if isinstance(shipped, Mapping) and isinstance(fitted, Mapping):
-        return shipped.keys() == fitted.keys() and all(
-            _agree(shipped[key], fitted[key]) for key in shipped
-        )
-    return math.isclose(shipped, fitted, rel_tol=1e-3)
+def _agree(name: str, shipped: Mapping[str, Table], fitted: Mapping[str, Table]) -> bool:
+    """Whether two tables of a class predict the same times. Solvers on different machines find
+    coefficients that differ by more where the predictions hardly depend on them."""
+    models = [CostModel(name, table) for table in (shipped, fitted)]
+    cells = wgrad_times.read(path_of(name))[0]
+    for cell, problem in wgrad_times.problems_of(cells).items():
+        for strategy in cells[cell]:
+            one, other = (model.seconds(problem, cell.active, strategy) for model in models)
+            if one is None or other is None or not math.isclose(one, other, rel_tol=_SAME):
+                return False
+    return True
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ cell; written from records of ``benchmarks.kernels.cpu --strategies``.
 from __future__ import annotations
 
 import csv
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 from benchmarks.common.files import RESULTS
 from benchmarks.common.records import Row, load
+from benchmarks.kernels.goals import geometric_mean
 from benchmarks.kernels.layer_shapes import problems_by_cell
 from neq_kernels.backends.problem import Problem, Strategy
 
@@ -79,14 +79,18 @@ def read(path: Path) -> list[Cells]:
     return [runs[run] for run in sorted(runs)]
 
 
-def fastest(runs: Iterable[Cells]) -> Cells:
-    """Of each cell and strategy the fastest run: what slows one down is not the kernel."""
-    best: Cells = defaultdict(dict)
+def typical(runs: Iterable[Cells]) -> Cells:
+    """Of each cell and strategy the geometric mean over the runs. Runs differ more than the
+    strategies within one do, which are timed in turns: their ratios are kept."""
+    every: dict[Cell, dict[Strategy, list[float]]] = defaultdict(lambda: defaultdict(list))
     for cells in runs:
         for cell, seconds in cells.items():
             for strategy, time in seconds.items():
-                best[cell][strategy] = min(time, best[cell].get(strategy, math.inf))
-    return dict(best)
+                every[cell][strategy].append(time)
+    return {
+        cell: {strategy: geometric_mean(times) for strategy, times in seconds.items()}
+        for cell, seconds in every.items()
+    }
 
 
 def problems_of(cells: Iterable[Cell]) -> dict[Cell, Problem]:

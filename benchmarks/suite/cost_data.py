@@ -19,7 +19,7 @@ class Choice:
     """Of a strategy for one weight gradient.
 
     Attributes:
-        times: seconds by strategy, each of its fastest run.
+        times: seconds by strategy, typical of the runs.
         chosen: by the class's table of costs.
     """
 
@@ -50,7 +50,7 @@ def choices(cpu_class: str) -> Iterator[Choice]:
     path = paths().get(cpu_class)
     if path is None:
         return
-    cells = wgrad_times.fastest(wgrad_times.read(path))
+    cells = wgrad_times.typical(wgrad_times.read(path))
     cells = {cell: times for cell, times in cells.items() if cell.network != TINY}
     problems, costs = wgrad_times.problems_of(cells), CostModel.of_class(cpu_class)
     for cell, times in cells.items():

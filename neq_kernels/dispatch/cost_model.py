@@ -24,9 +24,6 @@ COSTS = Path(__file__).parent / "costs"
 Coefficients = Mapping[str, Mapping[str, Mapping[str, float]]]
 Times = dict[Strategy, float]
 
-# Besides the coefficients of features: what the predicted time of a group is multiplied by where
-# strategies are compared, because it is too low where the strategy loses.
-MARGIN = "margin"
 # Without a model: above this share of active channels gathering costs more than it saves.
 _DENSE_SHARE = 0.85
 # Floating-point operations in the time that a GPU takes to move a byte (an H100 in half precision,
@@ -131,8 +128,7 @@ class CostModel:
             time = self.seconds(problem, n, each)
             if time is None:
                 return {}
-            costs = self._costs_of(problem.dtype)[group(problem, each)]
-            expected[each] = time * costs.get(MARGIN, 1.0)
+            expected[each] = time
         return handicapped(problem, n, expected)
 
     def _costs_of(self, dtype: torch.dtype) -> Mapping[str, Mapping[str, float]]:
@@ -142,7 +138,7 @@ class CostModel:
 
 def linear(costs: Mapping[str, float], values: Mapping[str, float]) -> float:
     """Seconds, by a group's coefficients and a problem's features."""
-    return sum(cost * values[name] for name, cost in costs.items() if name != MARGIN)
+    return sum(cost * values[name] for name, cost in costs.items())
 
 
 def handicapped(problem: Problem, n: int, times: Times) -> Times:
