@@ -167,45 +167,46 @@ Tensor whole_bias(const std::vector<double>& active, ScalarType dtype, const int
   return grad;
 }
 
+// Calls f with zeros of the operands' type and of the gradient's.
 template <class F>
-void dispatch_single_or_double(const Tensor& tensor, F&& f) {
-  if (tensor.scalar_type() == ScalarType::Double) return f(double{});
-  require(tensor.scalar_type() == ScalarType::Float,
-          "strategy: expected float32 or float64 for the custom one, got ",
-          torch::headeronly::toString(tensor.scalar_type()));
-  f(float{});
+void dispatch_operands_and_gradient(ScalarType operands, ScalarType gradient, F&& f) {
+  const bool same = gradient == operands;
+  require(same || gradient == ScalarType::Float, "weight: expected dtype ",
+          torch::headeronly::toString(operands), " or a gradient in Float, got ",
+          torch::headeronly::toString(gradient));
+  switch (operands) {
+    case ScalarType::Double:
+      require(same, "in_float: expected 0 for operands of dtype Double");
+      return f(double{}, double{});
+    case ScalarType::Float:
+      return f(float{}, float{});
+    case ScalarType::BFloat16:
+      return same ? f(BFloat16{}, BFloat16{}) : f(BFloat16{}, float{});
+    case ScalarType::Half:
+      return same ? f(Half{}, Half{}) : f(Half{}, float{});
+    default:
+      require(false, "input: expected a floating dtype of at most 64 bits, got ",
+              torch::headeronly::toString(operands));
+  }
 }
 
-// The tensor itself where it has that dtype.
-Tensor converted(const Tensor& tensor, ScalarType dtype) {
-  if (!tensor.defined() || tensor.scalar_type() == dtype) return tensor;
-  Tensor copy = empty_of_dtype(tensor, dtype);
-  torch::stable::copy_(copy, tensor);
-  return copy;
-}
-
-bool is_half(ScalarType dtype) {
-  return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-}
-
-// Dimension 0 of `weight` is the outermost in memory. Half types are multiplied in float32, as
-// copies: what they cost is little where the weight is large, which is where few rows pay.
+// Dimension 0 of `weight` is the outermost in memory.
 Grads direct(ConvProblem p, const Tensor& grad, const Tensor& input, const Wholes& wholes,
              const Tensor& order, bool channels_last) {
-  const Tensor& weight = wholes.weight;
   p.active = checked_order(order, p.output_channels, p.output_channels);
-  const ScalarType dtype = is_half(weight.scalar_type()) ? ScalarType::Float : weight.scalar_type();
-  const Tensor dy = converted(grad, dtype), x = converted(input, dtype);
-  Tensor rows = empty_of_dtype(weight, dtype), bias;
-  const bool taps_inside = weight.stride(1) != 1;
-  dispatch_single_or_double(x, [&](auto zero) {
-    using T = decltype(zero);
-    const std::vector<double> active = direct_wgrad<T>(
-        p, static_cast<const T*>(dy.const_data_ptr()), static_cast<const T*>(x.const_data_ptr()),
-        channels_last, static_cast<T*>(rows.mutable_data_ptr()), taps_inside);
-    bias = whole_bias<T>(active, dtype, p.active, p.n, p.output_channels);
-  });
-  return {Tensor(), converted(rows, wholes.dtype), converted(bias, wholes.dtype)};
+  Tensor rows = wholes.of_weight(), bias;
+  const bool taps_inside = wholes.weight.stride(1) != 1;
+  const auto compute = [&](auto operand, auto gradient) {
+    using T = decltype(operand);
+    using G = decltype(gradient);
+    const std::vector<double> active =
+        direct_wgrad(p, static_cast<const T*>(grad.const_data_ptr()),
+                     static_cast<const T*>(input.const_data_ptr()), channels_last,
+                     static_cast<G*>(rows.mutable_data_ptr()), taps_inside);
+    bias = whole_bias<G>(active, wholes.dtype, p.active, p.n, p.output_channels);
+  };
+  dispatch_operands_and_gradient(input.scalar_type(), wholes.dtype, compute);
+  return {Tensor(), rows, bias};
 }
 
 bool is_channels_last(const Tensor& t) {

@@ -13,7 +13,7 @@ STABLE_TORCH_LIBRARY(neq_kernels_cpu, m) {
       "int[] padding, int[] dilation, Tensor order, int n, bool want_bias) -> (Tensor, Tensor)");
   m.def(
       "wgrad_shares(int[] input_size, int[] weight_size, int[] stride, int[] padding, "
-      "int[] dilation, bool channels_last, Tensor order, int n, int threads) -> Tensor");
+      "int[] dilation, bool channels_last, bool half, Tensor order, int n, int threads) -> Tensor");
   m.def("neuron_shares(Tensor order, int n, int[] blocks, int item_bytes, int threads) -> Tensor");
   m.def(
       "pack_shares(Tensor order, int rows, int elements, int item_bytes, bool cut_rows, "

@@ -53,7 +53,7 @@ using IntList = std::vector<int64_t>;
 
 // Which thread does what in the custom wgrad of a shape: the rows of a ShareTable.
 Tensor wgrad_shares(const IntList& input_size, const IntList& weight_size, const IntList& stride,
-                    const IntList& padding, const IntList& dilation, bool channels_last,
+                    const IntList& padding, const IntList& dilation, bool channels_last, bool half,
                     const Tensor& order, int64_t n, int64_t threads);
 
 // Likewise for active neurons of a tensor, and for `rows` rows of `elements` that are packed.

@@ -30,7 +30,7 @@ Axis axis_of(const IntList& input, const IntList& weight, const IntList& stride,
 }  // namespace
 
 Tensor wgrad_shares(const IntList& input, const IntList& weight, const IntList& stride,
-                    const IntList& padding, const IntList& dilation, bool channels_last,
+                    const IntList& padding, const IntList& dilation, bool channels_last, bool half,
                     const Tensor& order, int64_t n, int64_t threads) {
   require(input.size() == 4 && weight.size() == 4 && stride.size() == 2 && padding.size() == 2 &&
               dilation.size() == 2,
@@ -47,7 +47,7 @@ Tensor wgrad_shares(const IntList& input, const IntList& weight, const IntList& 
   if (weight[1] == 1 && input[1] > 1) {
     depthwise_wgrad_shares(p, channels_last, threads, shares);
   } else {
-    direct_wgrad_shares(p, channels_last, !channels_last, threads, shares);
+    direct_wgrad_shares(p, channels_last, !channels_last, half, threads, shares);
   }
   return table_of(shares);
 }

@@ -73,7 +73,8 @@ def arguments(problem):
 
 
 @pytest.mark.parametrize("threads", THREADS)
-def test_wgrad_of_every_shape(threads):
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "half"])
+def test_wgrad_of_every_shape(half, threads):
     shared = 0
     for shape in SHAPES:
         problem = shape.problem
@@ -81,7 +82,7 @@ def test_wgrad_of_every_shape(threads):
         for part in ACTIVE:
             n = max(1, round(part * k))
             order = trial.spread(n, k).order()
-            table = leaf.wgrad_shares(*arguments(problem), order, n, threads).numpy()
+            table = leaf.wgrad_shares(*arguments(problem), half, order, n, threads).numpy()
             check(table, {0: LEAST_PRODUCTS, 1: LEAST_ELEMENTS})
             assert table[:, 1].max() < threads
             shared += table[table[:, 0] == 0, 1].max() + 1
@@ -93,14 +94,16 @@ def test_wgrad_of_every_shape(threads):
 @pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("c", [3, 16, 40, 64])
-def test_the_whole_gradient_is_written(c, channels_last, threads):
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "half"])
+def test_the_whole_gradient_is_written(half, c, channels_last, threads):
     window = ((1, 1), (1, 1), (1, 1))
     k = 500
     for n in (1, 100, k):
         order = order_of(k, n, seed=n)
         size, weight = (4, c, 32, 32), (k, c, 3, 3)
-        table = leaf.wgrad_shares(size, weight, *window, channels_last, order, n, threads).numpy()
-        written = numpy.zeros(k * c * 9 * 4, bool)
+        where = (size, weight, *window, channels_last, half)
+        table = leaf.wgrad_shares(*where, order, n, threads).numpy()
+        written = numpy.zeros(k * c * 9 * (2 if half else 4), bool)
         in_place = not ((table[:, 0] == 1) & (table[:, 3] == 0)).any()
         rows = table[(table[:, 3] == 1) & (table[:, 5] > 0)]
         for _, _, _, _, begin, length, inner, step, outer, outer_step in rows:

@@ -32,43 +32,44 @@ struct Unit {
 };
 
 // Some channels of x at the pixels of a unit; the first row in memory is row `begin`.
-template <class T>
+template <class P>
 struct Pixels {
-  const T* data;
+  const P* data;
   int64_t image, row, pixel, begin;
 };
 
 // Copies of a unit's operands: dy block by block, x with some channels side by side, and rows of x.
-template <class T>
+template <class P>
 struct Copies {
-  Scratch<T> grad, input, rows;
-  LineVector<Pixels<T>> tiles;
+  Scratch<P> grad, input, rows;
+  LineVector<Pixels<P>> tiles;
 };
 
 // The pixels are taken in units: some rows of an image, or several small images. Channels of x are
 // copied side by side, into a panel, unless they are used so little that they are read where they
 // lie. With fewer channels than lanes all taps take part as channels: they are copied side by side
-// for every pixel.
-template <class T>
+// for every pixel. Elements of type T become elements of type P while they are copied.
+template <class T, class P = Compute<T>>
 class Operands {
  public:
-  static constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(T));
+  static constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(P));
 
   Operands(const ConvProblem& p, const T* grad, const T* input, bool channels_last)
       : p_(p),
         grad_(grad),
         x_(input),
         channels_last_(channels_last),
-        blocks_(channel_blocks(p, sizeof(T), kernels<T>().tile_limits.rows)),
+        k_(direct_kernels<T>()),
+        blocks_(channel_blocks(p, sizeof(P), k_.tile_limits.rows)),
         taps_as_channels_(p.input_channels < kLanes),
-        panels_(!channels_last ||
+        panels_(!std::is_same_v<T, P> || !channels_last ||
                 p.taps() * static_cast<int64_t>(blocks_.size()) >= kUsesWorthAPanel),
         step_h_(takes_steps(p.h) ? p.h.stride : 1),
         step_w_(takes_steps(p.w) ? p.w.stride : 1),
         channels_(p.input_channels * (taps_as_channels_ ? p.taps() : 1)),
         padded_(taps_as_channels_ ? divided_up(channels_, kLanes) * kLanes
                                   : std::max(channels_, kLanes)),
-        tiles_(channel_tiles(padded_, kLanes, p.n, reads_in_place(), kernels<T>().tile_limits)),
+        tiles_(channel_tiles(padded_, kLanes, p.n, reads_in_place(), k_.tile_limits)),
         parts_(number_of_parts()),
         band_rows_(rows_of_band()),
         bands_(divided_up(p.h.output, band_rows_)),
@@ -76,6 +77,7 @@ class Operands {
                            : std::clamp<int64_t>(pixels_per_unit() / (p.h.output * p.w.output), 1,
                                                  p.images)) {}
 
+  const DirectKernels<T, P>& kernels() const { return k_; }
   const std::vector<Block>& blocks() const { return blocks_; }
   const std::vector<Tile>& tiles() const { return tiles_; }
   bool taps_as_channels() const { return taps_as_channels_; }
@@ -119,7 +121,7 @@ class Operands {
   }
 
   // The channels of x that some tiles need, copied where they are not read in place: copies.tiles.
-  void read_input(const Unit& unit, int64_t first, int64_t last, Copies<T>& copies) const {
+  void read_input(const Unit& unit, int64_t first, int64_t last, Copies<P>& copies) const {
     copies.tiles.clear();
     int64_t begin, end;
     rows_read(unit, begin, end);
@@ -127,7 +129,7 @@ class Operands {
     const bool copied = panels_ && !taps_as_channels_;
     // The last tile may overlap the one before.
     const int64_t most = pixels * (channels_of(first, last) + kLanes);
-    T* panel = copied ? copies.input.at_least(most) : nullptr;
+    P* panel = copied ? copies.input.at_least(most) : nullptr;
     const int64_t row = p_.w.input * p_.input_channels, image = p_.h.input * row;
     for (int64_t t = first; t < last; ++t) {
       const Tile& tile = tiles_[t];
@@ -136,7 +138,7 @@ class Operands {
       } else if (copied) {
         copies.tiles.push_back(fill_panel(unit, tile, panel));
         panel += pixels * tile.vectors * kLanes;
-      } else {
+      } else if constexpr (std::is_same_v<T, P>) {
         const T* first_image = x_ + unit.image * image;
         copies.tiles.push_back({first_image + tile.first, image, row, p_.input_channels, 0});
       }
@@ -192,12 +194,12 @@ class Operands {
   }
 
   // The active channels of each block, side by side at every pixel; block after block.
-  void pack_grad(const Unit& unit, int64_t first, int64_t last, Scratch<T>& packed) const {
+  void pack_grad(const Unit& unit, int64_t first, int64_t last, Scratch<P>& packed) const {
     const int64_t plane = p_.h.output * p_.w.output, from = unit.top * p_.w.output;
     const int64_t count = (unit.bottom - unit.top) * p_.w.output;
     const int64_t channels =
         blocks_[last - 1].first + blocks_[last - 1].size - blocks_[first].first;
-    T* to = packed.at_least(unit.images * count * channels + kSlack);
+    P* to = packed.at_least(unit.images * count * channels + kSlack);
     if (channels_last_) {
       gather_grad(grad_ + (unit.image * plane + from) * p_.output_channels, unit.images * count,
                   first, last, to);
@@ -210,25 +212,25 @@ class Operands {
         for (int64_t k = 0; k < block.size; ++k) {
           planes[k] = grad_ + (image * p_.output_channels + p_.active[block.first + k]) * plane;
         }
-        kernels<T>().interleave(planes, block.size, from, count, to, block.size);
+        k_.interleave(planes, block.size, from, count, to, block.size);
         to += count * block.size;
       }
     }
   }
 
-  void add_bias(const Unit& unit, int64_t first, int64_t last, const Scratch<T>& packed,
+  void add_bias(const Unit& unit, int64_t first, int64_t last, const Scratch<P>& packed,
                 double* bias) const {
-    const T* dy = packed.data();
+    const P* dy = packed.data();
     for (int64_t b = first; b < last; ++b) {
       const Block& block = blocks_[b];
-      kernels<T>().sum_pixels(dy, block.size, pixels_of(unit), bias + block.first);
+      k_.sum_pixels(dy, block.size, pixels_of(unit), bias + block.first);
       dy += pixels_of(unit) * block.size;
     }
   }
 
   // For every output pixel of a unit the channels that its taps read, tap after tap, zeros where
   // they read beside the input.
-  void fill_taps(const Unit& unit, Copies<T>& copies) const {
+  void fill_taps(const Unit& unit, Copies<P>& copies) const {
     int64_t begin, end;
     rows_read(unit, begin, end);
     const int64_t channels = p_.input_channels, reach = (p_.w.kernel - 1) * p_.w.dilation + 1;
@@ -237,15 +239,15 @@ class Operands {
     const int64_t columns = std::min(p_.w.input, (row - left) / channels);
     const int64_t stride = taps_stride();
     // One row of zeros follows the others.
-    T* all_rows = copies.rows.at_least((end - begin + 1) * row + taps_stride());
-    T* to = copies.input.at_least(pixels_of(unit) * stride + kLanes);
-    std::fill_n(all_rows + (end - begin) * row, row + taps_stride(), T(0));
+    P* all_rows = copies.rows.at_least((end - begin + 1) * row + taps_stride());
+    P* to = copies.input.at_least(pixels_of(unit) * stride + kLanes);
+    std::fill_n(all_rows + (end - begin) * row, row + taps_stride(), P(0));
     for (int64_t i = unit.image; i < unit.image + unit.images; ++i) {
-      T* rows = all_rows;
+      P* rows = all_rows;
       for (int64_t y = begin; y < end; ++y, rows += row) {
-        std::fill_n(rows, left, T(0));
+        std::fill_n(rows, left, P(0));
         side_by_side(i, 0, y * p_.w.input, columns, 1, rows + left, channels);
-        std::fill_n(rows + left + columns * channels, row - left - columns * channels, T(0));
+        std::fill_n(rows + left + columns * channels, row - left - columns * channels, P(0));
       }
       for (int64_t p = unit.top; p < unit.bottom; ++p, to += p_.w.output * stride) {
         for (int64_t r = 0; r < p_.h.kernel; ++r) {
@@ -307,30 +309,27 @@ class Operands {
   }
 
   // A few pixels of all blocks at a time: they lie in the first cache.
-  void gather_grad(const T* pixels, int64_t count, int64_t first, int64_t last, T* to) const {
-    using Word = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-    const auto gather = gather_columns_kernel<Word>();
+  void gather_grad(const T* pixels, int64_t count, int64_t first, int64_t last, P* to) const {
     for (int64_t i = 0; i < count; i += kPixelsTogether) {
       const int64_t some = std::min(kPixelsTogether, count - i);
-      T* packed = to;
+      P* packed = to;
       for (int64_t b = first; b < last; ++b) {
         const Block& block = blocks_[b];
-        gather(block.plan.get((count - i - some) * block.size),
-               reinterpret_cast<const Word*>(pixels + i * p_.output_channels), p_.output_channels,
-               reinterpret_cast<Word*>(packed + i * block.size), block.size, some);
+        k_.gather(block.plan.get((count - i - some) * block.size), pixels + i * p_.output_channels,
+                  p_.output_channels, packed + i * block.size, block.size, some);
         packed += count * block.size;
       }
     }
   }
 
   // The input rows of a unit with the tile's channels side by side.
-  Pixels<T> fill_panel(const Unit& unit, const Tile& tile, T* panel) const {
+  Pixels<P> fill_panel(const Unit& unit, const Tile& tile, P* panel) const {
     int64_t begin, end;
     rows_read(unit, begin, end);
     const int64_t width = tile.vectors * kLanes, columns = panel_columns();
     const int64_t row = columns * width, image = (end - begin) * row;
     for (int64_t i = 0; i < unit.images; ++i) {
-      T* to = panel + i * image;
+      P* to = panel + i * image;
       if (step_h_ == 1 && step_w_ == 1) {
         side_by_side(unit.image + i, tile.first, begin * columns, (end - begin) * columns, 1, to,
                      width);
@@ -346,19 +345,18 @@ class Operands {
 
   // One row of taps for one row of pixels. Vectors are copied whole: what is written past the end,
   // the next row of taps overwrites.
-  void copy_taps(const T* row, T* to) const {
+  void copy_taps(const P* row, P* to) const {
     const bool neighbours = p_.w.dilation == 1;
     const int64_t length = p_.input_channels * (neighbours ? p_.w.kernel : 1);
     for (int64_t s = 0; s < (neighbours ? 1 : p_.w.kernel); ++s) {
-      kernels<T>().copy_pixels(row + s * p_.w.dilation * p_.input_channels,
-                               p_.w.stride * p_.input_channels, divided_up(length, kLanes),
-                               p_.w.output, to + s * length, taps_stride());
+      k_.copy_pixels(row + s * p_.w.dilation * p_.input_channels, p_.w.stride * p_.input_channels,
+                     divided_up(length, kLanes), p_.w.output, to + s * length, taps_stride());
     }
   }
 
   // to[i * width + c] is channel first + c, c < width, of `count` pixels, every step-th from `from`
   // on.
-  void side_by_side(int64_t image, int64_t first, int64_t from, int64_t count, int64_t step, T* to,
+  void side_by_side(int64_t image, int64_t first, int64_t from, int64_t count, int64_t step, P* to,
                     int64_t width) const {
     const int64_t plane = p_.h.input * p_.w.input;
     const T* images = x_ + image * plane * p_.input_channels;
@@ -366,28 +364,40 @@ class Operands {
       const T* source = images + from * p_.input_channels + first;
       const int64_t stride = step * p_.input_channels;
       if (width == stride) {
-        std::copy_n(source, count * width, to);
+        pack_stretch(source, count * width, to);
       } else {
-        kernels<T>().copy_pixels(source, stride, width / kLanes, count, to, width);
+        k_.pack_pixels(source, stride, width / kLanes, count, to, width);
       }
       return;
     }
     const T* planes[kMostInRegisters * kLanes];
     for (int64_t c = 0; c < width; ++c) planes[c] = images + (first + c) * plane;
     if (step > 1) {
-      static thread_local Scratch<T> scratch;
-      T* taken = scratch.at_least(width * count);
-      kernels<T>().copy_rows(planes[0] + from, plane, step, taken, count, width, count);
-      for (int64_t c = 0; c < width; ++c) planes[c] = taken + c * count;
-      from = 0;
+      static thread_local Scratch<P> scratch;
+      P* taken = scratch.at_least(width * count);
+      neq::kernels<T>().copy_rows(planes[0] + from, plane, step, taken, count, width, count);
+      const P* taken_planes[kMostInRegisters * kLanes];
+      for (int64_t c = 0; c < width; ++c) taken_planes[c] = taken + c * count;
+      direct_kernels<P>().interleave(taken_planes, width, 0, count, to, width);
+      return;
     }
-    kernels<T>().interleave(planes, width, from, count, to, width);
+    k_.interleave(planes, width, from, count, to, width);
+  }
+
+  void pack_stretch(const T* from, int64_t count, P* to) const {
+    if constexpr (std::is_same_v<T, P>) {
+      std::copy_n(from, count, to);
+    } else {
+      k_.pack_pixels(from, 0, count / kLanes, 1, to, 0);
+      for (int64_t i = count / kLanes * kLanes; i < count; ++i) to[i] = static_cast<P>(from[i]);
+    }
   }
 
   const ConvProblem& p_;
   const T* grad_;
   const T* x_;
   bool channels_last_;
+  const DirectKernels<T, P>& k_;
   std::vector<Block> blocks_;
   bool taps_as_channels_, panels_;
   int64_t step_h_, step_w_;

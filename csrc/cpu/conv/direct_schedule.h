@@ -28,10 +28,10 @@ struct DirectShare {
 };
 
 // Reads the operands, which outlive it; `units` are cut into the parts of the reduction.
-template <class T>
+template <class T, class P>
 class DirectSchedule {
  public:
-  DirectSchedule(const Operands<T>& o, const ConvProblem& p, const Split& units, int64_t threads)
+  DirectSchedule(const Operands<T, P>& o, const ConvProblem& p, const Split& units, int64_t threads)
       : o_(o),
         p_(p),
         units_(units),
@@ -88,7 +88,7 @@ class DirectSchedule {
 
   // Shares begin where a line does. A tile that leaves lanes out stays with the one before.
   int64_t first_tile(int64_t i, int64_t shares) const {
-    constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
+    constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(P));
     int64_t tile = share_of(tiles_, i, shares).begin;
     if (i == 0) return 0;
     while (tile < tiles_ && (o_.tiles()[tile].skip > 0 || o_.tiles()[tile].first % kLine != 0)) {
@@ -139,7 +139,7 @@ class DirectSchedule {
     return static_cast<double>(pixels) * static_cast<double>(of_a_pixel);
   }
 
-  const Operands<T>& o_;
+  const Operands<T, P>& o_;
   const ConvProblem& p_;
   Split units_;
   int64_t blocks_, tiles_, taps_;

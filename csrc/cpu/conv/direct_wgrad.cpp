@@ -39,15 +39,18 @@ std::vector<Range> tap_ranges(const Axis& axis) {
   return ranges;
 }
 
-// Adds up dy[n] x[channels], pixel by pixel, for every tap of the kernel.
-template <class T>
+// Adds up dy[n] x[channels], pixel by pixel, for every tap of the kernel: elements of T, packed as
+// elements of P, into a gradient of G.
+template <class T, class P, class G>
 class Direct {
  public:
-  static constexpr int64_t kLanes = Operands<T>::kLanes, kBytes = sizeof(T);
+  using C = Compute<T>;
+  static constexpr int64_t kLanes = Operands<T, P>::kLanes, kBytes = sizeof(C);
+  static constexpr int64_t kGradientBytes = sizeof(G);
   static constexpr int64_t kDoubleBytes = sizeof(double);
   static constexpr int64_t kDoublesPerLine = kLineBytes / kDoubleBytes;
 
-  Direct(const ConvProblem& p, const T* grad, const T* input, bool channels_last, T* gradient,
+  Direct(const ConvProblem& p, const T* grad, const T* input, bool channels_last, G* gradient,
          bool taps_inside, int64_t threads)
       : p_(p),
         o_(p, grad, input, channels_last),
@@ -60,7 +63,8 @@ class Direct {
         schedule_(o_, p, units_, threads) {
     // Rows of the gradient that are no whole lines are not for several threads to add to.
     in_place_ =
-        units_.parts == 1 && !taps_inside_ && o_.padded() == o_.channels() &&
+        std::is_same_v<C, G> && units_.parts == 1 && !taps_inside_ &&
+        o_.padded() == o_.channels() &&
         (schedule_.shares() == 1 || whole_lines(p.input_channels, kBytes) == p.input_channels);
     tap_of_sums_ = schedule_.cuts_rows() ? whole_lines(o_.padded(), kBytes) : o_.padded();
     row_of_sums_ = (o_.taps_as_channels() ? 1 : p.taps()) * tap_of_sums_;
@@ -70,11 +74,17 @@ class Direct {
   std::vector<double> run() {
     const int64_t n = p_.n;
     const int64_t rows = units_.parts * n;
-    static thread_local Scratch<T> scratch_of_sums;
-    T* sums = in_place_ ? nullptr : scratch_of_sums.at_least(rows * row_of_sums_);
-    std::vector<T*> sums_of(rows);
+    static thread_local Scratch<C> scratch_of_sums;
+    C* sums = in_place_ ? nullptr : scratch_of_sums.at_least(rows * row_of_sums_);
+    std::vector<C*> sums_of(rows);
     for (int64_t i = 0; i < rows; ++i) {
-      sums_of[i] = in_place_ ? gradient_ + p_.active[i] * row_of_sums_ : sums + i * row_of_sums_;
+      if constexpr (std::is_same_v<C, G>) {
+        if (in_place_) {
+          sums_of[i] = gradient_ + p_.active[i] * row_of_sums_;
+          continue;
+        }
+      }
+      sums_of[i] = sums + i * row_of_sums_;
     }
     if (in_place_) clear_frozen();
     static thread_local Scratch<double> scratch_of_bias;
@@ -129,13 +139,14 @@ class Direct {
       const auto tell_row = [&](int64_t slot, int64_t rows, Range channels) {
         const int64_t row = p_.active[slot] * taps * p_.input_channels;
         if (taps_inside_ || channels.size() == p_.input_channels) {
+          table.add_writes(1, i,
+                           {1, (row + channels.begin * taps) * kGradientBytes,
+                            rows * channels.size() * taps * kGradientBytes});
+        } else {
           table.add_writes(
               1, i,
-              {1, (row + channels.begin * taps) * kBytes, rows * channels.size() * taps * kBytes});
-        } else {
-          table.add_writes(1, i,
-                           {1, (row + channels.begin) * kBytes, channels.size() * kBytes, taps,
-                            p_.input_channels * kBytes});
+              {1, (row + channels.begin) * kGradientBytes, channels.size() * kGradientBytes, taps,
+               p_.input_channels * kGradientBytes});
         }
       };
       const auto tell_sums = [&](int64_t slot, Range channels) {
@@ -152,8 +163,8 @@ class Direct {
 
  private:
   // Of units, for the channels of some blocks and tiles.
-  void add_units(Range units, Range blocks, Range tiles, T* const* targets, double* bias) const {
-    static thread_local Copies<T> copies;
+  void add_units(Range units, Range blocks, Range tiles, C* const* targets, double* bias) const {
+    static thread_local Copies<P> copies;
     for (int64_t u = units.begin; u < units.end; ++u) {
       const Unit unit = o_.unit_at(u), next = o_.unit_at(std::min(u + 1, units.end - 1));
       o_.pack_grad(unit, blocks.begin, blocks.end, copies.grad);
@@ -167,7 +178,7 @@ class Direct {
         // written from end to end.
         some = o_.tiles_together(unit, t, tiles.end);
         o_.read_input(unit, t, t + some, copies);
-        const T* dy = copies.grad.data();
+        const P* dy = copies.grad.data();
         for (int64_t b = blocks.begin; b < blocks.end; ++b) {
           const Block& block = o_.blocks()[b];
           for (int64_t i = 0; i < some; ++i) {
@@ -184,13 +195,13 @@ class Direct {
   }
 
   // Adds one unit to targets[n][tap][channel], for one block and the channels of one tile.
-  void add(const Unit& unit, const T* dy, const Block& block, const Pixels<T>& x, const Tile& tile,
-           T* const* targets, bool fresh) const {
+  void add(const Unit& unit, const P* dy, const Block& block, const Pixels<P>& x, const Tile& tile,
+           C* const* targets, bool fresh) const {
     const int64_t at = tile.first;
     if (o_.taps_as_channels()) {
-      const OuterProduct<T> o{1, 1,       o_.pixels_of(unit),    dy, 0,    0, block.size, x.data, 0,
+      const OuterProduct<P> o{1, 1,       o_.pixels_of(unit),    dy, 0,    0, block.size, x.data, 0,
                               0, x.pixel, targets + block.first, at, fresh};
-      kernels<T>().outer_product(o, block.size, tile.vectors, tile.skip);
+      o_.kernels().outer_product(o, block.size, tile.vectors, tile.skip);
       return;
     }
     const int64_t stride_h = o_.stride_h(), stride_w = o_.stride_w();
@@ -207,7 +218,7 @@ class Direct {
           continue;
         }
         const int64_t x0 = q0 * stride_w - p_.w.padding + s * p_.w.dilation;
-        OuterProduct<T> o{unit.images,
+        OuterProduct<P> o{unit.images,
                           p1 - p0,
                           q1 - q0,
                           dy + (p0 - unit.top) * dy_row + q0 * block.size,
@@ -222,19 +233,19 @@ class Direct {
                           sums,
                           fresh};
         join_loops(o);
-        kernels<T>().outer_product(o, block.size, tile.vectors, tile.skip);
+        o_.kernels().outer_product(o, block.size, tile.vectors, tile.skip);
       }
     }
   }
 
-  static void clear(const Block& block, const Tile& tile, T* const* targets, int64_t at) {
+  static void clear(const Block& block, const Tile& tile, C* const* targets, int64_t at) {
     for (int64_t i = block.first; i < block.first + block.size; ++i) {
-      std::fill(targets[i] + at + tile.skip, targets[i] + at + tile.vectors * kLanes, T(0));
+      std::fill(targets[i] + at + tile.skip, targets[i] + at + tile.vectors * kLanes, C(0));
     }
   }
 
   // Loops that go on where the one inside of them ends become one.
-  static void join_loops(OuterProduct<T>& o) {
+  static void join_loops(OuterProduct<P>& o) {
     if (o.images == 1 || (o.dy_image == o.rows * o.dy_row && o.x_image == o.rows * o.x_row)) {
       o.rows *= o.images;
       o.images = 1;
@@ -269,7 +280,7 @@ class Direct {
 
   GradientShares gradient_shares() const {
     const int64_t active_cost = in_place_ ? 0 : units_.parts + 1;
-    return {p_, kBytes, active_cost, 1, !o_.taps_as_channels(), threads_};
+    return {p_, kGradientBytes, active_cost, 1, !o_.taps_as_channels(), threads_};
   }
 
   void clear_frozen() const {
@@ -282,32 +293,32 @@ class Direct {
     const int64_t taps = p_.taps(), row = taps * p_.input_channels;
     const GradientShares shares = gradient_shares();
     for_each_share(shares.shares(), [&](int64_t share) {
-      const Zeros zeros(p_.output_channels * row * kBytes);
+      const Zeros zeros(p_.output_channels * row * kGradientBytes);
       shares.visit(share, write, [&](int64_t slot, int64_t rows, Range channels) {
-        T* to = gradient_ + p_.active[slot] * row;
+        G* to = gradient_ + p_.active[slot] * row;
         if (taps_inside_ || channels.size() == p_.input_channels) {
-          zeros.write(to + channels.begin * taps, rows * channels.size() * taps * kBytes);
+          zeros.write(to + channels.begin * taps, rows * channels.size() * taps * kGradientBytes);
           return;
         }
         for (int64_t tap = 0; tap < taps; ++tap, to += p_.input_channels) {
-          zeros.write(to + channels.begin, channels.size() * kBytes);
+          zeros.write(to + channels.begin, channels.size() * kGradientBytes);
         }
       });
     });
   }
 
   // Adds up the parts and puts the rows where they belong.
-  void write_sums(T* sums) const {
+  void write_sums(C* sums) const {
     const int64_t row = p_.taps() * p_.input_channels;
     write_gradient([&](int64_t slot, Range channels) {
-      T* total = sums + slot * row_of_sums_;
+      C* total = sums + slot * row_of_sums_;
       add_parts(total, channels);
       write_row(total, channels, gradient_ + p_.active[slot] * row);
     });
   }
 
   // To the first one.
-  void add_parts(T* total, Range channels) const {
+  void add_parts(C* total, Range channels) const {
     if (channels.size() == p_.input_channels) channels = {0, o_.padded()};
     int64_t taps = o_.taps_as_channels() ? 1 : p_.taps(), count = channels.size();
     if (count == tap_of_sums_) {
@@ -315,7 +326,7 @@ class Direct {
       taps = 1;
     }
     for (int64_t tap = 0; tap < taps; ++tap, total += tap_of_sums_) {
-      const T* more = total;
+      const C* more = total;
       for (int64_t part = 1; part < units_.parts; ++part) {
         more += p_.n * row_of_sums_;
         for (int64_t j = channels.begin; j < channels.begin + count; ++j) total[j] += more[j];
@@ -323,33 +334,44 @@ class Direct {
     }
   }
 
-  void write_row(const T* total, Range channels, T* to) const {
+  void write_row(const C* total, Range channels, G* to) const {
     const int64_t taps = p_.taps();
     if (taps_inside_ && !o_.taps_as_channels()) {
-      static thread_local Scratch<const T*> scratch;
-      const T** planes = scratch.at_least(taps);
+      static thread_local Scratch<const C*> scratch;
+      const C** planes = scratch.at_least(taps);
       for (int64_t tap = 0; tap < taps; ++tap) planes[tap] = total + tap * tap_of_sums_;
-      kernels<T>().interleave(planes, taps, channels.begin, channels.size(),
-                              to + channels.begin * taps, taps);
+      to += channels.begin * taps;
+      if constexpr (std::is_same_v<C, G>) {
+        direct_kernels<C>().interleave(planes, taps, channels.begin, channels.size(), to, taps);
+      } else {
+        static thread_local Scratch<C> scratch_of_row;
+        C* row = scratch_of_row.at_least(channels.size() * taps);
+        direct_kernels<C>().interleave(planes, taps, channels.begin, channels.size(), row, taps);
+        kernels<G>().round_row(row, channels.size() * taps, to);
+      }
       return;
     }
     for (int64_t tap = 0; tap < taps; ++tap) {
-      const T* from = total + tap * (o_.taps_as_channels() ? p_.input_channels : tap_of_sums_);
-      T* target = to + (taps_inside_ ? tap : tap * p_.input_channels);
+      const C* from = total + tap * (o_.taps_as_channels() ? p_.input_channels : tap_of_sums_);
+      G* target = to + (taps_inside_ ? tap : tap * p_.input_channels);
+      if (!taps_inside_ && !std::is_same_v<C, G>) {
+        kernels<G>().round_row(from + channels.begin, channels.size(), target + channels.begin);
+        continue;
+      }
       for (int64_t c = channels.begin; c < channels.end; ++c) {
-        target[taps_inside_ ? c * taps : c] = from[c];
+        target[taps_inside_ ? c * taps : c] = static_cast<G>(from[c]);
       }
     }
   }
 
   const ConvProblem& p_;
-  const Operands<T> o_;
-  T* gradient_;
+  const Operands<T, P> o_;
+  G* gradient_;
   bool taps_inside_;
   std::vector<Range> taps_h_, taps_w_;
   Split units_;
   int64_t threads_;
-  DirectSchedule<T> schedule_;
+  DirectSchedule<T, P> schedule_;
   bool in_place_;
   int64_t tap_of_sums_, row_of_sums_;  // elements from a tap, and from a row, of sums to the next
 };
@@ -358,28 +380,40 @@ bool is_empty(const ConvProblem& p) { return p.n == 0 || p.images * p.h.output *
 
 }  // namespace
 
-template <class T>
+template <class T, class G>
 std::vector<double> direct_wgrad(ConvProblem p, const T* grad, const T* input, bool channels_last,
-                                 T* gradient, bool taps_inside) {
+                                 G* gradient, bool taps_inside) {
   flatten_pixels(p, channels_last);
   if (is_empty(p)) {
-    std::fill_n(gradient, p.output_channels * p.taps() * p.input_channels, T(0));
+    std::fill_n(gradient, p.output_channels * p.taps() * p.input_channels, G(0));
     return std::vector<double>(p.want_bias ? p.n : 0);
   }
   const int64_t threads = torch::stable::get_num_threads();
-  return Direct<T>(p, grad, input, channels_last, gradient, taps_inside, threads).run();
+  return Direct<T, Compute<T>, G>(p, grad, input, channels_last, gradient, taps_inside, threads)
+      .run();
 }
 
-template std::vector<double> direct_wgrad(ConvProblem, const float*, const float*, bool, float*,
-                                          bool);
-template std::vector<double> direct_wgrad(ConvProblem, const double*, const double*, bool, double*,
-                                          bool);
+#define NEQ_DIRECT_WGRAD(T, G) \
+  template std::vector<double> direct_wgrad(ConvProblem, const T*, const T*, bool, G*, bool);
+NEQ_DIRECT_WGRAD(float, float)
+NEQ_DIRECT_WGRAD(double, double)
+NEQ_DIRECT_WGRAD(BFloat16, BFloat16)
+NEQ_DIRECT_WGRAD(BFloat16, float)
+NEQ_DIRECT_WGRAD(Half, Half)
+NEQ_DIRECT_WGRAD(Half, float)
+#undef NEQ_DIRECT_WGRAD
 
-void direct_wgrad_shares(ConvProblem p, bool channels_last, bool taps_inside, int64_t threads,
-                         ShareTable& shares) {
+void direct_wgrad_shares(ConvProblem p, bool channels_last, bool taps_inside, bool half,
+                         int64_t threads, ShareTable& shares) {
   flatten_pixels(p, channels_last);
   if (is_empty(p)) return;
-  Direct<float>(p, nullptr, nullptr, channels_last, nullptr, taps_inside, threads).tell(shares);
+  const auto tell = [&](auto zero) {
+    using T = decltype(zero);
+    Direct<T, Compute<T>, T>(p, nullptr, nullptr, channels_last, nullptr, taps_inside, threads)
+        .tell(shares);
+  };
+  if (half) return tell(BFloat16{});
+  tell(float{});
 }
 
 }  // namespace neq

@@ -1,21 +1,9 @@
 // The inner loops of the direct depthwise wgrad. Included once per instruction set.
 
 #include "kernels.h"
+#include "lanes.h"
 
 namespace neq::NEQ_ISA {
-
-template <class C>
-struct Lanes {
-  static constexpr int64_t count = kVectorBytes / sizeof(C);
-  typedef C Vector __attribute__((vector_size(kVectorBytes)));
-};
-
-template <class C>
-NEQ_TARGET inline __attribute__((always_inline)) typename Lanes<C>::Vector load(const C* from) {
-  typename Lanes<C>::Vector vector;
-  std::memcpy(&vector, from, sizeof(vector));
-  return vector;
-}
 
 template <class C, int kTaps>
 NEQ_TARGET void correlate_taps(const Correlation<C>& c, const int64_t* offsets, C* sums) {

@@ -2,6 +2,7 @@
 // instruction set.
 
 #include "kernels.h"
+#include "lanes.h"
 
 namespace neq::NEQ_ISA {
 

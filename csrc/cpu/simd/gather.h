@@ -4,6 +4,7 @@
 #endif
 
 #include "kernels.h"
+#include "lanes.h"
 
 namespace neq::NEQ_ISA {
 
@@ -17,10 +18,10 @@ NEQ_TARGET inline void shuffle_window(const uint16_t* from, uint16_t* to, const 
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(words, lanes));
 }
 
-template <class Word>
-NEQ_TARGET inline void shuffle_window(const Word* from, Word* to, const Window& window) {
+template <class T, class P>
+NEQ_TARGET inline void shuffle_window(const T* from, P* to, const Window& window) {
   const __m256i lanes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(window.lanes));
-  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  const __m256i words = __m256i(load_as_packed<P>(from));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(words, lanes));
 }
 #endif
@@ -50,10 +51,9 @@ NEQ_TARGET inline __attribute__((always_inline)) __m256i move_later(__m256i word
 // Columns that fit into one vector, from `kWindows` windows: a row is stored at once, and what that
 // writes past its end the next row overwrites. Returns how many rows are done: the others have not
 // enough room behind them.
-template <int kWindows>
-NEQ_TARGET int64_t gather_vector(const ColumnGather& gather, const uint32_t* from,
-                                 int64_t from_stride, uint32_t* to, int64_t to_stride,
-                                 int64_t rows) {
+template <int kWindows, class T, class P>
+NEQ_TARGET int64_t gather_vector(const ColumnGather& gather, const T* from, int64_t from_stride,
+                                 P* to, int64_t to_stride, int64_t rows) {
   __m256i lanes[kWindows];
   IsLater is_later[kWindows];
 #pragma GCC unroll 8
@@ -64,7 +64,7 @@ NEQ_TARGET int64_t gather_vector(const ColumnGather& gather, const uint32_t* fro
   }
   if (gather.room < 8) rows -= (8 + to_stride - 1) / to_stride;
   for (int64_t row = 0; row < rows; ++row) {
-    const uint32_t* source = from + row * from_stride;
+    const T* source = from + row * from_stride;
     if (gather.soon_first <= gather.soon_last) {
       __builtin_prefetch(source + gather.soon_first);
       __builtin_prefetch(source + gather.soon_last);
@@ -72,8 +72,7 @@ NEQ_TARGET int64_t gather_vector(const ColumnGather& gather, const uint32_t* fro
     __m256i words{};
 #pragma GCC unroll 8
     for (int w = 0; w < kWindows; ++w) {
-      const __m256i window =
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + gather.windows[w].from));
+      const __m256i window = __m256i(load_as_packed<P>(source + gather.windows[w].from));
       words = w == 0 ? _mm256_permutevar8x32_epi32(window, lanes[w])
                      : move_later(words, window, lanes[w], is_later[w]);
     }
@@ -82,10 +81,9 @@ NEQ_TARGET int64_t gather_vector(const ColumnGather& gather, const uint32_t* fro
   return std::max<int64_t>(0, rows);
 }
 
-template <int kWindows>
-NEQ_TARGET int64_t gather_vectors(const ColumnGather& gather, const uint32_t* from,
-                                  int64_t from_stride, uint32_t* to, int64_t to_stride,
-                                  int64_t rows) {
+template <int kWindows, class T, class P>
+NEQ_TARGET int64_t gather_vectors(const ColumnGather& gather, const T* from, int64_t from_stride,
+                                  P* to, int64_t to_stride, int64_t rows) {
   if constexpr (kWindows > 1) {
     if (gather.n_windows < kWindows) {
       return gather_vectors<kWindows - 1>(gather, from, from_stride, to, to_stride, rows);
@@ -95,26 +93,27 @@ NEQ_TARGET int64_t gather_vectors(const ColumnGather& gather, const uint32_t* fr
 }
 #endif
 
-template <class Word>
-NEQ_TARGET void gather_columns(const ColumnGather& gather, const Word* from, int64_t from_stride,
-                               Word* to, int64_t to_stride, int64_t rows) {
-  constexpr int64_t kCacheLine = 64 / sizeof(Word);
+// Columns of T as columns of P.
+template <class T, class P>
+NEQ_TARGET void gather_columns(const ColumnGather& gather, const T* from, int64_t from_stride,
+                               P* to, int64_t to_stride, int64_t rows) {
+  constexpr int64_t kCacheLine = 64 / sizeof(T);
   int64_t row = 0;
 #ifdef NEQ_VECTOR_SHUFFLES
   if (gather.one_vector) {
-    if constexpr (sizeof(Word) == 4) {
+    if constexpr (sizeof(P) == 4) {
       row = gather_vectors<kMostBlended>(gather, from, from_stride, to, to_stride, rows);
     }
   } else if (gather.n_windows > 0 && gather.n_windows < gather.n) {
     // A window stores a whole vector: what it writes past its own columns, the next window or the
     // next row overwrites. The rows at the end, where that would pass the result's own end, are
     // left to the loop below.
-    const int64_t row_end = gather.windows[gather.n_windows - 1].to + kWindowLanes<Word>;
+    const int64_t row_end = gather.windows[gather.n_windows - 1].to + kWindowLanes<P>;
     const int64_t end = (rows - 1) * to_stride + gather.n;
     const int64_t safe_rows = end < row_end ? 0 : (end - row_end) / to_stride + 1;
     for (; row < safe_rows; ++row) {
-      const Word* source = from + row * from_stride;
-      Word* target = to + row * to_stride;
+      const T* source = from + row * from_stride;
+      P* target = to + row * to_stride;
       for (int64_t column = gather.soon_first; column <= gather.soon_last; column += kCacheLine) {
         __builtin_prefetch(source + column);
       }
@@ -126,12 +125,12 @@ NEQ_TARGET void gather_columns(const ColumnGather& gather, const Word* from, int
   }
 #endif
   for (; row < rows; ++row) {
-    const Word* source = from + row * from_stride;
-    Word* target = to + row * to_stride;
+    const T* source = from + row * from_stride;
+    P* target = to + row * to_stride;
     for (int64_t column = gather.soon_first; column <= gather.soon_last; column += kCacheLine) {
       __builtin_prefetch(source + column);
     }
-    for (int64_t i = 0; i < gather.n; ++i) target[i] = source[gather.columns[i]];
+    for (int64_t i = 0; i < gather.n; ++i) target[i] = static_cast<P>(source[gather.columns[i]]);
   }
 }
 

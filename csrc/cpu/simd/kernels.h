@@ -128,12 +128,22 @@ struct Kernels {
   void (*copy_rows)(const T* from, int64_t from_row, int64_t stride, C* to, int64_t to_row,
                     int64_t rows, int64_t count);
   int most_blended;  // windows of a gather
+  void (*round_row)(const C* from, int64_t count, T* to);
+};
+
+// Of the direct wgrad: P is what elements of type T are packed as.
+template <class T, class P = Compute<T>>
+struct DirectKernels {
   TileLimits tile_limits;
-  void (*outer_product)(const OuterProduct<C>& o, int64_t n, int64_t vectors, int64_t skip);
-  void (*sum_pixels)(const C* from, int64_t n, int64_t count, double* totals);
-  void (*copy_pixels)(const C* from, int64_t stride, int64_t vectors, int64_t count, C* to,
+  void (*outer_product)(const OuterProduct<P>& o, int64_t n, int64_t vectors, int64_t skip);
+  void (*sum_pixels)(const P* from, int64_t n, int64_t count, double* totals);
+  void (*gather)(const ColumnGather& gather, const T* from, int64_t from_stride, P* to,
+                 int64_t to_stride, int64_t rows);
+  void (*pack_pixels)(const T* from, int64_t stride, int64_t vectors, int64_t count, P* to,
                       int64_t to_stride);
-  void (*interleave)(const T* const* planes, int64_t n, int64_t first, int64_t count, C* to,
+  void (*copy_pixels)(const P* from, int64_t stride, int64_t vectors, int64_t count, P* to,
+                      int64_t to_stride);
+  void (*interleave)(const T* const* planes, int64_t n, int64_t first, int64_t count, P* to,
                      int64_t width);
 };
 
@@ -150,6 +160,8 @@ Isa isa();
 namespace portable {
 template <class T>
 const Kernels<T>& kernels();
+template <class T>
+const DirectKernels<T>& direct_kernels();
 template <class Word>
 GatherColumns<Word> gather_columns_kernel();
 }  // namespace portable
@@ -157,12 +169,16 @@ GatherColumns<Word> gather_columns_kernel();
 namespace avx2 {
 template <class T>
 const Kernels<T>& kernels();
+template <class T>
+const DirectKernels<T>& direct_kernels();
 template <class Word>
 GatherColumns<Word> gather_columns_kernel();
 }  // namespace avx2
 namespace avx512 {
 template <class T>
 const Kernels<T>& kernels();
+template <class T>
+const DirectKernels<T>& direct_kernels();
 template <class Word>
 GatherColumns<Word> gather_columns_kernel();
 }  // namespace avx512
@@ -175,6 +191,15 @@ const Kernels<T>& kernels() {
   if (isa() == Isa::avx2) return avx2::kernels<T>();
 #endif
   return portable::kernels<T>();
+}
+
+template <class T>
+const DirectKernels<T>& direct_kernels() {
+#ifdef __x86_64__
+  if (isa() == Isa::avx512) return avx512::direct_kernels<T>();
+  if (isa() == Isa::avx2) return avx2::direct_kernels<T>();
+#endif
+  return portable::direct_kernels<T>();
 }
 
 template <class Word>

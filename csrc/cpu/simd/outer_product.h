@@ -1,6 +1,7 @@
 // The inner loops of the direct wgrad. Included once per instruction set.
 
 #include "kernels.h"
+#include "lanes.h"
 
 namespace neq::NEQ_ISA {
 
@@ -263,82 +264,6 @@ NEQ_TARGET void sum_pixels(const C* from, int64_t n, int64_t count, double* tota
   }
   for (int64_t k = 0; k < n; ++k) {
     totals[k] += even[k] + odd[k] + (i < count ? static_cast<double>(from[k]) : 0.0);
-  }
-}
-
-// `vectors` vectors at to[i * to_stride] = those at from[i * stride], for i < count. What lies
-// behind them in memory is expected to be next.
-template <class C>
-NEQ_TARGET void copy_pixels(const C* from, int64_t stride, int64_t vectors, int64_t count, C* to,
-                            int64_t to_stride) {
-  constexpr int64_t kLanes = Lanes<C>::count;
-  for (int64_t i = 0; i < count; ++i, from += stride, to += to_stride) {
-    __builtin_prefetch(from + vectors * kLanes);
-    for (int64_t v = 0; v < vectors; ++v) {
-      const auto pixel = load(from + v * kLanes);
-      std::memcpy(to + v * kLanes, &pixel, sizeof(pixel));
-    }
-  }
-}
-
-#ifdef NEQ_VECTOR_SHUFFLES
-NEQ_TARGET inline void transpose_8x8(const float* const* planes, int64_t first, float* to,
-                                     int64_t width) {
-  __m256 a[8], b[8];
-  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(planes[i] + first);
-  for (int i = 0; i < 8; i += 2) {
-    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
-    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
-    a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xEE);
-    a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
-    a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xEE);
-  }
-  // In ascending order: where rows are narrower than a vector, each overwrites what the one before
-  // stored past its end.
-  for (int i = 0; i < 4; ++i)
-    _mm256_storeu_ps(to + i * width, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
-  for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(to + (i + 4) * width, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
-  }
-}
-#endif
-
-// to[i * width + c] = planes[c][first + i], for c < n and i < count; n is at most 8 where the rows
-// are as narrow as that.
-template <class T>
-NEQ_TARGET void interleave(const T* const* planes, int64_t n, int64_t first, int64_t count,
-                           Compute<T>* to, int64_t width) {
-  using C = Compute<T>;
-  int64_t c = 0;
-#ifdef NEQ_VECTOR_SHUFFLES
-  if constexpr (std::is_same_v<T, float>) {
-    if (2 < n && n < 8) {
-      const float* eight[8];
-      for (int64_t j = 0; j < 8; ++j) eight[j] = planes[std::min(j, n - 1)];
-      int64_t i = 0;
-      // Whatever the last row stores past its end, there are rows left to overwrite it.
-      for (; i + 16 <= count; i += 8) transpose_8x8(eight, first + i, to + i * width, width);
-      for (; i < count; ++i) {
-        for (int64_t j = 0; j < n; ++j) to[i * width + j] = planes[j][first + i];
-      }
-      return;
-    }
-    for (; c + 8 <= n; c += 8) {
-      int64_t i = 0;
-      for (; i + 8 <= count; i += 8) {
-        transpose_8x8(planes + c, first + i, to + i * width + c, width);
-      }
-      for (; i < count; ++i) {
-        for (int64_t j = c; j < c + 8; ++j) to[i * width + j] = planes[j][first + i];
-      }
-    }
-  }
-#endif
-  for (; c < n; ++c) {
-    for (int64_t i = 0; i < count; ++i) to[i * width + c] = static_cast<C>(planes[c][first + i]);
   }
 }
 

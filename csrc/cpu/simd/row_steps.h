@@ -63,4 +63,9 @@ NEQ_TARGET void adam(T* param, const T* grad, T* exp_avg, T* exp_avg_sq, int64_t
   adam_update<T, false>(param, grad, exp_avg, exp_avg_sq, nullptr, count, step);
 }
 
+template <class T>
+NEQ_TARGET void round_row(const Compute<T>* __restrict from, int64_t count, T* __restrict to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(from[i]);
+}
+
 }  // namespace neq::NEQ_ISA

@@ -9,6 +9,7 @@
 #include "gather.h"
 #include "kernels.h"
 #include "outer_product.h"
+#include "packing.h"
 #include "row_steps.h"
 
 namespace neq::NEQ_ISA {
@@ -27,24 +28,34 @@ const Kernels<T>& kernels() {
       sum<C>,
       copy_rows<T>,
       kMostBlended,
-      kTileLimits,
-      outer_product<C>,
-      sum_pixels<C>,
-      copy_pixels<C>,
-      interleave<T>,
+      round_row<T>,
+  };
+  return table;
+}
+
+template <class T>
+const DirectKernels<T>& direct_kernels() {
+  using C = Compute<T>;
+  static constexpr DirectKernels<T> table{
+      kTileLimits,       outer_product<C>,  sum_pixels<C>,    gather_columns<T, C>,
+      copy_pixels<T, C>, copy_pixels<C, C>, interleave<T, C>,
   };
   return table;
 }
 
 template <class Word>
 GatherColumns<Word> gather_columns_kernel() {
-  return gather_columns<Word>;
+  return gather_columns<Word, Word>;
 }
 
 template const Kernels<float>& kernels<float>();
 template const Kernels<double>& kernels<double>();
 template const Kernels<BFloat16>& kernels<BFloat16>();
 template const Kernels<Half>& kernels<Half>();
+template const DirectKernels<float>& direct_kernels<float>();
+template const DirectKernels<double>& direct_kernels<double>();
+template const DirectKernels<BFloat16>& direct_kernels<BFloat16>();
+template const DirectKernels<Half>& direct_kernels<Half>();
 template GatherColumns<uint16_t> gather_columns_kernel<uint16_t>();
 template GatherColumns<uint32_t> gather_columns_kernel<uint32_t>();
 template GatherColumns<uint64_t> gather_columns_kernel<uint64_t>();

@@ -1,0 +1,54 @@
+// Vectors, and elements as they are multiplied, made of elements as they lie in memory. Included
+// once per instruction set.
+#pragma once
+
+#include "kernels.h"
+
+namespace neq::NEQ_ISA {
+
+template <class C>
+struct Lanes {
+  static constexpr int64_t count = kVectorBytes / sizeof(C);
+  typedef C Vector __attribute__((vector_size(kVectorBytes)));
+};
+
+template <class C>
+NEQ_TARGET inline __attribute__((always_inline)) typename Lanes<C>::Vector load(const C* from) {
+  typename Lanes<C>::Vector vector;
+  std::memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
+
+// Half types, as the lower halves of words.
+template <class T>
+NEQ_TARGET inline __attribute__((always_inline)) typename Lanes<uint32_t>::Vector low_halves(
+    const T* from) {
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+  Halves halves;
+  std::memcpy(&halves, from, sizeof(halves));
+  return __builtin_convertvector(halves, typename Lanes<uint32_t>::Vector);
+}
+
+// A vector of P.
+template <class P, class T>
+NEQ_TARGET inline __attribute__((always_inline)) typename Lanes<P>::Vector load_as_packed(
+    const T* from) {
+  using Vector = typename Lanes<P>::Vector;
+  if constexpr (std::is_same_v<T, P>) {
+    return load(from);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    return reinterpret_cast<Vector>(low_halves(from) << 16);
+  } else {
+    static_assert(std::is_same_v<T, Half>);
+    using Words = typename Lanes<uint32_t>::Vector;
+    const Words word = low_halves(from) << 16, sign = word & 0x80000000U, magnitude = word + word;
+    // The exponent where a float has it; what has none, as the mantissa of a number that has one.
+    const Vector normal = reinterpret_cast<Vector>((magnitude >> 4) + (0xE0U << 23)) * 0x1.0p-112F;
+    const Vector small = reinterpret_cast<Vector>((magnitude >> 17) | (126U << 23)) - 0.5F;
+    const auto is_small = magnitude < (1U << 27);
+    return reinterpret_cast<Vector>(
+        sign | (is_small ? reinterpret_cast<Words>(small) : reinterpret_cast<Words>(normal)));
+  }
+}
+
+}  // namespace neq::NEQ_ISA
