@@ -47,7 +47,7 @@ class Cpu(Aten):
         return device_type == "cpu"
 
     def capability(self) -> str:
-        """The instruction set in use: ``"default"``, ``"avx2"`` or ``"avx512"``."""
+        """The instruction set in use: one of those of ``NEQ_KERNELS_CPU_CAPABILITY``."""
         name: str = _leaf.capability()
         return name
 

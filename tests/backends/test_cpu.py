@@ -25,6 +25,7 @@ from tests.support.arrange import (
 from tests.support.backends import cpu
 
 NAN = float("nan")
+CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16")
 ALL_DTYPES = (*FLOATING, torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex128)
 shapes = st.lists(st.integers(0, 9), min_size=1, max_size=5).map(tuple)
 
@@ -69,7 +70,7 @@ def run_python(*arguments, capability):
 def test_instruction_set_must_be_one_that_exists():
     code = "from tests.support.backends import cpu; cpu.unavailable(); print(cpu.capability())"
     result = run_python("-c", code, capability="sse9")
-    assert "expected default, avx2 or avx512, got sse9" in result.stderr
+    assert "expected default, avx2, avx512 or avx512_bf16, got sse9" in result.stderr
 
 
 def test_portable_kernels_agree_with_the_oracles_too():
@@ -79,6 +80,19 @@ def test_portable_kernels_agree_with_the_oracles_too():
         *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/backends"),
         *("-k", "test_cpu and not portable and not instruction_set and not several_bands"),
         capability="default",
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_instruction_sets_below_the_best_agree_with_the_oracles_too(capability):
+    best = CAPABILITIES.index(cpu.capability())
+    if CAPABILITIES.index(capability) >= best:
+        pytest.skip(f"the other tests run with {cpu.capability()}")
+    result = run_python(
+        *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "bfloat16"),
+        "tests/backends/test_cpu_direct.py",
+        capability=capability,
     )
     assert result.returncode == 0, result.stdout + result.stderr
 

@@ -160,6 +160,26 @@ def test_a_call_finds_nothing_of_the_one_before(last, dtype):
         assert torch.equal(bias, dense_bias.to(dtype))
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
+@pytest.mark.parametrize("c", [3, 20])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_nan_of_half_types_goes_where_that_of_float32_goes(c, window, last, dtype):
+    """By some taps it is read, or by none."""
+    channels = ActiveChannels(6)
+    channels.set([1, 4, 5])
+    for row, column in ((0, 0), (3, 0), (0, 7), (4, 7), (8, 7), (4, 4)):
+        for poisoned in "x", "dy":
+            x, weight, dy = operands(c, 6, (9, 8), window, dtype, last)
+            t = x if poisoned == "x" else dy
+            t[1, 1, min(row, t.shape[2] - 1), min(column, t.shape[3] - 1)] = torch.nan
+            rows, bias = gradients(x, weight, dy, window, channels)
+            singles = gradients(x.float(), weight.float(), dy.float(), window, channels)
+            assert singles[1].isnan().any() == (poisoned == "dy")
+            for half, single in zip((rows, bias), singles, strict=True):
+                assert torch.equal(half.nan_to_num(1e4), single.to(dtype).nan_to_num(1e4))
+
+
 def test_no_images():
     x, weight, dy = operands(8, 4, (5, 5), WINDOWS["3x3"], batch=0)
     channels = ActiveChannels(4)

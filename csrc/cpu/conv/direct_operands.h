@@ -59,7 +59,7 @@ class Operands {
         grad_(grad),
         x_(input),
         channels_last_(channels_last),
-        k_(direct_kernels<T>()),
+        k_(direct_kernels<T, P>()),
         blocks_(channel_blocks(p, sizeof(P), k_.tile_limits.rows)),
         taps_as_channels_(p.input_channels < kLanes),
         panels_(!std::is_same_v<T, P> || !channels_last ||
@@ -108,6 +108,12 @@ class Operands {
   // Of x, in pixels of a panel, from one output row or column to the next.
   int64_t stride_h() const { return step_h_ == 1 ? p_.h.stride : 1; }
   int64_t stride_w() const { return step_w_ == 1 ? p_.w.stride : 1; }
+
+  // In a panel, from a pixel to the one it makes a pair with: that of the next output.
+  int64_t next_pixel() const { return p_.w.output > 1 ? stride_w() : stride_h() * panel_columns(); }
+
+  // Whether the last pixel of a row makes a pair with the first one of the next row.
+  bool pairs_cross_rows() const { return step_h_ == 1 && step_w_ == 1 && !taps_as_channels_; }
 
   // Whether channels of x are read where they lie.
   bool reads_in_place() const { return !panels_ && !taps_as_channels_; }
@@ -212,7 +218,7 @@ class Operands {
         for (int64_t k = 0; k < block.size; ++k) {
           planes[k] = grad_ + (image * p_.output_channels + p_.active[block.first + k]) * plane;
         }
-        k_.interleave(planes, block.size, from, count, to, block.size);
+        interleave(planes, block.size, from, count, to, 1);
         to += count * block.size;
       }
     }
@@ -246,8 +252,9 @@ class Operands {
       P* rows = all_rows;
       for (int64_t y = begin; y < end; ++y, rows += row) {
         std::fill_n(rows, left, P(0));
-        side_by_side(i, 0, y * p_.w.input, columns, 1, rows + left, channels);
+        side_by_side(i, 0, y * p_.w.input, columns, 1, rows + left, channels, 0);
         std::fill_n(rows + left + columns * channels, row - left - columns * channels, P(0));
+        if constexpr (kIsPair<P>) pair_up(rows, row, p_.w.stride * channels);
       }
       for (int64_t p = unit.top; p < unit.bottom; ++p, to += p_.w.output * stride) {
         for (int64_t r = 0; r < p_.h.kernel; ++r) {
@@ -310,16 +317,20 @@ class Operands {
 
   // A few pixels of all blocks at a time: they lie in the first cache.
   void gather_grad(const T* pixels, int64_t count, int64_t first, int64_t last, P* to) const {
-    for (int64_t i = 0; i < count; i += kPixelsTogether) {
-      const int64_t some = std::min(kPixelsTogether, count - i);
+    const auto gather = [&](int64_t i, int64_t some, int64_t stride) {
       P* packed = to;
       for (int64_t b = first; b < last; ++b) {
         const Block& block = blocks_[b];
         k_.gather(block.plan.get((count - i - some) * block.size), pixels + i * p_.output_channels,
-                  p_.output_channels, packed + i * block.size, block.size, some);
+                  stride, packed + i * block.size, block.size, some);
         packed += count * block.size;
       }
+    };
+    const int64_t followed = kIsPair<P> ? count - 1 : count;
+    for (int64_t i = 0; i < followed; i += kPixelsTogether) {
+      gather(i, std::min(kPixelsTogether, followed - i), p_.output_channels);
     }
+    if (followed < count) gather(followed, 1, 0);
   }
 
   // The input rows of a unit with the tile's channels side by side.
@@ -332,12 +343,12 @@ class Operands {
       P* to = panel + i * image;
       if (step_h_ == 1 && step_w_ == 1) {
         side_by_side(unit.image + i, tile.first, begin * columns, (end - begin) * columns, 1, to,
-                     width);
+                     width, next_pixel());
         continue;
       }
       for (int64_t y = begin; y < end; ++y) {
         side_by_side(unit.image + i, tile.first, y * step_h_ * p_.w.input, columns, step_w_,
-                     to + (y - begin) * row, width);
+                     to + (y - begin) * row, width, next_pixel());
       }
     }
     return {panel, image, row, width, begin};
@@ -350,46 +361,70 @@ class Operands {
     const int64_t length = p_.input_channels * (neighbours ? p_.w.kernel : 1);
     for (int64_t s = 0; s < (neighbours ? 1 : p_.w.kernel); ++s) {
       k_.copy_pixels(row + s * p_.w.dilation * p_.input_channels, p_.w.stride * p_.input_channels,
-                     divided_up(length, kLanes), p_.w.output, to + s * length, taps_stride());
+                     divided_up(length, kLanes), p_.w.output, to + s * length, taps_stride(), 0);
+    }
+  }
+
+  // Each element with the one `next` behind it, where there is one.
+  static void pair_up(P* elements, int64_t count, int64_t next) {
+    for (int64_t i = 0; i + next < count; ++i) {
+      elements[i] = P((static_cast<uint32_t>(elements[i]) & 0xFFFFU) |
+                      static_cast<uint32_t>(elements[i + next]) << 16);
     }
   }
 
   // to[i * width + c] is channel first + c, c < width, of `count` pixels, every step-th from `from`
-  // on.
+  // on. Pixels that are `next` apart make pairs; the last ones are without.
   void side_by_side(int64_t image, int64_t first, int64_t from, int64_t count, int64_t step, P* to,
-                    int64_t width) const {
+                    int64_t width, int64_t next) const {
     const int64_t plane = p_.h.input * p_.w.input;
     const T* images = x_ + image * plane * p_.input_channels;
     if (channels_last_) {
       const T* source = images + from * p_.input_channels + first;
       const int64_t stride = step * p_.input_channels;
-      if (width == stride) {
-        pack_stretch(source, count * width, to);
-      } else {
-        k_.pack_pixels(source, stride, width / kLanes, count, to, width);
-      }
+      const auto pack = [&](int64_t i, int64_t some, int64_t next) {
+        if (width == stride) {
+          pack_stretch(source + i * stride, some * width, to + i * width, next * stride);
+        } else {
+          k_.pack_pixels(source + i * stride, stride, width / kLanes, some, to + i * width, width,
+                         next * stride);
+        }
+      };
+      const int64_t followed = kIsPair<P> ? std::max<int64_t>(0, count - next) : count;
+      pack(0, followed, next);
+      if (followed < count) pack(followed, count - followed, 0);
       return;
     }
     const T* planes[kMostInRegisters * kLanes];
     for (int64_t c = 0; c < width; ++c) planes[c] = images + (first + c) * plane;
     if (step > 1) {
-      static thread_local Scratch<P> scratch;
-      P* taken = scratch.at_least(width * count);
-      neq::kernels<T>().copy_rows(planes[0] + from, plane, step, taken, count, width, count);
-      const P* taken_planes[kMostInRegisters * kLanes];
-      for (int64_t c = 0; c < width; ++c) taken_planes[c] = taken + c * count;
-      direct_kernels<P>().interleave(taken_planes, width, 0, count, to, width);
-      return;
+      static thread_local Scratch<T> scratch;
+      T* taken = scratch.at_least(width * count);
+      k_.take_steps(planes[0] + from, plane, step, taken, count, width, count);
+      for (int64_t c = 0; c < width; ++c) planes[c] = taken + c * count;
+      from = 0;
     }
-    k_.interleave(planes, width, from, count, to, width);
+    interleave(planes, width, from, count, to, next);
   }
 
-  void pack_stretch(const T* from, int64_t count, P* to) const {
+  // Of n planes, side by side.
+  void interleave(const T* const* planes, int64_t n, int64_t from, int64_t count, P* to,
+                  int64_t next) const {
+    const int64_t followed = kIsPair<P> ? std::max<int64_t>(0, count - next) : count;
+    k_.interleave(planes, n, from, followed, to, n, next);
+    if (followed < count) {
+      k_.interleave(planes, n, from + followed, count - followed, to + followed * n, n, 0);
+    }
+  }
+
+  void pack_stretch(const T* from, int64_t count, P* to, int64_t next) const {
     if constexpr (std::is_same_v<T, P>) {
       std::copy_n(from, count, to);
     } else {
-      k_.pack_pixels(from, 0, count / kLanes, 1, to, 0);
-      for (int64_t i = count / kLanes * kLanes; i < count; ++i) to[i] = static_cast<P>(from[i]);
+      const int64_t whole = count / kLanes * kLanes;
+      k_.pack_pixels(from, 0, whole / kLanes, 1, to, 0, next);
+      const T* rest = from + whole;
+      k_.interleave(&rest, 1, 0, count - whole, to + whole, 1, next);
     }
   }
 

@@ -199,8 +199,15 @@ class Direct {
            C* const* targets, bool fresh) const {
     const int64_t at = tile.first;
     if (o_.taps_as_channels()) {
-      const OuterProduct<P> o{1, 1,       o_.pixels_of(unit),    dy, 0,    0, block.size, x.data, 0,
-                              0, x.pixel, targets + block.first, at, fresh};
+      int64_t rows = 1, columns = o_.pixels_of(unit);
+      if (kIsPair<P> && p_.w.output % 2 > 0) rows = columns / p_.w.output, columns = p_.w.output;
+      const OuterProduct<P> o{1,          rows,
+                              columns,    dy,
+                              0,          columns * block.size,
+                              block.size, x.data,
+                              0,          columns * x.pixel,
+                              x.pixel,    targets + block.first,
+                              at,         fresh};
       o_.kernels().outer_product(o, block.size, tile.vectors, tile.skip);
       return;
     }
@@ -232,7 +239,11 @@ class Direct {
                           targets + block.first,
                           sums,
                           fresh};
-        join_loops(o);
+        if constexpr (kIsPair<P>) {
+          join_loops_of_pairs(o, x.pixel);
+        } else {
+          join_loops(o);
+        }
         o_.kernels().outer_product(o, block.size, tile.vectors, tile.skip);
       }
     }
@@ -257,6 +268,27 @@ class Direct {
     } else if (o.dy_row == o.columns * o.dy_column && o.x_row == o.columns * o.x_column) {
       o.columns *= o.rows;
       o.rows = 1;
+    }
+  }
+
+  // Only where the last pixel of a loop makes a pair with the first one of the next, or has its
+  // own.
+  void join_loops_of_pairs(OuterProduct<P>& o, int64_t x_pixel) const {
+    const bool crosses = o_.pairs_cross_rows();
+    if (o.columns == 1) {
+      if (crosses && o.x_row == o_.next_pixel() * x_pixel && o.dy_row == o.dy_column) {
+        o.x_column = o.x_row;
+        std::swap(o.rows, o.columns);
+      }
+    } else if (o.dy_row == o.columns * o.dy_column && o.x_row == o.columns * o.x_column &&
+               (crosses || o.columns % 2 == 0)) {
+      o.columns *= o.rows;
+      o.rows = 1;
+    }
+    if (o.rows == 1 && o.columns % 2 == 0 && o.dy_image == o.columns * o.dy_column &&
+        o.x_image == o.columns * o.x_column) {
+      o.columns *= o.images;
+      o.images = 1;
     }
   }
 
@@ -342,11 +374,11 @@ class Direct {
       for (int64_t tap = 0; tap < taps; ++tap) planes[tap] = total + tap * tap_of_sums_;
       to += channels.begin * taps;
       if constexpr (std::is_same_v<C, G>) {
-        direct_kernels<C>().interleave(planes, taps, channels.begin, channels.size(), to, taps);
+        direct_kernels<C>().interleave(planes, taps, channels.begin, channels.size(), to, taps, 0);
       } else {
         static thread_local Scratch<C> scratch_of_row;
         C* row = scratch_of_row.at_least(channels.size() * taps);
-        direct_kernels<C>().interleave(planes, taps, channels.begin, channels.size(), row, taps);
+        direct_kernels<C>().interleave(planes, taps, channels.begin, channels.size(), row, taps, 0);
         kernels<G>().round_row(row, channels.size() * taps, to);
       }
       return;
@@ -389,6 +421,12 @@ std::vector<double> direct_wgrad(ConvProblem p, const T* grad, const T* input, b
     return std::vector<double>(p.want_bias ? p.n : 0);
   }
   const int64_t threads = torch::stable::get_num_threads();
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (isa() == Isa::avx512_bf16) {
+      return Direct<T, Pair, G>(p, grad, input, channels_last, gradient, taps_inside, threads)
+          .run();
+    }
+  }
   return Direct<T, Compute<T>, G>(p, grad, input, channels_last, gradient, taps_inside, threads)
       .run();
 }

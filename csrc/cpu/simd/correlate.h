@@ -77,7 +77,7 @@ NEQ_TARGET void sum(const Correlation<C>& c, double* __restrict totals) {
 // Neighbouring elements by whole vectors; the last vector overlaps the one before.
 template <class C>
 NEQ_TARGET inline void copy_row(const C* from, int64_t count, C* to) {
-  constexpr int64_t kLanes = Lanes<C>::count;
+  constexpr int64_t kLanes = kVectorBytes / sizeof(C);
   if (count < kLanes) {
     for (int64_t i = 0; i < count; ++i) to[i] = from[i];
     return;
@@ -89,10 +89,9 @@ NEQ_TARGET inline void copy_row(const C* from, int64_t count, C* to) {
 }
 
 // Every stride-th element of each row, converted.
-template <class T>
+template <class T, class C>
 NEQ_TARGET void copy_rows(const T* __restrict from, int64_t from_row, int64_t stride,
-                          Compute<T>* __restrict to, int64_t to_row, int64_t rows, int64_t count) {
-  using C = Compute<T>;
+                          C* __restrict to, int64_t to_row, int64_t rows, int64_t count) {
   for (int64_t row = 0; row < rows; ++row, from += from_row, to += to_row) {
     if (stride == 1) {
       if constexpr (std::is_same_v<T, C>) {

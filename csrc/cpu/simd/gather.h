@@ -11,17 +11,21 @@ namespace neq::NEQ_ISA {
 // Windows that are blended into one vector: with their controls they fill the registers.
 constexpr int kMostBlended = NEQ_REGISTER_BYTES == 64 ? 8 : 4;
 
+template <class T, class P>
+constexpr bool kMakesPairs = kIsPair<P> && !kIsPair<T>;
+
 #ifdef NEQ_VECTOR_SHUFFLES
-NEQ_TARGET inline void shuffle_window(const uint16_t* from, uint16_t* to, const Window& window) {
+NEQ_TARGET inline void shuffle_window(const uint16_t* from, uint16_t* to, const Window& window,
+                                      int64_t) {
   const __m128i lanes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(window.lanes));
   const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(words, lanes));
 }
 
 template <class T, class P>
-NEQ_TARGET inline void shuffle_window(const T* from, P* to, const Window& window) {
+NEQ_TARGET inline void shuffle_window(const T* from, P* to, const Window& window, int64_t next) {
   const __m256i lanes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(window.lanes));
-  const __m256i words = __m256i(load_as_packed<P>(from));
+  const __m256i words = __m256i(load_as_packed<P>(from, next));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(words, lanes));
 }
 #endif
@@ -48,6 +52,21 @@ NEQ_TARGET inline __attribute__((always_inline)) __m256i move_later(__m256i word
 }
 #endif
 
+template <int kWindows, class P, class T>
+NEQ_TARGET inline
+    __attribute__((always_inline)) __m256i gather_row(const ColumnGather& gather, const T* source,
+                                                      const __m256i* lanes,
+                                                      const IsLater* is_later) {
+  __m256i words{};
+#pragma GCC unroll 8
+  for (int w = 0; w < kWindows; ++w) {
+    const __m256i window = __m256i(load_as_packed<P>(source + gather.windows[w].from));
+    words = w == 0 ? _mm256_permutevar8x32_epi32(window, lanes[w])
+                   : move_later(words, window, lanes[w], is_later[w]);
+  }
+  return words;
+}
+
 // Columns that fit into one vector, from `kWindows` windows: a row is stored at once, and what that
 // writes past its end the next row overwrites. Returns how many rows are done: the others have not
 // enough room behind them.
@@ -63,18 +82,24 @@ NEQ_TARGET int64_t gather_vector(const ColumnGather& gather, const T* from, int6
     is_later[w] = later_lanes(window);
   }
   if (gather.room < 8) rows -= (8 + to_stride - 1) / to_stride;
+  // Pairs are made of whole vectors: of a row and of the next one.
+  __m256i next{};
+  if constexpr (kMakesPairs<T, P>) {
+    if (rows > 0) next = gather_row<kWindows, float>(gather, from, lanes, is_later);
+  }
   for (int64_t row = 0; row < rows; ++row) {
     const T* source = from + row * from_stride;
     if (gather.soon_first <= gather.soon_last) {
       __builtin_prefetch(source + gather.soon_first);
       __builtin_prefetch(source + gather.soon_last);
     }
-    __m256i words{};
-#pragma GCC unroll 8
-    for (int w = 0; w < kWindows; ++w) {
-      const __m256i window = __m256i(load_as_packed<P>(source + gather.windows[w].from));
-      words = w == 0 ? _mm256_permutevar8x32_epi32(window, lanes[w])
-                     : move_later(words, window, lanes[w], is_later[w]);
+    __m256i words;
+    if constexpr (kMakesPairs<T, P>) {
+      const __m256i first = next;
+      next = gather_row<kWindows, float>(gather, source + from_stride, lanes, is_later);
+      words = _mm256_or_si256(_mm256_srli_epi32(first, 16), next);
+    } else {
+      words = gather_row<kWindows, P>(gather, source, lanes, is_later);
     }
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + row * to_stride), words);
   }
@@ -119,7 +144,7 @@ NEQ_TARGET void gather_columns(const ColumnGather& gather, const T* from, int64_
       }
       for (int64_t w = 0; w < gather.n_windows; ++w) {
         const Window& window = gather.windows[w];
-        shuffle_window(source + window.from, target + window.to, window);
+        shuffle_window(source + window.from, target + window.to, window, from_stride);
       }
     }
   }
@@ -130,7 +155,8 @@ NEQ_TARGET void gather_columns(const ColumnGather& gather, const T* from, int64_
     for (int64_t column = gather.soon_first; column <= gather.soon_last; column += kCacheLine) {
       __builtin_prefetch(source + column);
     }
-    for (int64_t i = 0; i < gather.n; ++i) target[i] = static_cast<P>(source[gather.columns[i]]);
+    for (int64_t i = 0; i < gather.n; ++i)
+      target[i] = packed_element<P>(source + gather.columns[i], from_stride);
   }
 }
 

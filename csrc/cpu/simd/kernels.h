@@ -17,6 +17,15 @@ using torch::headeronly::Half;
 template <class T>
 using Compute = std::conditional_t<sizeof(T) == 2, float, T>;
 
+// Of bfloat16: an element of a pixel, and in the upper half of the word that of the next pixel.
+enum class Pair : uint32_t {};
+
+// Elements as they are multiplied, and what their products are added up in.
+template <class P>
+constexpr bool kIsPair = std::is_same_v<P, Pair>;
+template <class P>
+using SumOf = std::conditional_t<kIsPair<P>, float, P>;
+
 template <class C>
 struct SgdStep {
   C lr, momentum, grad_share, weight_decay, grad_sign;
@@ -99,14 +108,14 @@ struct TileLimits {
 };
 
 // Pixels of dy and of x, in three nested loops, and where the sums of each output channel go.
-template <class C>
+template <class P>
 struct OuterProduct {
   int64_t images, rows, columns;
-  const C* dy;
+  const P* dy;
   int64_t dy_image, dy_row, dy_column;
-  const C* x;
+  const P* x;
   int64_t x_image, x_row, x_column;
-  C* const* sums;  // of each output channel; the first one meant is element `at`
+  SumOf<P>* const* sums;  // of each output channel; the first one meant is element `at`
   int64_t at;
   bool fresh;  // the sums are stored, not added
 };
@@ -131,7 +140,8 @@ struct Kernels {
   void (*round_row)(const C* from, int64_t count, T* to);
 };
 
-// Of the direct wgrad: P is what elements of type T are packed as.
+// Of the direct wgrad: P is what elements of type T are packed as. A pair's second element lies
+// `next` elements behind the first one; of a gather it is the next row's, so one row more is read.
 template <class T, class P = Compute<T>>
 struct DirectKernels {
   TileLimits tile_limits;
@@ -140,11 +150,13 @@ struct DirectKernels {
   void (*gather)(const ColumnGather& gather, const T* from, int64_t from_stride, P* to,
                  int64_t to_stride, int64_t rows);
   void (*pack_pixels)(const T* from, int64_t stride, int64_t vectors, int64_t count, P* to,
-                      int64_t to_stride);
+                      int64_t to_stride, int64_t next);
   void (*copy_pixels)(const P* from, int64_t stride, int64_t vectors, int64_t count, P* to,
-                      int64_t to_stride);
+                      int64_t to_stride, int64_t next);
   void (*interleave)(const T* const* planes, int64_t n, int64_t first, int64_t count, P* to,
-                     int64_t width);
+                     int64_t width, int64_t next);
+  void (*take_steps)(const T* from, int64_t from_row, int64_t step, T* to, int64_t to_row,
+                     int64_t rows, int64_t count);
 };
 
 // Of the word's size, whatever its type.
@@ -152,9 +164,9 @@ template <class Word>
 using GatherColumns = void (*)(const ColumnGather& gather, const Word* from, int64_t from_stride,
                                Word* to, int64_t to_stride, int64_t rows);
 
-enum class Isa { portable, avx2, avx512 };
+enum class Isa { portable, avx2, avx512, avx512_bf16 };
 
-// NEQ_KERNELS_CPU_CAPABILITY (default, avx2, avx512) lowers it.
+// NEQ_KERNELS_CPU_CAPABILITY (default, avx2, avx512, avx512_bf16) lowers it.
 Isa isa();
 
 namespace portable {
@@ -184,28 +196,35 @@ GatherColumns<Word> gather_columns_kernel();
 }  // namespace avx512
 #endif
 
+// For isa() == Isa::avx512_bf16; nullptr if the compiler cannot make them.
+const DirectKernels<BFloat16, Pair>* pair_kernels();
+
 template <class T>
 const Kernels<T>& kernels() {
 #ifdef __x86_64__
-  if (isa() == Isa::avx512) return avx512::kernels<T>();
+  if (isa() >= Isa::avx512) return avx512::kernels<T>();
   if (isa() == Isa::avx2) return avx2::kernels<T>();
 #endif
   return portable::kernels<T>();
 }
 
-template <class T>
-const DirectKernels<T>& direct_kernels() {
+template <class T, class P = Compute<T>>
+const DirectKernels<T, P>& direct_kernels() {
+  if constexpr (kIsPair<P>) {
+    return *pair_kernels();
+  } else {
 #ifdef __x86_64__
-  if (isa() == Isa::avx512) return avx512::direct_kernels<T>();
-  if (isa() == Isa::avx2) return avx2::direct_kernels<T>();
+    if (isa() >= Isa::avx512) return avx512::direct_kernels<T>();
+    if (isa() == Isa::avx2) return avx2::direct_kernels<T>();
 #endif
-  return portable::direct_kernels<T>();
+    return portable::direct_kernels<T>();
+  }
 }
 
 template <class Word>
 GatherColumns<Word> gather_columns_kernel() {
 #ifdef __x86_64__
-  if (isa() == Isa::avx512) return avx512::gather_columns_kernel<Word>();
+  if (isa() >= Isa::avx512) return avx512::gather_columns_kernel<Word>();
   if (isa() == Isa::avx2) return avx2::gather_columns_kernel<Word>();
 #endif
   return portable::gather_columns_kernel<Word>();

@@ -11,6 +11,8 @@ struct Lanes {
   static constexpr int64_t count = kVectorBytes / sizeof(C);
   typedef C Vector __attribute__((vector_size(kVectorBytes)));
 };
+template <>
+struct Lanes<Pair> : Lanes<uint32_t> {};
 
 template <class C>
 NEQ_TARGET inline __attribute__((always_inline)) typename Lanes<C>::Vector load(const C* from) {
@@ -29,13 +31,15 @@ NEQ_TARGET inline __attribute__((always_inline)) typename Lanes<uint32_t>::Vecto
   return __builtin_convertvector(halves, typename Lanes<uint32_t>::Vector);
 }
 
-// A vector of P.
+// A vector of P; the second elements of pairs lie `next` elements behind the first ones.
 template <class P, class T>
 NEQ_TARGET inline __attribute__((always_inline)) typename Lanes<P>::Vector load_as_packed(
-    const T* from) {
+    const T* from, int64_t next = 0) {
   using Vector = typename Lanes<P>::Vector;
   if constexpr (std::is_same_v<T, P>) {
     return load(from);
+  } else if constexpr (kIsPair<P>) {
+    return low_halves(from) | low_halves(from + next) << 16;
   } else if constexpr (std::is_same_v<T, BFloat16>) {
     return reinterpret_cast<Vector>(low_halves(from) << 16);
   } else {
@@ -48,6 +52,15 @@ NEQ_TARGET inline __attribute__((always_inline)) typename Lanes<P>::Vector load_
     const auto is_small = magnitude < (1U << 27);
     return reinterpret_cast<Vector>(
         sign | (is_small ? reinterpret_cast<Words>(small) : reinterpret_cast<Words>(normal)));
+  }
+}
+
+template <class P, class T>
+inline P packed_element(const T* from, int64_t next = 0) {
+  if constexpr (kIsPair<P> && !kIsPair<T>) {
+    return Pair{from->x | static_cast<uint32_t>(from[next].x) << 16};
+  } else {
+    return static_cast<P>(*from);
   }
 }
 

@@ -1,5 +1,9 @@
 // The inner loops of the direct wgrad. Included once per instruction set.
 
+#ifdef NEQ_PAIRS
+#include <immintrin.h>
+#endif
+
 #include "kernels.h"
 #include "lanes.h"
 
@@ -12,6 +16,9 @@ struct Register {
   static constexpr int64_t count = kBytes / static_cast<int64_t>(sizeof(C));
   typedef C Type __attribute__((vector_size(kBytes)));
 };
+
+template <int kBytes>
+struct Register<Pair, kBytes> : Register<uint32_t, kBytes> {};
 
 template <class Vector, class C>
 NEQ_TARGET inline __attribute__((always_inline)) Vector load_as(const C* from) {
@@ -26,6 +33,43 @@ NEQ_TARGET inline __attribute__((always_inline)) void keep_in_register(Vector& v
 #ifdef NEQ_VECTOR_SHUFFLES
   asm("" : "+v"(vector));
 #endif
+}
+
+template <class Vector>
+NEQ_TARGET inline __attribute__((always_inline)) void multiply_add(Vector& total, const Vector& d,
+                                                                   const Vector& pixel) {
+  total += d * pixel;
+}
+
+#ifdef NEQ_PAIRS
+using PairsOfWhole = typename Register<Pair, 64>::Type;
+using PairsOfHalf = typename Register<Pair, 32>::Type;
+
+NEQ_TARGET inline __attribute__((always_inline)) void multiply_add(
+    typename Register<float, 64>::Type& total, const PairsOfWhole& d, const PairsOfWhole& pixel) {
+  total = _mm512_dpbf16_ps(total, __m512bh(d), __m512bh(pixel));
+}
+
+NEQ_TARGET inline __attribute__((always_inline)) void multiply_add(
+    typename Register<float, 32>::Type& total, const PairsOfHalf& d, const PairsOfHalf& pixel) {
+  total = _mm256_dpbf16_ps(total, __m256bh(d), __m256bh(pixel));
+}
+#endif
+
+// The first elements of some pairs, beside zeros.
+NEQ_TARGET inline const Pair* without_partners(const Pair* from, int64_t count, Pair* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = Pair{static_cast<uint32_t>(from[i]) & 0xFFFFU};
+  return to;
+}
+
+// As a number that vectors are made of.
+template <class P>
+inline auto element(P packed) {
+  if constexpr (kIsPair<P>) {
+    return static_cast<uint32_t>(packed);
+  } else {
+    return packed;
+  }
 }
 
 constexpr bool kKeepsPixels = NEQ_REGISTER_BYTES == 64;  // with 16 registers there is no room
@@ -45,12 +89,16 @@ NEQ_TARGET inline __attribute__((always_inline)) void store_lanes(const Vector& 
   }
 }
 
-template <class C, int kRows, int kVectors>
-NEQ_TARGET void outer_product_tile(const OuterProduct<C>& o, int64_t first, int64_t skip) {
+template <class P, int kRows, int kVectors>
+NEQ_TARGET void outer_product_tile(const OuterProduct<P>& o, int64_t first, int64_t skip) {
+  using C = SumOf<P>;
   using Whole = Register<C, NEQ_REGISTER_BYTES>;
   using Half = Register<C, kVectorBytes>;
   using Vector = typename Whole::Type;
   using HalfVector = typename Half::Type;
+  using Packed = typename Register<P, NEQ_REGISTER_BYTES>::Type;
+  using HalfPacked = typename Register<P, kVectorBytes>::Type;
+  constexpr int64_t kPixels = kIsPair<P> ? 2 : 1;
   constexpr int kWhole = kVectors / kVectorsOfRegister, kMost = std::max(kWhole, 1);
   constexpr bool kHasHalf = kVectors % kVectorsOfRegister != 0;
   const bool fresh = o.fresh;
@@ -60,6 +108,7 @@ NEQ_TARGET void outer_product_tile(const OuterProduct<C>& o, int64_t first, int6
     sums[k] = o.sums[first + k] + o.at;
     __builtin_prefetch(sums[k], 1);
   }
+  [[maybe_unused]] P last_dy[kRows], last_x[kVectors * Half::count];
   Vector total[kRows][kMost];
   HalfVector half_total[kRows];
 #pragma GCC unroll 8
@@ -70,27 +119,35 @@ NEQ_TARGET void outer_product_tile(const OuterProduct<C>& o, int64_t first, int6
   }
   for (int64_t image = 0; image < o.images; ++image) {
     for (int64_t row = 0; row < o.rows; ++row) {
-      const C* dy = o.dy + image * o.dy_image + row * o.dy_row + first;
-      const C* x = o.x + image * o.x_image + row * o.x_row;
-      for (int64_t column = 0; column < o.columns; ++column) {
-        Vector pixel[kMost];
-        HalfVector half_pixel;
+      const P* dy = o.dy + image * o.dy_image + row * o.dy_row + first;
+      const P* x = o.x + image * o.x_image + row * o.x_row;
+      for (int64_t column = 0; column < o.columns; column += kPixels) {
+        if constexpr (kIsPair<P>) {
+          if (column + 1 == o.columns) {
+            dy = without_partners(dy, kRows, last_dy);
+            x = without_partners(x, kVectors * Half::count, last_x);
+          }
+        }
+        Packed pixel[kMost];
+        HalfPacked half_pixel;
 #pragma GCC unroll 8
         for (int v = 0; v < kWhole; ++v) {
-          pixel[v] = load_as<Vector>(x + v * Whole::count);
+          pixel[v] = load_as<Packed>(x + v * Whole::count);
           if constexpr (kRows > 1 && kKeepsPixels) keep_in_register(pixel[v]);
         }
-        if constexpr (kHasHalf) half_pixel = load_as<HalfVector>(x + kWhole * Whole::count);
+        if constexpr (kHasHalf) half_pixel = load_as<HalfPacked>(x + kWhole * Whole::count);
 #pragma GCC unroll 8
         for (int k = 0; k < kRows; ++k) {
           // Minus, not plus: x - 0 is x whatever its sign, and costs no instruction.
-          const Vector d = dy[k] - Vector{};
+          const Packed d = element(dy[k]) - Packed{};
 #pragma GCC unroll 8
-          for (int v = 0; v < kWhole; ++v) total[k][v] += d * pixel[v];
-          if constexpr (kHasHalf) half_total[k] += (dy[k] - HalfVector{}) * half_pixel;
+          for (int v = 0; v < kWhole; ++v) multiply_add(total[k][v], d, pixel[v]);
+          if constexpr (kHasHalf) {
+            multiply_add(half_total[k], element(dy[k]) - HalfPacked{}, half_pixel);
+          }
         }
-        dy += o.dy_column;
-        x += o.x_column;
+        dy += kPixels * o.dy_column;
+        x += kPixels * o.x_column;
       }
     }
   }
@@ -211,31 +268,31 @@ NEQ_TARGET void outer_product_wide(const OuterProduct<C>& o, int64_t vectors) {
 
 // For the n rows from `first` on, at most kRows; of x kVectors vectors, or, where that is 0,
 // `vectors`, with the sums in the first cache.
-template <class C, int kVectors, int kRows>
-NEQ_TARGET void outer_product_rows(const OuterProduct<C>& o, int64_t first, int64_t n,
+template <class P, int kVectors, int kRows>
+NEQ_TARGET void outer_product_rows(const OuterProduct<P>& o, int64_t first, int64_t n,
                                    int64_t vectors, int64_t skip) {
   if constexpr (kRows > 0) {
-    if (n != kRows) return outer_product_rows<C, kVectors, kRows - 1>(o, first, n, vectors, skip);
+    if (n != kRows) return outer_product_rows<P, kVectors, kRows - 1>(o, first, n, vectors, skip);
     if constexpr (kVectors > 0) {
-      outer_product_tile<C, kRows, kVectors>(o, first, skip);
+      outer_product_tile<P, kRows, kVectors>(o, first, skip);
     } else {
-      outer_product_wide<C, kRows>(o, vectors);
+      outer_product_wide<P, kRows>(o, vectors);
     }
   }
 }
 
 // Of up to kVectors vectors; as many rows at a time as there are registers for.
-template <class C, int kVectors>
-NEQ_TARGET void outer_product_of_width(const OuterProduct<C>& o, int64_t n, int64_t vectors,
+template <class P, int kVectors>
+NEQ_TARGET void outer_product_of_width(const OuterProduct<P>& o, int64_t n, int64_t vectors,
                                        int64_t skip) {
   if constexpr (kVectors > 0) {
-    if (vectors != kVectors) return outer_product_of_width<C, kVectors - 1>(o, n, vectors, skip);
+    if (vectors != kVectors) return outer_product_of_width<P, kVectors - 1>(o, n, vectors, skip);
     constexpr int kRegisters = (kVectors - 1) / kVectorsOfRegister + 1;
     constexpr int kMost = std::min<int>(kTileLimits.rows, kMostSums / kRegisters);
     int64_t first = 0;
     for (int64_t parts = (n + kMost - 1) / kMost; parts > 0; --parts) {
       const int64_t size = (n - first + parts - 1) / parts;
-      outer_product_rows<C, kVectors, kMost>(o, first, size, vectors, skip);
+      outer_product_rows<P, kVectors, kMost>(o, first, size, vectors, skip);
       first += size;
     }
   }
@@ -243,27 +300,42 @@ NEQ_TARGET void outer_product_of_width(const OuterProduct<C>& o, int64_t n, int6
 
 // sums[k][at + c] += sum over the pixels of dy[k] * x[c], for k < n and c < `vectors` vectors; the
 // first `skip` lanes, of a single vector, are left out.
-template <class C>
-NEQ_TARGET void outer_product(const OuterProduct<C>& o, int64_t n, int64_t vectors, int64_t skip) {
+template <class P>
+NEQ_TARGET void outer_product(const OuterProduct<P>& o, int64_t n, int64_t vectors, int64_t skip) {
   constexpr int kMost = kTileLimits.widest(1);
-  if (vectors > kMost) return outer_product_rows<C, 0, kTileLimits.rows>(o, 0, n, vectors, skip);
-  outer_product_of_width<C, kMost>(o, n, vectors, skip);
+  if constexpr (!kIsPair<P>) {
+    if (vectors > kMost) return outer_product_rows<P, 0, kTileLimits.rows>(o, 0, n, vectors, skip);
+  }
+  outer_product_of_width<P, kMost>(o, n, vectors, skip);
+}
+
+// Of a pair, that of its first element.
+template <class P>
+inline double value(P packed) {
+  if constexpr (kIsPair<P>) {
+    const uint32_t word = static_cast<uint32_t>(packed) << 16;
+    float number;
+    std::memcpy(&number, &word, sizeof(number));
+    return static_cast<double>(number);
+  } else {
+    return static_cast<double>(packed);
+  }
 }
 
 // totals[k] += sum over `count` pixels of from[pixel * n + k]; n is at most 8. Up to 7 elements
 // behind the last one are read.
-template <class C>
-NEQ_TARGET void sum_pixels(const C* from, int64_t n, int64_t count, double* totals) {
+template <class P>
+NEQ_TARGET void sum_pixels(const P* from, int64_t n, int64_t count, double* totals) {
   double even[8] = {}, odd[8] = {};
   int64_t i = 0;
   for (; i + 2 <= count; i += 2, from += 2 * n) {
 #pragma omp simd
-    for (int64_t k = 0; k < 8; ++k) even[k] += static_cast<double>(from[k]);
+    for (int64_t k = 0; k < 8; ++k) even[k] += value(from[k]);
 #pragma omp simd
-    for (int64_t k = 0; k < 8; ++k) odd[k] += static_cast<double>(from[n + k]);
+    for (int64_t k = 0; k < 8; ++k) odd[k] += value(from[n + k]);
   }
   for (int64_t k = 0; k < n; ++k) {
-    totals[k] += even[k] + odd[k] + (i < count ? static_cast<double>(from[k]) : 0.0);
+    totals[k] += even[k] + odd[k] + (i < count ? value(from[k]) : 0.0);
   }
 }
 

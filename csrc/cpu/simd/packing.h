@@ -10,26 +10,26 @@
 namespace neq::NEQ_ISA {
 
 // `vectors` vectors at to[i * to_stride] = those at from[i * stride], for i < count. What lies
-// behind them in memory is expected to be next.
+// behind them in memory is expected to be read soon.
 template <class T, class P>
 NEQ_TARGET void copy_pixels(const T* from, int64_t stride, int64_t vectors, int64_t count, P* to,
-                            int64_t to_stride) {
+                            int64_t to_stride, int64_t next) {
   constexpr int64_t kLanes = Lanes<P>::count;
   for (int64_t i = 0; i < count; ++i, from += stride, to += to_stride) {
     __builtin_prefetch(from + vectors * kLanes);
     for (int64_t v = 0; v < vectors; ++v) {
-      const auto pixel = load_as_packed<P>(from + v * kLanes);
+      const auto pixel = load_as_packed<P>(from + v * kLanes, next);
       std::memcpy(to + v * kLanes, &pixel, sizeof(pixel));
     }
   }
 }
 
 #ifdef NEQ_VECTOR_SHUFFLES
-template <class T>
-NEQ_TARGET inline void transpose_8x8(const T* const* planes, int64_t first, float* to,
-                                     int64_t width) {
+template <class T, class P>
+NEQ_TARGET inline void transpose_8x8(const T* const* planes, int64_t first, P* to, int64_t width,
+                                     int64_t next) {
   __m256 a[8], b[8];
-  for (int i = 0; i < 8; ++i) a[i] = __m256(load_as_packed<float>(planes[i] + first));
+  for (int i = 0; i < 8; ++i) a[i] = __m256(load_as_packed<P>(planes[i] + first, next));
   for (int i = 0; i < 8; i += 2) {
     b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
     b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
@@ -43,9 +43,11 @@ NEQ_TARGET inline void transpose_8x8(const T* const* planes, int64_t first, floa
   // In ascending order: where rows are narrower than a vector, each overwrites what the one before
   // stored past its end.
   for (int i = 0; i < 4; ++i)
-    _mm256_storeu_ps(to + i * width, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+    _mm256_storeu_ps(reinterpret_cast<float*>(to + i * width),
+                     _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
   for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(to + (i + 4) * width, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+    _mm256_storeu_ps(reinterpret_cast<float*>(to + (i + 4) * width),
+                     _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
   }
 }
 #endif
@@ -54,35 +56,37 @@ NEQ_TARGET inline void transpose_8x8(const T* const* planes, int64_t first, floa
 // are as narrow as that.
 template <class T, class P>
 NEQ_TARGET void interleave(const T* const* planes, int64_t n, int64_t first, int64_t count, P* to,
-                           int64_t width) {
+                           int64_t width, int64_t next) {
   int64_t c = 0;
 #ifdef NEQ_VECTOR_SHUFFLES
-  if constexpr (std::is_same_v<P, float>) {
+  if constexpr (sizeof(P) == 4) {
     if (2 < n && n < 8) {
       const T* eight[8];
       for (int64_t j = 0; j < 8; ++j) eight[j] = planes[std::min(j, n - 1)];
       int64_t i = 0;
       // Whatever the last row stores past its end, there are rows left to overwrite it.
-      for (; i + 16 <= count; i += 8) transpose_8x8(eight, first + i, to + i * width, width);
+      for (; i + 16 <= count; i += 8) transpose_8x8(eight, first + i, to + i * width, width, next);
       for (; i < count; ++i) {
-        for (int64_t j = 0; j < n; ++j) to[i * width + j] = static_cast<P>(planes[j][first + i]);
+        for (int64_t j = 0; j < n; ++j)
+          to[i * width + j] = packed_element<P>(planes[j] + first + i, next);
       }
       return;
     }
     for (; c + 8 <= n; c += 8) {
       int64_t i = 0;
       for (; i + 8 <= count; i += 8) {
-        transpose_8x8(planes + c, first + i, to + i * width + c, width);
+        transpose_8x8(planes + c, first + i, to + i * width + c, width, next);
       }
       for (; i < count; ++i) {
         for (int64_t j = c; j < c + 8; ++j)
-          to[i * width + j] = static_cast<P>(planes[j][first + i]);
+          to[i * width + j] = packed_element<P>(planes[j] + first + i, next);
       }
     }
   }
 #endif
   for (; c < n; ++c) {
-    for (int64_t i = 0; i < count; ++i) to[i * width + c] = static_cast<P>(planes[c][first + i]);
+    for (int64_t i = 0; i < count; ++i)
+      to[i * width + c] = packed_element<P>(planes[c] + first + i, next);
   }
 }
 

@@ -26,7 +26,7 @@ const Kernels<T>& kernels() {
       correlate<C>,
       correlate_pixels<C>,
       sum<C>,
-      copy_rows<T>,
+      copy_rows<T, C>,
       kMostBlended,
       round_row<T>,
   };
@@ -38,7 +38,7 @@ const DirectKernels<T>& direct_kernels() {
   using C = Compute<T>;
   static constexpr DirectKernels<T> table{
       kTileLimits,       outer_product<C>,  sum_pixels<C>,    gather_columns<T, C>,
-      copy_pixels<T, C>, copy_pixels<C, C>, interleave<T, C>,
+      copy_pixels<T, C>, copy_pixels<C, C>, interleave<T, C>, copy_rows<T, T>,
   };
   return table;
 }
