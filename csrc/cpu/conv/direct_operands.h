@@ -254,7 +254,7 @@ class Operands {
         std::fill_n(rows, left, P(0));
         side_by_side(i, 0, y * p_.w.input, columns, 1, rows + left, channels, 0);
         std::fill_n(rows + left + columns * channels, row - left - columns * channels, P(0));
-        if constexpr (kIsPair<P>) pair_up(rows, row, p_.w.stride * channels);
+        if constexpr (kIsPair<P>) k_.pair_up(rows, row, p_.w.stride * channels);
       }
       for (int64_t p = unit.top; p < unit.bottom; ++p, to += p_.w.output * stride) {
         for (int64_t r = 0; r < p_.h.kernel; ++r) {
@@ -362,14 +362,6 @@ class Operands {
     for (int64_t s = 0; s < (neighbours ? 1 : p_.w.kernel); ++s) {
       k_.copy_pixels(row + s * p_.w.dilation * p_.input_channels, p_.w.stride * p_.input_channels,
                      divided_up(length, kLanes), p_.w.output, to + s * length, taps_stride(), 0);
-    }
-  }
-
-  // Each element with the one `next` behind it, where there is one.
-  static void pair_up(P* elements, int64_t count, int64_t next) {
-    for (int64_t i = 0; i + next < count; ++i) {
-      elements[i] = P((static_cast<uint32_t>(elements[i]) & 0xFFFFU) |
-                      static_cast<uint32_t>(elements[i + next]) << 16);
     }
   }
 

@@ -30,7 +30,8 @@ const DirectKernels<BFloat16, Pair>* pair_kernels() {
       copy_pixels<BFloat16, Pair>,
       copy_pixels<Pair, Pair>,
       interleave<BFloat16, Pair>,
-      copy_rows<BFloat16, BFloat16>,
+      take_steps<BFloat16>,
+      pair_up,
   };
   return &table;
 }

@@ -157,6 +157,7 @@ struct DirectKernels {
                      int64_t width, int64_t next);
   void (*take_steps)(const T* from, int64_t from_row, int64_t step, T* to, int64_t to_row,
                      int64_t rows, int64_t count);
+  void (*pair_up)(P* elements, int64_t count, int64_t next);  // of pairs only
 };
 
 // Of the word's size, whatever its type.

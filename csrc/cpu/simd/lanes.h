@@ -21,31 +21,47 @@ NEQ_TARGET inline __attribute__((always_inline)) typename Lanes<C>::Vector load(
   return vector;
 }
 
+// Neighbouring elements that one register holds, and those of half of one where it holds two
+// vectors.
+template <class C, int kBytes>
+struct Register {
+  static constexpr int64_t count = kBytes / static_cast<int64_t>(sizeof(C));
+  typedef C Type __attribute__((vector_size(kBytes)));
+};
+
+template <int kBytes>
+struct Register<Pair, kBytes> : Register<uint32_t, kBytes> {};
+
+constexpr int kVectorsOfRegister = NEQ_REGISTER_BYTES / kVectorBytes;
+
 // Half types, as the lower halves of words.
-template <class T>
-NEQ_TARGET inline __attribute__((always_inline)) typename Lanes<uint32_t>::Vector low_halves(
-    const T* from) {
-  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+template <int kBytes, class T>
+NEQ_TARGET inline __attribute__((always_inline)) typename Register<uint32_t, kBytes>::Type
+low_halves(const T* from) {
+  typedef uint16_t Halves __attribute__((vector_size(kBytes / 2)));
   Halves halves;
   std::memcpy(&halves, from, sizeof(halves));
-  return __builtin_convertvector(halves, typename Lanes<uint32_t>::Vector);
+  return __builtin_convertvector(halves, typename Register<uint32_t, kBytes>::Type);
 }
 
 // A vector of P; the second elements of pairs lie `next` elements behind the first ones.
-template <class P, class T>
-NEQ_TARGET inline __attribute__((always_inline)) typename Lanes<P>::Vector load_as_packed(
+template <class P, int kBytes = kVectorBytes, class T>
+NEQ_TARGET inline __attribute__((always_inline)) typename Register<P, kBytes>::Type load_as_packed(
     const T* from, int64_t next = 0) {
-  using Vector = typename Lanes<P>::Vector;
+  using Vector = typename Register<P, kBytes>::Type;
   if constexpr (std::is_same_v<T, P>) {
-    return load(from);
+    Vector vector;
+    std::memcpy(&vector, from, sizeof(vector));
+    return vector;
   } else if constexpr (kIsPair<P>) {
-    return low_halves(from) | low_halves(from + next) << 16;
+    return low_halves<kBytes>(from) | low_halves<kBytes>(from + next) << 16;
   } else if constexpr (std::is_same_v<T, BFloat16>) {
-    return reinterpret_cast<Vector>(low_halves(from) << 16);
+    return reinterpret_cast<Vector>(low_halves<kBytes>(from) << 16);
   } else {
     static_assert(std::is_same_v<T, Half>);
-    using Words = typename Lanes<uint32_t>::Vector;
-    const Words word = low_halves(from) << 16, sign = word & 0x80000000U, magnitude = word + word;
+    using Words = typename Register<uint32_t, kBytes>::Type;
+    const Words word = low_halves<kBytes>(from) << 16, sign = word & 0x80000000U,
+                magnitude = word + word;
     // The exponent where a float has it; what has none, as the mantissa of a number that has one.
     const Vector normal = reinterpret_cast<Vector>((magnitude >> 4) + (0xE0U << 23)) * 0x1.0p-112F;
     const Vector small = reinterpret_cast<Vector>((magnitude >> 17) | (126U << 23)) - 0.5F;

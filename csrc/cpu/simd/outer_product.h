@@ -9,17 +9,6 @@
 
 namespace neq::NEQ_ISA {
 
-// Neighbouring elements that one register holds, and those of half of one where it holds two
-// vectors.
-template <class C, int kBytes>
-struct Register {
-  static constexpr int64_t count = kBytes / static_cast<int64_t>(sizeof(C));
-  typedef C Type __attribute__((vector_size(kBytes)));
-};
-
-template <int kBytes>
-struct Register<Pair, kBytes> : Register<uint32_t, kBytes> {};
-
 template <class Vector, class C>
 NEQ_TARGET inline __attribute__((always_inline)) Vector load_as(const C* from) {
   Vector vector;
@@ -73,7 +62,6 @@ inline auto element(P packed) {
 }
 
 constexpr bool kKeepsPixels = NEQ_REGISTER_BYTES == 64;  // with 16 registers there is no room
-constexpr int kVectorsOfRegister = NEQ_REGISTER_BYTES / kVectorBytes;
 // Registers of sums: with the operands they fill all.
 constexpr int kMostSums = NEQ_REGISTER_BYTES == 64 ? 24 : 12;
 constexpr TileLimits kTileLimits{NEQ_REGISTER_BYTES == 64 ? 8 : 6, kMostSums, kVectorsOfRegister};

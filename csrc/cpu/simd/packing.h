@@ -17,7 +17,14 @@ NEQ_TARGET void copy_pixels(const T* from, int64_t stride, int64_t vectors, int6
   constexpr int64_t kLanes = Lanes<P>::count;
   for (int64_t i = 0; i < count; ++i, from += stride, to += to_stride) {
     __builtin_prefetch(from + vectors * kLanes);
-    for (int64_t v = 0; v < vectors; ++v) {
+    int64_t v = 0;
+    if constexpr (!std::is_same_v<T, P>) {
+      for (; v + kVectorsOfRegister <= vectors; v += kVectorsOfRegister) {
+        const auto pixel = load_as_packed<P, NEQ_REGISTER_BYTES>(from + v * kLanes, next);
+        std::memcpy(to + v * kLanes, &pixel, sizeof(pixel));
+      }
+    }
+    for (; v < vectors; ++v) {
       const auto pixel = load_as_packed<P>(from + v * kLanes, next);
       std::memcpy(to + v * kLanes, &pixel, sizeof(pixel));
     }
@@ -87,6 +94,31 @@ NEQ_TARGET void interleave(const T* const* planes, int64_t n, int64_t first, int
   for (; c < n; ++c) {
     for (int64_t i = 0; i < count; ++i)
       to[i * width + c] = packed_element<P>(planes[c] + first + i, next);
+  }
+}
+
+// Every step-th element of each row.
+template <class T>
+NEQ_TARGET void take_steps(const T* from, int64_t from_row, int64_t step, T* to, int64_t to_row,
+                           int64_t rows, int64_t count) {
+  if constexpr (sizeof(T) == 2) {
+    copy_rows(&from->x, from_row, step, &to->x, to_row, rows, count);
+  } else {
+    copy_rows(from, from_row, step, to, to_row, rows, count);
+  }
+}
+
+// Each element with the one `next` behind it, where there is one.
+NEQ_TARGET inline void pair_up(Pair* elements, int64_t count, int64_t next) {
+  constexpr int64_t kLanes = Lanes<Pair>::count;
+  int64_t i = 0;
+  for (; i + next + kLanes <= count; i += kLanes) {
+    const auto pair = (load(elements + i) & 0xFFFFU) | load(elements + i + next) << 16;
+    std::memcpy(elements + i, &pair, sizeof(pair));
+  }
+  for (; i + next < count; ++i) {
+    elements[i] = Pair{(static_cast<uint32_t>(elements[i]) & 0xFFFFU) |
+                       static_cast<uint32_t>(elements[i + next]) << 16};
   }
 }
 

@@ -37,8 +37,9 @@ template <class T>
 const DirectKernels<T>& direct_kernels() {
   using C = Compute<T>;
   static constexpr DirectKernels<T> table{
-      kTileLimits,       outer_product<C>,  sum_pixels<C>,    gather_columns<T, C>,
-      copy_pixels<T, C>, copy_pixels<C, C>, interleave<T, C>, copy_rows<T, T>,
+      kTileLimits,          outer_product<C>,  sum_pixels<C>,
+      gather_columns<T, C>, copy_pixels<T, C>, copy_pixels<C, C>,
+      interleave<T, C>,     take_steps<T>,     nullptr,
   };
   return table;
 }
