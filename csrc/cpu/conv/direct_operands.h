@@ -11,6 +11,7 @@
 #include "column_gather.h"
 #include "convolution.h"
 #include "direct_tiles.h"
+#include "side_by_side.h"
 
 namespace neq {
 
@@ -57,7 +58,7 @@ class Operands {
   Operands(const ConvProblem& p, const T* grad, const T* input, bool channels_last)
       : p_(p),
         grad_(grad),
-        x_(input),
+        x_(p, input, channels_last),
         channels_last_(channels_last),
         k_(direct_kernels<T, P>()),
         blocks_(channel_blocks(p, sizeof(P), k_.tile_limits.rows)),
@@ -113,7 +114,9 @@ class Operands {
   int64_t next_pixel() const { return p_.w.output > 1 ? stride_w() : stride_h() * panel_columns(); }
 
   // Whether the last pixel of a row makes a pair with the first one of the next row.
-  bool pairs_cross_rows() const { return step_h_ == 1 && step_w_ == 1 && !taps_as_channels_; }
+  bool pairs_cross_rows() const {
+    return !taps_as_channels_ && (takes_all_pixels() || !channels_last_);
+  }
 
   // Whether channels of x are read where they lie.
   bool reads_in_place() const { return !panels_ && !taps_as_channels_; }
@@ -145,7 +148,7 @@ class Operands {
         copies.tiles.push_back(fill_panel(unit, tile, panel));
         panel += pixels * tile.vectors * kLanes;
       } else if constexpr (std::is_same_v<T, P>) {
-        const T* first_image = x_ + unit.image * image;
+        const T* first_image = x_.data() + unit.image * image;
         copies.tiles.push_back({first_image + tile.first, image, row, p_.input_channels, 0});
       }
     }
@@ -180,7 +183,7 @@ class Operands {
     const int64_t plane = p_.h.input * p_.w.input;
     const int64_t channel = taps_as_channels_ ? 0 : tiles_[first].first;
     const int64_t channels = taps_as_channels_ ? p_.input_channels : channels_of(first, last);
-    const T* images = x_ + unit.image * plane * p_.input_channels;
+    const T* images = x_.data() + unit.image * plane * p_.input_channels;
     if (channels_last_) {
       return {images + from * p_.input_channels + channel,
               unit.images,
@@ -218,7 +221,7 @@ class Operands {
         for (int64_t k = 0; k < block.size; ++k) {
           planes[k] = grad_ + (image * p_.output_channels + p_.active[block.first + k]) * plane;
         }
-        interleave(planes, block.size, from, count, to, 1);
+        interleave_pixels<T, P>(planes, block.size, from, count, to, 1);
         to += count * block.size;
       }
     }
@@ -252,7 +255,7 @@ class Operands {
       P* rows = all_rows;
       for (int64_t y = begin; y < end; ++y, rows += row) {
         std::fill_n(rows, left, P(0));
-        side_by_side(i, 0, y * p_.w.input, columns, 1, rows + left, channels, 0);
+        x_.copy(i, 0, {y * p_.w.input, 1, 0, columns, 1}, rows + left, channels, 0);
         std::fill_n(rows + left + columns * channels, row - left - columns * channels, P(0));
         if constexpr (kIsPair<P>) k_.pair_up(rows, row, p_.w.stride * channels);
       }
@@ -302,6 +305,8 @@ class Operands {
     return tiles_[last - 1].first + tiles_[last - 1].vectors * kLanes - tiles_[first].first;
   }
 
+  bool takes_all_pixels() const { return step_h_ == 1 && step_w_ == 1; }
+
   int64_t panel_columns() const { return step_w_ == 1 ? p_.w.input : p_.w.output; }
 
   // A vector more than needed: what is copied ends with a whole one.
@@ -341,14 +346,13 @@ class Operands {
     const int64_t row = columns * width, image = (end - begin) * row;
     for (int64_t i = 0; i < unit.images; ++i) {
       P* to = panel + i * image;
-      if (step_h_ == 1 && step_w_ == 1) {
-        side_by_side(unit.image + i, tile.first, begin * columns, (end - begin) * columns, 1, to,
-                     width, next_pixel());
-        continue;
-      }
-      for (int64_t y = begin; y < end; ++y) {
-        side_by_side(unit.image + i, tile.first, y * step_h_ * p_.w.input, columns, step_w_,
-                     to + (y - begin) * row, width, next_pixel());
+      if (takes_all_pixels()) {
+        const PixelGrid all{begin * columns, 1, 0, (end - begin) * columns, 1};
+        x_.copy(unit.image + i, tile.first, all, to, width, next_pixel());
+      } else {
+        const int64_t source_row = step_h_ * p_.w.input;
+        const PixelGrid some{begin * source_row, end - begin, source_row, columns, step_w_};
+        x_.copy(unit.image + i, tile.first, some, to, width, next_pixel());
       }
     }
     return {panel, image, row, width, begin};
@@ -365,64 +369,9 @@ class Operands {
     }
   }
 
-  // to[i * width + c] is channel first + c, c < width, of `count` pixels, every step-th from `from`
-  // on. Pixels that are `next` apart make pairs; the last ones are without.
-  void side_by_side(int64_t image, int64_t first, int64_t from, int64_t count, int64_t step, P* to,
-                    int64_t width, int64_t next) const {
-    const int64_t plane = p_.h.input * p_.w.input;
-    const T* images = x_ + image * plane * p_.input_channels;
-    if (channels_last_) {
-      const T* source = images + from * p_.input_channels + first;
-      const int64_t stride = step * p_.input_channels;
-      const auto pack = [&](int64_t i, int64_t some, int64_t next) {
-        if (width == stride) {
-          pack_stretch(source + i * stride, some * width, to + i * width, next * stride);
-        } else {
-          k_.pack_pixels(source + i * stride, stride, width / kLanes, some, to + i * width, width,
-                         next * stride);
-        }
-      };
-      const int64_t followed = kIsPair<P> ? std::max<int64_t>(0, count - next) : count;
-      pack(0, followed, next);
-      if (followed < count) pack(followed, count - followed, 0);
-      return;
-    }
-    const T* planes[kMostInRegisters * kLanes];
-    for (int64_t c = 0; c < width; ++c) planes[c] = images + (first + c) * plane;
-    if (step > 1) {
-      static thread_local Scratch<T> scratch;
-      T* taken = scratch.at_least(width * count);
-      k_.take_steps(planes[0] + from, plane, step, taken, count, width, count);
-      for (int64_t c = 0; c < width; ++c) planes[c] = taken + c * count;
-      from = 0;
-    }
-    interleave(planes, width, from, count, to, next);
-  }
-
-  // Of n planes, side by side.
-  void interleave(const T* const* planes, int64_t n, int64_t from, int64_t count, P* to,
-                  int64_t next) const {
-    const int64_t followed = kIsPair<P> ? std::max<int64_t>(0, count - next) : count;
-    k_.interleave(planes, n, from, followed, to, n, next);
-    if (followed < count) {
-      k_.interleave(planes, n, from + followed, count - followed, to + followed * n, n, 0);
-    }
-  }
-
-  void pack_stretch(const T* from, int64_t count, P* to, int64_t next) const {
-    if constexpr (std::is_same_v<T, P>) {
-      std::copy_n(from, count, to);
-    } else {
-      const int64_t whole = count / kLanes * kLanes;
-      k_.pack_pixels(from, 0, whole / kLanes, 1, to, 0, next);
-      const T* rest = from + whole;
-      k_.interleave(&rest, 1, 0, count - whole, to + whole, 1, next);
-    }
-  }
-
   const ConvProblem& p_;
   const T* grad_;
-  const T* x_;
+  const SideBySide<T, P> x_;
   bool channels_last_;
   const DirectKernels<T, P>& k_;
   std::vector<Block> blocks_;

@@ -13,6 +13,7 @@
 #include "direct_operands.h"
 #include "direct_schedule.h"
 #include "gradient_shares.h"
+#include "joined_loops.h"
 
 namespace neq {
 namespace {
@@ -240,7 +241,7 @@ class Direct {
                           sums,
                           fresh};
         if constexpr (kIsPair<P>) {
-          join_loops_of_pairs(o, x.pixel);
+          join_loops_of_pairs(o, o_.next_pixel() * x.pixel, o_.pairs_cross_rows());
         } else {
           join_loops(o);
         }
@@ -252,43 +253,6 @@ class Direct {
   static void clear(const Block& block, const Tile& tile, C* const* targets, int64_t at) {
     for (int64_t i = block.first; i < block.first + block.size; ++i) {
       std::fill(targets[i] + at + tile.skip, targets[i] + at + tile.vectors * kLanes, C(0));
-    }
-  }
-
-  // Loops that go on where the one inside of them ends become one.
-  static void join_loops(OuterProduct<P>& o) {
-    if (o.images == 1 || (o.dy_image == o.rows * o.dy_row && o.x_image == o.rows * o.x_row)) {
-      o.rows *= o.images;
-      o.images = 1;
-    }
-    if (o.columns == 1) {
-      o.dy_column = o.dy_row;
-      o.x_column = o.x_row;
-      std::swap(o.rows, o.columns);
-    } else if (o.dy_row == o.columns * o.dy_column && o.x_row == o.columns * o.x_column) {
-      o.columns *= o.rows;
-      o.rows = 1;
-    }
-  }
-
-  // Only where the last pixel of a loop makes a pair with the first one of the next, or has its
-  // own.
-  void join_loops_of_pairs(OuterProduct<P>& o, int64_t x_pixel) const {
-    const bool crosses = o_.pairs_cross_rows();
-    if (o.columns == 1) {
-      if (crosses && o.x_row == o_.next_pixel() * x_pixel && o.dy_row == o.dy_column) {
-        o.x_column = o.x_row;
-        std::swap(o.rows, o.columns);
-      }
-    } else if (o.dy_row == o.columns * o.dy_column && o.x_row == o.columns * o.x_column &&
-               (crosses || o.columns % 2 == 0)) {
-      o.columns *= o.rows;
-      o.rows = 1;
-    }
-    if (o.rows == 1 && o.columns % 2 == 0 && o.dy_image == o.columns * o.dy_column &&
-        o.x_image == o.columns * o.x_column) {
-      o.columns *= o.images;
-      o.images = 1;
     }
   }
 
