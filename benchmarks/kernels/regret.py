@@ -191,7 +191,7 @@ def show(names: Iterable[str], fit: Fit, folds: Folds) -> bool:
             of_runs = [run for run in of_runs if run]
             full = dtype == wgrad_times.FLOAT32
             lines: list[tuple[str, Judged, Goal | None]] = [
-                ("in sample", judge(cells, by_model(tables[name])), IN_SAMPLE if full else None),
+                ("in sample", judge(cells, by_model(tables[name])), IN_SAMPLE),
                 ("shapes left out", left_out(cells, fit, folds), LEFT_OUT if full else None),
             ]
             if full and len(names) > 1:
