@@ -84,17 +84,15 @@ def test_portable_kernels_agree_with_the_oracles_too():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_instruction_sets_below_the_best_agree_with_the_oracles_too(capability):
-    best = CAPABILITIES.index(cpu.capability())
-    if CAPABILITIES.index(capability) >= best:
-        pytest.skip(f"the other tests run with {cpu.capability()}")
-    result = run_python(
-        *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "bfloat16"),
-        "tests/backends/test_cpu_direct.py",
-        capability=capability,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_instruction_sets_below_the_best_agree_with_the_oracles_too():
+    """In bfloat16, which each of them computes in its own way."""
+    for capability in CAPABILITIES[1 : CAPABILITIES.index(cpu.capability())]:
+        result = run_python(
+            *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "bfloat16"),
+            "tests/backends/test_cpu_direct.py",
+            capability=capability,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
 
 
 # --- pack ----------------------------------------------------------------------------------------
