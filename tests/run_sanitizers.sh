@@ -29,5 +29,5 @@ assert reason is None, reason
 "
 # The other backends run none of the instrumented code. Captured by sys alone, so that a sanitizer's
 # report is seen when it ends the process.
-"$python" -m pytest -q -p no:cacheprovider --capture=sys -k "not portable and not reference and not aten" \
+"$python" -m pytest -q -p no:cacheprovider --capture=sys -k "not portable and not below_the_best and not reference and not aten" \
   "${tests[@]}" "$@"
