@@ -223,6 +223,19 @@ def test_half_types_are_summed_in_float32(dtype, last):
     assert torch.equal(rounded[1], bias.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_types_are_multiplied_in_float32(dtype):
+    """Each row is rounded once."""
+    x, weight, dy = operands(8, 4, (5, 5), WINDOWS["3x3"], dtype)
+    channels = ActiveChannels(4)
+    channels.set([0, 2])
+    halves = gradients(x, weight, dy, WINDOWS["3x3"], channels)
+    singles = gradients(x.float(), weight.float(), dy.float(), WINDOWS["3x3"], channels)
+    for half, single in zip(halves, singles, strict=True):
+        assert half.dtype == dtype
+        assert torch.equal(half, single.to(dtype))
+
+
 def test_every_number_of_float16_is_read_as_what_it_is():
     """Subnormal ones, infinities and NaN too."""
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)

@@ -135,8 +135,11 @@ def test_autocast_inside_a_compiled_model() -> None:
         assert p.grad is not None
         assert p.grad.dtype == torch.float32
         assert q.grad is not None, name
-        # A custom kernel writes float32 in eager; in a graph it rounds once, as PyTorch's do.
-        torch.testing.assert_close(p.grad.bfloat16(), q.grad.bfloat16(), rtol=0, atol=0)
+        # A custom kernel writes float32 in eager; in a graph the gradient is rounded once.
+        layer = eager.get_submodule(name.rpartition(".")[0])
+        product = isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)
+        expected = q.grad.bfloat16().float() if product else q.grad
+        torch.testing.assert_close(p.grad, expected, rtol=0, atol=0)
 
 
 def test_an_activation_in_place_after_a_linear_layer_of_many_dimensions() -> None:
