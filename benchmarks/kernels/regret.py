@@ -181,20 +181,19 @@ def show(names: Iterable[str], fit: Fit, folds: Folds) -> bool:
     """Print every figure; whether all of them meet their goals."""
     names = list(names)
     runs = {name: wgrad_times.read(wgrad_times.DATA / f"{name}.csv") for name in names}
-    best = {name: wgrad_times.typical(some) for name, some in runs.items()}
-    tables = {name: CostModel(name, fit(cells)) for name, cells in best.items()}
+    every = {name: wgrad_times.typical(some) for name, some in runs.items()}
+    tables = {name: CostModel(name, fit(cells)) for name, cells in every.items()}
     table, right, red = cli.Table(COLUMNS), True, []
     for name in names:
-        for dtype in sorted({cell.dtype for cell in best[name]}):
-            cells = {cell: t for cell, t in best[name].items() if cell.dtype == dtype}
+        for dtype in sorted({cell.dtype for cell in every[name]}):
+            cells = {cell: t for cell, t in every[name].items() if cell.dtype == dtype}
             of_runs = [{c: t for c, t in run.items() if c.dtype == dtype} for run in runs[name]]
             of_runs = [run for run in of_runs if run]
-            full = dtype == wgrad_times.FLOAT32
             lines: list[tuple[str, Judged, Goal | None]] = [
                 ("in sample", judge(cells, by_model(tables[name])), IN_SAMPLE),
-                ("shapes left out", left_out(cells, fit, folds), LEFT_OUT if full else None),
+                ("shapes left out", left_out(cells, fit, folds), LEFT_OUT),
             ]
-            if full and len(names) > 1:
+            if dtype == wgrad_times.FLOAT32 and len(names) > 1:
                 others = [tables[other] for other in names if other != name]
                 judged, chosen = calibrated(cells, others)
                 lines.append((f"as {chosen}", judged, OTHER_MACHINE))

@@ -34,7 +34,7 @@ _ROWS_OF_A_TILE = 16
 # How much faster than PyTorch's kernel another strategy has to promise to be; with every channel
 # active it replaces a call that the user knows, and of layers with few inputs, the first ones of
 # networks, few shapes were measured.
-_PROMISE, _PROMISE_ALL, _PROMISE_FEW = 0.9, 0.85, 0.7
+_PROMISE, _PROMISE_ALL, _PROMISE_FEW = 0.9, 0.8, 0.6
 _FEW = "few inputs"
 # Times that lie as close together are worth a measurement.
 _DOUBT = 1.15

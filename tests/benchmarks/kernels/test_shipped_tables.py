@@ -18,7 +18,7 @@ def test_the_shipped_costs_choose_what_was_measured_to_be_good(name):
         cells = {cell: times for cell, times in every.items() if cell.dtype == dtype}
         judged = regret.judge(cells, regret.by_model(model))
         assert judged.cells > 1000
-        assert judged.regret < 1.05
+        assert judged.meets(regret.IN_SAMPLE)
         # PyTorch's kernel alone would be far worse: the costs do choose.
         dense = regret.judge(cells, lambda cell, problem, usable: Strategy.DENSE)
         assert dense.regret > 1.5 * judged.regret
