@@ -14,10 +14,11 @@ class ColumnGatherPlan {
   ColumnGatherPlan(const int64_t* columns, int64_t n, int64_t width, int64_t word_bytes,
                    int64_t soon = 0);
 
-  // Behind the last row, `room` words may be overwritten.
-  ColumnGather get(int64_t room = 0) const {
+  // Behind the last row, `room` words may be overwritten. Pairs are made of words `next` apart.
+  ColumnGather get(int64_t room = 0, int64_t next = 0) const {
     return {columns_,    n_,          windows_.data(), static_cast<int64_t>(windows_.size()),
-            one_vector_, soon_first_, soon_last_,      room};
+            one_vector_, soon_first_, soon_last_,      room,
+            next};
   }
 
  private:

@@ -8,6 +8,8 @@
 
 namespace neq {
 
+inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // One dimension of the convolution.
 struct Axis {
   int64_t input, output, kernel, stride, padding, dilation;

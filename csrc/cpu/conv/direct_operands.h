@@ -7,10 +7,10 @@
 
 #include "../simd/kernels.h"
 #include "../tensor/prefetch.h"
-#include "../tensor/scratch.h"
 #include "column_gather.h"
 #include "convolution.h"
 #include "direct_tiles.h"
+#include "direct_units.h"
 #include "side_by_side.h"
 
 namespace neq {
@@ -26,25 +26,6 @@ constexpr int64_t kPixelsTogether = 16;         // that are gathered block after
 constexpr int64_t kElementsTogether = 1 << 15;  // of panels that are used in turn
 constexpr int64_t kUsesWorthAPanel = 3;
 constexpr int64_t kSlack = 8;  // elements that are read past the end of packed pixels
-
-// Output rows [top, bottom) of some images.
-struct Unit {
-  int64_t image, images, top, bottom;
-};
-
-// Some channels of x at the pixels of a unit; the first row in memory is row `begin`.
-template <class P>
-struct Pixels {
-  const P* data;
-  int64_t image, row, pixel, begin;
-};
-
-// Copies of a unit's operands: dy block by block, x with some channels side by side, and rows of x.
-template <class P>
-struct Copies {
-  Scratch<P> grad, input, rows;
-  LineVector<Pixels<P>> tiles;
-};
 
 // The pixels are taken in units: some rows of an image, or several small images. Channels of x are
 // copied side by side, into a panel, unless they are used so little that they are read where they
@@ -67,6 +48,7 @@ class Operands {
                 p.taps() * static_cast<int64_t>(blocks_.size()) >= kUsesWorthAPanel),
         step_h_(takes_steps(p.h) ? p.h.stride : 1),
         step_w_(takes_steps(p.w) ? p.w.stride : 1),
+        apart_(kIsPair<P> && (taps_as_channels_ || (takes_steps(p.h) && takes_steps(p.w))) ? 2 : 1),
         channels_(p.input_channels * (taps_as_channels_ ? p.taps() : 1)),
         padded_(taps_as_channels_ ? divided_up(channels_, kLanes) * kLanes
                                   : std::max(channels_, kLanes)),
@@ -106,6 +88,21 @@ class Operands {
     return unit.images * (unit.bottom - unit.top) * p_.w.output;
   }
 
+  // Pixels from one element of the copies to the next. Where a single tap reads them, or all taps
+  // at once, every other pixel begins no pair that is read.
+  int64_t apart() const { return apart_; }
+
+  Runs runs_of(const Unit& unit) const {
+    const int64_t run = (pairs_cross_rows() ? unit.bottom - unit.top : 1) * p_.w.output;
+    if (apart_ == 1 || run % 2 == 0) return {1, pixels_of(unit)};
+    return {pixels_of(unit) / run, run};
+  }
+
+  int64_t elements_of(const Unit& unit) const {
+    const Runs runs = runs_of(unit);
+    return runs.count * divided_up(runs.pixels, apart_);
+  }
+
   // Of x, in pixels of a panel, from one output row or column to the next.
   int64_t stride_h() const { return step_h_ == 1 ? p_.h.stride : 1; }
   int64_t stride_w() const { return step_w_ == 1 ? p_.w.stride : 1; }
@@ -125,8 +122,8 @@ class Operands {
   int64_t tiles_together(const Unit& unit, int64_t first, int64_t last) const {
     int64_t begin, end;
     rows_read(unit, begin, end);
-    const int64_t pixels = unit.images * (end - begin) * panel_columns();
-    return pixels * channels_of(first, last) <= kElementsTogether ? last - first : 1;
+    const int64_t elements = unit.images * elements_of_panel(end - begin);
+    return elements * channels_of(first, last) <= kElementsTogether ? last - first : 1;
   }
 
   // The channels of x that some tiles need, copied where they are not read in place: copies.tiles.
@@ -134,10 +131,10 @@ class Operands {
     copies.tiles.clear();
     int64_t begin, end;
     rows_read(unit, begin, end);
-    const int64_t pixels = unit.images * (end - begin) * panel_columns();
+    const int64_t elements = unit.images * elements_of_panel(end - begin);
     const bool copied = panels_ && !taps_as_channels_;
     // The last tile may overlap the one before.
-    const int64_t most = pixels * (channels_of(first, last) + kLanes);
+    const int64_t most = elements * (channels_of(first, last) + kLanes);
     P* panel = copied ? copies.input.at_least(most) : nullptr;
     const int64_t row = p_.w.input * p_.input_channels, image = p_.h.input * row;
     for (int64_t t = first; t < last; ++t) {
@@ -146,7 +143,7 @@ class Operands {
         copies.tiles.push_back({copies.input.data() + tile.first, 0, 0, taps_stride(), 0});
       } else if (copied) {
         copies.tiles.push_back(fill_panel(unit, tile, panel));
-        panel += pixels * tile.vectors * kLanes;
+        panel += elements * tile.vectors * kLanes;
       } else if constexpr (std::is_same_v<T, P>) {
         const T* first_image = x_.data() + unit.image * image;
         copies.tiles.push_back({first_image + tile.first, image, row, p_.input_channels, 0});
@@ -202,18 +199,20 @@ class Operands {
             nullptr};
   }
 
-  // The active channels of each block, side by side at every pixel; block after block.
+  // The active channels of each block, side by side in every element; block after block.
   void pack_grad(const Unit& unit, int64_t first, int64_t last, Scratch<P>& packed) const {
     const int64_t plane = p_.h.output * p_.w.output, from = unit.top * p_.w.output;
     const int64_t count = (unit.bottom - unit.top) * p_.w.output;
     const int64_t channels =
         blocks_[last - 1].first + blocks_[last - 1].size - blocks_[first].first;
-    P* to = packed.at_least(unit.images * count * channels + kSlack);
+    const Runs runs = runs_of(unit);
+    const Pairing pairs{1, apart_};
+    P* to = packed.at_least(elements_of(unit) * channels + kSlack);
     if (channels_last_) {
-      gather_grad(grad_ + (unit.image * plane + from) * p_.output_channels, unit.images * count,
-                  first, last, to);
+      gather_grad(grad_ + (unit.image * plane + from) * p_.output_channels, runs, first, last, to);
       return;
     }
+    const int64_t run = std::min(runs.pixels, count);
     for (int64_t b = first; b < last; ++b) {
       const Block& block = blocks_[b];
       for (int64_t image = unit.image; image < unit.image + unit.images; ++image) {
@@ -221,8 +220,10 @@ class Operands {
         for (int64_t k = 0; k < block.size; ++k) {
           planes[k] = grad_ + (image * p_.output_channels + p_.active[block.first + k]) * plane;
         }
-        interleave_pixels<T, P>(planes, block.size, from, count, to, 1);
-        to += count * block.size;
+        for (int64_t i = 0; i < count; i += run) {
+          interleave_pixels<T, P>(planes, block.size, from + i, run, to, pairs);
+          to += pairs.elements(run) * block.size;
+        }
       }
     }
   }
@@ -230,14 +231,17 @@ class Operands {
   void add_bias(const Unit& unit, int64_t first, int64_t last, const Scratch<P>& packed,
                 double* bias) const {
     const P* dy = packed.data();
+    const Runs runs = runs_of(unit);
     for (int64_t b = first; b < last; ++b) {
       const Block& block = blocks_[b];
-      k_.sum_pixels(dy, block.size, pixels_of(unit), bias + block.first);
-      dy += pixels_of(unit) * block.size;
+      for (int64_t run = 0; run < runs.count; ++run) {
+        k_.sum_pixels(dy, block.size, runs.pixels, apart_, bias + block.first);
+        dy += divided_up(runs.pixels, apart_) * block.size;
+      }
     }
   }
 
-  // For every output pixel of a unit the channels that its taps read, tap after tap, zeros where
+  // For the output pixels of a unit the channels that its taps read, tap after tap, zeros where
   // they read beside the input.
   void fill_taps(const Unit& unit, Copies<P>& copies) const {
     int64_t begin, end;
@@ -246,20 +250,20 @@ class Operands {
     const int64_t row = ((p_.w.output - 1) * p_.w.stride + reach) * channels;
     const int64_t left = std::min(p_.w.padding * channels, row);
     const int64_t columns = std::min(p_.w.input, (row - left) / channels);
-    const int64_t stride = taps_stride();
+    const int64_t stride = taps_stride(), elements = divided_up(p_.w.output, apart_);
     // One row of zeros follows the others.
     P* all_rows = copies.rows.at_least((end - begin + 1) * row + taps_stride());
-    P* to = copies.input.at_least(pixels_of(unit) * stride + kLanes);
+    P* to = copies.input.at_least(elements_of(unit) * stride + kLanes);
     std::fill_n(all_rows + (end - begin) * row, row + taps_stride(), P(0));
     for (int64_t i = unit.image; i < unit.image + unit.images; ++i) {
       P* rows = all_rows;
       for (int64_t y = begin; y < end; ++y, rows += row) {
         std::fill_n(rows, left, P(0));
-        x_.copy(i, 0, {y * p_.w.input, 1, 0, columns, 1}, rows + left, channels, 0);
+        x_.copy(i, 0, {y * p_.w.input, 1, 0, columns, 1}, rows + left, channels, {0, 1});
         std::fill_n(rows + left + columns * channels, row - left - columns * channels, P(0));
         if constexpr (kIsPair<P>) k_.pair_up(rows, row, p_.w.stride * channels);
       }
-      for (int64_t p = unit.top; p < unit.bottom; ++p, to += p_.w.output * stride) {
+      for (int64_t p = unit.top; p < unit.bottom; ++p, to += elements * stride) {
         for (int64_t r = 0; r < p_.h.kernel; ++r) {
           const int64_t y = p * p_.h.stride - p_.h.padding + r * p_.h.dilation;
           const bool inside = begin <= y && y < end;
@@ -305,6 +309,12 @@ class Operands {
     return tiles_[last - 1].first + tiles_[last - 1].vectors * kLanes - tiles_[first].first;
   }
 
+  // So many rows of x, of an image.
+  int64_t elements_of_panel(int64_t rows) const {
+    return pairs_cross_rows() ? divided_up(rows * panel_columns(), apart_)
+                              : rows * divided_up(panel_columns(), apart_);
+  }
+
   bool takes_all_pixels() const { return step_h_ == 1 && step_w_ == 1; }
 
   int64_t panel_columns() const { return step_w_ == 1 ? p_.w.input : p_.w.output; }
@@ -321,21 +331,28 @@ class Operands {
   }
 
   // A few pixels of all blocks at a time: they lie in the first cache.
-  void gather_grad(const T* pixels, int64_t count, int64_t first, int64_t last, P* to) const {
-    const auto gather = [&](int64_t i, int64_t some, int64_t stride) {
+  void gather_grad(const T* pixels, const Runs& runs, int64_t first, int64_t last, P* to) const {
+    const Pairing pairs{1, apart_};
+    const int64_t of_run = pairs.elements(runs.pixels), whole = pairs.whole<P>(runs.pixels);
+    const int64_t elements = runs.count * of_run, together = kPixelsTogether / apart_;
+    const int64_t pixel = p_.output_channels;
+    int64_t begin = 0;
+    const auto gather = [&](int64_t i, int64_t some, int64_t next) {
       P* packed = to;
       for (int64_t b = first; b < last; ++b) {
         const Block& block = blocks_[b];
-        k_.gather(block.plan.get((count - i - some) * block.size), pixels + i * p_.output_channels,
-                  stride, packed + i * block.size, block.size, some);
-        packed += count * block.size;
+        k_.gather(block.plan.get((elements - begin - i - some) * block.size, next),
+                  pixels + i * apart_ * pixel, apart_ * pixel, packed + (begin + i) * block.size,
+                  block.size, some);
+        packed += elements * block.size;
       }
     };
-    const int64_t followed = kIsPair<P> ? count - 1 : count;
-    for (int64_t i = 0; i < followed; i += kPixelsTogether) {
-      gather(i, std::min(kPixelsTogether, followed - i), p_.output_channels);
+    for (; begin < elements; begin += of_run, pixels += runs.pixels * pixel) {
+      for (int64_t i = 0; i < whole; i += together) {
+        gather(i, std::min(together, whole - i), pixel);
+      }
+      if (whole < of_run) gather(whole, 1, 0);
     }
-    if (followed < count) gather(followed, 1, 0);
   }
 
   // The input rows of a unit with the tile's channels side by side.
@@ -343,29 +360,31 @@ class Operands {
     int64_t begin, end;
     rows_read(unit, begin, end);
     const int64_t width = tile.vectors * kLanes, columns = panel_columns();
-    const int64_t row = columns * width, image = (end - begin) * row;
+    const int64_t row = columns * width, image = elements_of_panel(end - begin) * width;
+    const Pairing pairs{next_pixel(), apart_};
     for (int64_t i = 0; i < unit.images; ++i) {
       P* to = panel + i * image;
       if (takes_all_pixels()) {
         const PixelGrid all{begin * columns, 1, 0, (end - begin) * columns, 1};
-        x_.copy(unit.image + i, tile.first, all, to, width, next_pixel());
+        x_.copy(unit.image + i, tile.first, all, to, width, pairs);
       } else {
         const int64_t source_row = step_h_ * p_.w.input;
         const PixelGrid some{begin * source_row, end - begin, source_row, columns, step_w_};
-        x_.copy(unit.image + i, tile.first, some, to, width, next_pixel());
+        x_.copy(unit.image + i, tile.first, some, to, width, pairs);
       }
     }
     return {panel, image, row, width, begin};
   }
 
-  // One row of taps for one row of pixels. Vectors are copied whole: what is written past the end,
-  // the next row of taps overwrites.
+  // One row of taps for one row of elements. Vectors are copied whole: what is written past the
+  // end, the next row of taps overwrites.
   void copy_taps(const P* row, P* to) const {
     const bool neighbours = p_.w.dilation == 1;
     const int64_t length = p_.input_channels * (neighbours ? p_.w.kernel : 1);
     for (int64_t s = 0; s < (neighbours ? 1 : p_.w.kernel); ++s) {
-      k_.copy_pixels(row + s * p_.w.dilation * p_.input_channels, p_.w.stride * p_.input_channels,
-                     divided_up(length, kLanes), p_.w.output, to + s * length, taps_stride(), 0);
+      k_.copy_pixels(row + s * p_.w.dilation * p_.input_channels,
+                     apart_ * p_.w.stride * p_.input_channels, divided_up(length, kLanes),
+                     divided_up(p_.w.output, apart_), to + s * length, taps_stride(), 0);
     }
   }
 
@@ -376,7 +395,7 @@ class Operands {
   const DirectKernels<T, P>& k_;
   std::vector<Block> blocks_;
   bool taps_as_channels_, panels_;
-  int64_t step_h_, step_w_;
+  int64_t step_h_, step_w_, apart_;
   int64_t channels_, padded_;
   std::vector<Tile> tiles_;
   int64_t parts_, band_rows_, bands_, images_;

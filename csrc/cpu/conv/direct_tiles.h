@@ -10,8 +10,6 @@
 
 namespace neq {
 
-inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Some vectors of channels. Where the last tile would pass the end it begins earlier, and leaves
 // `skip` lanes out.
 struct Tile {

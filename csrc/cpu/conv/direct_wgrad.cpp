@@ -189,7 +189,7 @@ class Direct {
               if (!o_.reads_in_place()) next_input.fetch_some();
             }
           }
-          dy += o_.pixels_of(unit) * block.size;
+          dy += o_.elements_of(unit) * block.size;
         }
       }
     }
@@ -199,16 +199,16 @@ class Direct {
   void add(const Unit& unit, const P* dy, const Block& block, const Pixels<P>& x, const Tile& tile,
            C* const* targets, bool fresh) const {
     const int64_t at = tile.first;
-    if (o_.taps_as_channels()) {
-      int64_t rows = 1, columns = o_.pixels_of(unit);
-      if (kIsPair<P> && p_.w.output % 2 > 0) rows = columns / p_.w.output, columns = p_.w.output;
-      const OuterProduct<P> o{1,          rows,
-                              columns,    dy,
-                              0,          columns * block.size,
-                              block.size, x.data,
-                              0,          columns * x.pixel,
-                              x.pixel,    targets + block.first,
-                              at,         fresh};
+    if (o_.taps_as_channels() || o_.apart() > 1) {
+      const Runs runs = o_.runs_of(unit);
+      const int64_t elements = divided_up(runs.pixels, o_.apart());
+      const OuterProduct<P> o{1,           runs.count,
+                              runs.pixels, dy,
+                              0,           elements * block.size,
+                              block.size,  x.data,
+                              0,           elements * x.pixel,
+                              x.pixel,     targets + block.first,
+                              at,          fresh};
       o_.kernels().outer_product(o, block.size, tile.vectors, tile.skip);
       return;
     }
@@ -242,6 +242,8 @@ class Direct {
                           fresh};
         if constexpr (kIsPair<P>) {
           join_loops_of_pairs(o, o_.next_pixel() * x.pixel, o_.pairs_cross_rows());
+          o.dy_column *= 2;
+          o.x_column *= 2;
         } else {
           join_loops(o);
         }
@@ -338,11 +340,13 @@ class Direct {
       for (int64_t tap = 0; tap < taps; ++tap) planes[tap] = total + tap * tap_of_sums_;
       to += channels.begin * taps;
       if constexpr (std::is_same_v<C, G>) {
-        direct_kernels<C>().interleave(planes, taps, channels.begin, channels.size(), to, taps, 0);
+        direct_kernels<C>().interleave(planes, taps, channels.begin, channels.size(), to, taps, 0,
+                                       1);
       } else {
         static thread_local Scratch<C> scratch_of_row;
         C* row = scratch_of_row.at_least(channels.size() * taps);
-        direct_kernels<C>().interleave(planes, taps, channels.begin, channels.size(), row, taps, 0);
+        direct_kernels<C>().interleave(planes, taps, channels.begin, channels.size(), row, taps, 0,
+                                       1);
         kernels<G>().round_row(row, channels.size() * taps, to);
       }
       return;

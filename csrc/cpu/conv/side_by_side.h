@@ -14,22 +14,29 @@ struct PixelGrid {
   int64_t first, rows, row_step, columns, column_step;
 };
 
-// Of `count` pixels, those that are followed by the one `next` behind them; all where nothing is
-// made of two.
-template <class P>
-int64_t followed_pixels(int64_t count, int64_t next) {
-  return kIsPair<P> ? std::max<int64_t>(0, count - next) : count;
-}
+// How pixels make pairs: each with the one `next` behind it, or, where they are 2 `apart`, every
+// other one.
+struct Pairing {
+  int64_t next, apart;
 
-// to[i * n + c] = planes[c][from + i], for c < n and i < count.
+  int64_t elements(int64_t pixels) const { return divided_up(pixels, apart); }
+
+  // Of so many pixels, those elements that have both; all where nothing is made of two.
+  template <class P>
+  int64_t whole(int64_t pixels) const {
+    return kIsPair<P> ? elements(std::max<int64_t>(0, pixels - next)) : pixels;
+  }
+};
+
+// to[i * n + c] is element i of planes[c][from : from + count], for c < n.
 template <class T, class P>
 void interleave_pixels(const T* const* planes, int64_t n, int64_t from, int64_t count, P* to,
-                       int64_t next) {
+                       const Pairing& pairs) {
   const auto interleave = direct_kernels<T, P>().interleave;
-  const int64_t followed = followed_pixels<P>(count, next);
-  interleave(planes, n, from, followed, to, n, next);
-  if (followed == count) return;
-  interleave(planes, n, from + followed, count - followed, to + followed * n, n, 0);
+  const int64_t whole = pairs.whole<P>(count), rest = pairs.elements(count) - whole;
+  interleave(planes, n, from, whole, to, n, pairs.next, pairs.apart);
+  if (rest == 0) return;
+  interleave(planes, n, from + whole * pairs.apart, rest, to + whole * n, n, 0, pairs.apart);
 }
 
 template <class T, class P>
@@ -45,17 +52,17 @@ class SideBySide {
 
   const T* data() const { return x_; }
 
-  // to[i * width + c] is channel first + c, c < width, of pixel i of the grid. Pixels that are
-  // `next` apart make pairs; the last ones, in NHWC of each row, are without.
+  // to[i * width + c] is channel first + c, c < width, of element i of the grid. The last pixels,
+  // in NHWC of each row, make no pairs.
   void copy(int64_t image, int64_t first, const PixelGrid& grid, P* to, int64_t width,
-            int64_t next) const {
+            const Pairing& pairs) const {
     const T* pixels = x_ + image * plane_ * channels_;
     if (channels_last_) {
       pixels += grid.first * channels_ + first;
       for (int64_t row = 0; row < grid.rows; ++row) {
-        copy_pixels(pixels, grid.column_step * channels_, grid.columns, to, width, next);
+        copy_pixels(pixels, grid.column_step * channels_, grid.columns, to, width, pairs);
         pixels += grid.row_step * channels_;
-        to += grid.columns * width;
+        to += pairs.elements(grid.columns) * width;
       }
       return;
     }
@@ -73,23 +80,24 @@ class SideBySide {
       for (int64_t c = 0; c < width; ++c) planes[c] = taken + c * count;
       from = 0;
     }
-    interleave_pixels<T, P>(planes, width, from, count, to, next);
+    interleave_pixels<T, P>(planes, width, from, count, to, pairs);
   }
 
  private:
   void copy_pixels(const T* from, int64_t stride, int64_t count, P* to, int64_t width,
-                   int64_t next) const {
+                   const Pairing& pairs) const {
+    const int64_t step = pairs.apart * stride;
     const auto copy_some = [&](int64_t i, int64_t some, int64_t distance) {
-      if (width == stride) {
-        copy_stretch(from + i * stride, some * width, to + i * width, distance);
+      if (width == step) {
+        copy_stretch(from + i * step, some * width, to + i * width, distance);
       } else {
-        direct_kernels<T, P>().pack_pixels(from + i * stride, stride, width / kLanes, some,
+        direct_kernels<T, P>().pack_pixels(from + i * step, step, width / kLanes, some,
                                            to + i * width, width, distance);
       }
     };
-    const int64_t followed = followed_pixels<P>(count, next);
-    copy_some(0, followed, next * stride);
-    if (followed < count) copy_some(followed, count - followed, 0);
+    const int64_t whole = pairs.whole<P>(count), rest = pairs.elements(count) - whole;
+    copy_some(0, whole, pairs.next * stride);
+    if (rest > 0) copy_some(whole, rest, 0);
   }
 
   static void copy_stretch(const T* from, int64_t count, P* to, int64_t distance) {
@@ -99,7 +107,7 @@ class SideBySide {
       const int64_t whole = count / kLanes * kLanes;
       direct_kernels<T, P>().pack_pixels(from, 0, whole / kLanes, 1, to, 0, distance);
       const T* rest = from + whole;
-      direct_kernels<T, P>().interleave(&rest, 1, 0, count - whole, to + whole, 1, distance);
+      direct_kernels<T, P>().interleave(&rest, 1, 0, count - whole, to + whole, 1, distance, 1);
     }
   }
 

@@ -82,22 +82,29 @@ NEQ_TARGET int64_t gather_vector(const ColumnGather& gather, const T* from, int6
     is_later[w] = later_lanes(window);
   }
   if (gather.room < 8) rows -= (8 + to_stride - 1) / to_stride;
-  // Pairs are made of whole vectors: of a row and of the next one.
-  __m256i next{};
+  // Pairs are made of whole vectors. Where the second row of one is the first of the next, it is
+  // read once.
+  const bool overlap = gather.next == from_stride;
+  __m256i second{};
   if constexpr (kMakesPairs<T, P>) {
-    if (rows > 0) next = gather_row<kWindows, float>(gather, from, lanes, is_later);
+    if (rows > 0 && overlap) second = gather_row<kWindows, float>(gather, from, lanes, is_later);
   }
   for (int64_t row = 0; row < rows; ++row) {
     const T* source = from + row * from_stride;
     if (gather.soon_first <= gather.soon_last) {
       __builtin_prefetch(source + gather.soon_first);
       __builtin_prefetch(source + gather.soon_last);
+      if (kMakesPairs<T, P> && !overlap) {
+        __builtin_prefetch(source + gather.next + gather.soon_first);
+        __builtin_prefetch(source + gather.next + gather.soon_last);
+      }
     }
     __m256i words;
     if constexpr (kMakesPairs<T, P>) {
-      const __m256i first = next;
-      next = gather_row<kWindows, float>(gather, source + from_stride, lanes, is_later);
-      words = _mm256_or_si256(_mm256_srli_epi32(first, 16), next);
+      const __m256i first =
+          overlap ? second : gather_row<kWindows, float>(gather, source, lanes, is_later);
+      second = gather_row<kWindows, float>(gather, source + gather.next, lanes, is_later);
+      words = _mm256_or_si256(_mm256_srli_epi32(first, 16), second);
     } else {
       words = gather_row<kWindows, P>(gather, source, lanes, is_later);
     }
@@ -144,7 +151,7 @@ NEQ_TARGET void gather_columns(const ColumnGather& gather, const T* from, int64_
       }
       for (int64_t w = 0; w < gather.n_windows; ++w) {
         const Window& window = gather.windows[w];
-        shuffle_window(source + window.from, target + window.to, window, from_stride);
+        shuffle_window(source + window.from, target + window.to, window, gather.next);
       }
     }
   }
@@ -156,7 +163,7 @@ NEQ_TARGET void gather_columns(const ColumnGather& gather, const T* from, int64_
       __builtin_prefetch(source + column);
     }
     for (int64_t i = 0; i < gather.n; ++i)
-      target[i] = packed_element<P>(source + gather.columns[i], from_stride);
+      target[i] = packed_element<P>(source + gather.columns[i], gather.next);
   }
 }
 

@@ -56,6 +56,7 @@ struct ColumnGather {
   bool one_vector;                // the windows are blended into one vector of 32-bit words
   int64_t soon_first, soon_last;  // columns of the same row to prefetch; none when first > last
   int64_t room;                   // words behind the last row that may be written
+  int64_t next;                   // words from the first element of a pair to the second
 };
 
 constexpr int64_t kVectorBytes = 32;
@@ -107,7 +108,8 @@ struct TileLimits {
   }
 };
 
-// Pixels of dy and of x, in three nested loops, and where the sums of each output channel go.
+// Pixels of dy and of x, in three nested loops, and where the sums of each output channel go. A
+// pair is two columns: dy_column and x_column lead from a pair to the next.
 template <class P>
 struct OuterProduct {
   int64_t images, rows, columns;
@@ -141,12 +143,12 @@ struct Kernels {
 };
 
 // Of the direct wgrad: P is what elements of type T are packed as. A pair's second element lies
-// `next` elements behind the first one; of a gather it is the next row's, so one row more is read.
+// `next` elements behind the first one; pairs begin `apart` pixels from each other: 1, or 2.
 template <class T, class P = Compute<T>>
 struct DirectKernels {
   TileLimits tile_limits;
   void (*outer_product)(const OuterProduct<P>& o, int64_t n, int64_t vectors, int64_t skip);
-  void (*sum_pixels)(const P* from, int64_t n, int64_t count, double* totals);
+  void (*sum_pixels)(const P* from, int64_t n, int64_t count, int64_t apart, double* totals);
   void (*gather)(const ColumnGather& gather, const T* from, int64_t from_stride, P* to,
                  int64_t to_stride, int64_t rows);
   void (*pack_pixels)(const T* from, int64_t stride, int64_t vectors, int64_t count, P* to,
@@ -154,7 +156,7 @@ struct DirectKernels {
   void (*copy_pixels)(const P* from, int64_t stride, int64_t vectors, int64_t count, P* to,
                       int64_t to_stride, int64_t next);
   void (*interleave)(const T* const* planes, int64_t n, int64_t first, int64_t count, P* to,
-                     int64_t width, int64_t next);
+                     int64_t width, int64_t next, int64_t apart);
   void (*take_steps)(const T* from, int64_t from_row, int64_t step, T* to, int64_t to_row,
                      int64_t rows, int64_t count);
   void (*pair_up)(P* elements, int64_t count, int64_t next);  // of pairs only

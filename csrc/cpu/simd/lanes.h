@@ -44,16 +44,22 @@ low_halves(const T* from) {
   return __builtin_convertvector(halves, typename Register<uint32_t, kBytes>::Type);
 }
 
-// A vector of P; the second elements of pairs lie `next` elements behind the first ones.
+// A vector of P; the second elements of pairs lie `next` elements behind the first ones, and these
+// `apart` elements from each other: 1, or 2 where pairs are words as they lie in memory.
 template <class P, int kBytes = kVectorBytes, class T>
 NEQ_TARGET inline __attribute__((always_inline)) typename Register<P, kBytes>::Type load_as_packed(
-    const T* from, int64_t next = 0) {
+    const T* from, int64_t next = 0, int64_t apart = 1) {
   using Vector = typename Register<P, kBytes>::Type;
   if constexpr (std::is_same_v<T, P>) {
     Vector vector;
     std::memcpy(&vector, from, sizeof(vector));
     return vector;
   } else if constexpr (kIsPair<P>) {
+    if (apart == 2) {
+      Vector words;
+      std::memcpy(&words, from, sizeof(words));
+      return words;
+    }
     return low_halves<kBytes>(from) | low_halves<kBytes>(from + next) << 16;
   } else if constexpr (std::is_same_v<T, BFloat16>) {
     return reinterpret_cast<Vector>(low_halves<kBytes>(from) << 16);

@@ -134,8 +134,8 @@ NEQ_TARGET void outer_product_tile(const OuterProduct<P>& o, int64_t first, int6
             multiply_add(half_total[k], element(dy[k]) - HalfPacked{}, half_pixel);
           }
         }
-        dy += kPixels * o.dy_column;
-        x += kPixels * o.x_column;
+        dy += o.dy_column;
+        x += o.x_column;
       }
     }
   }
@@ -297,11 +297,11 @@ NEQ_TARGET void outer_product(const OuterProduct<P>& o, int64_t n, int64_t vecto
   outer_product_of_width<P, kMost>(o, n, vectors, skip);
 }
 
-// Of a pair, that of its first element.
+// Of a pair, that of its first element, or of its second one.
 template <class P>
-inline double value(P packed) {
+inline double value(P packed, bool second = false) {
   if constexpr (kIsPair<P>) {
-    const uint32_t word = static_cast<uint32_t>(packed) << 16;
+    const uint32_t word = (static_cast<uint32_t>(packed) << (second ? 0 : 16)) & 0xFFFF0000U;
     float number;
     std::memcpy(&number, &word, sizeof(number));
     return static_cast<double>(number);
@@ -310,17 +310,20 @@ inline double value(P packed) {
   }
 }
 
-// totals[k] += sum over `count` pixels of from[pixel * n + k]; n is at most 8. Up to 7 elements
-// behind the last one are read.
+// totals[k] += sum over `count` pixels of from[pixel * n + k]; n is at most 8. Where pairs begin
+// two pixels apart, odd pixels are their second elements. Up to 7 elements behind the last one are
+// read.
 template <class P>
-NEQ_TARGET void sum_pixels(const P* from, int64_t n, int64_t count, double* totals) {
+NEQ_TARGET void sum_pixels(const P* from, int64_t n, int64_t count, int64_t apart, double* totals) {
   double even[8] = {}, odd[8] = {};
+  const bool second = kIsPair<P> && apart == 2;
+  const int64_t to_odd = second ? 0 : n;
   int64_t i = 0;
-  for (; i + 2 <= count; i += 2, from += 2 * n) {
+  for (; i + 2 <= count; i += 2, from += n + to_odd) {
 #pragma omp simd
     for (int64_t k = 0; k < 8; ++k) even[k] += value(from[k]);
 #pragma omp simd
-    for (int64_t k = 0; k < 8; ++k) odd[k] += value(from[n + k]);
+    for (int64_t k = 0; k < 8; ++k) odd[k] += value(from[to_odd + k], second);
   }
   for (int64_t k = 0; k < n; ++k) {
     totals[k] += even[k] + odd[k] + (i < count ? value(from[k]) : 0.0);

@@ -10,15 +10,22 @@
 namespace neq::NEQ_ISA {
 
 // `vectors` vectors at to[i * to_stride] = those at from[i * stride], for i < count. What lies
-// behind them in memory is expected to be read soon.
+// behind them in memory is expected to be read soon. Elements that are packed as another type are
+// new to the caches: those of the next rows are fetched.
 template <class T, class P>
 NEQ_TARGET void copy_pixels(const T* from, int64_t stride, int64_t vectors, int64_t count, P* to,
                             int64_t to_stride, int64_t next) {
-  constexpr int64_t kLanes = Lanes<P>::count;
+  constexpr int64_t kLanes = Lanes<P>::count, kLine = 64 / sizeof(T), kAhead = 8;
   for (int64_t i = 0; i < count; ++i, from += stride, to += to_stride) {
-    __builtin_prefetch(from + vectors * kLanes);
     int64_t v = 0;
-    if constexpr (!std::is_same_v<T, P>) {
+    if constexpr (std::is_same_v<T, P>) {
+      __builtin_prefetch(from + vectors * kLanes);
+    } else {
+      const T* ahead = from + kAhead * stride;
+      for (int64_t c = 0; c < vectors * kLanes; c += kLine) {
+        __builtin_prefetch(ahead + c);
+        if (kIsPair<P> && next != stride) __builtin_prefetch(ahead + next + c);
+      }
       for (; v + kVectorsOfRegister <= vectors; v += kVectorsOfRegister) {
         const auto pixel = load_as_packed<P, NEQ_REGISTER_BYTES>(from + v * kLanes, next);
         std::memcpy(to + v * kLanes, &pixel, sizeof(pixel));
@@ -34,9 +41,9 @@ NEQ_TARGET void copy_pixels(const T* from, int64_t stride, int64_t vectors, int6
 #ifdef NEQ_VECTOR_SHUFFLES
 template <class T, class P>
 NEQ_TARGET inline void transpose_8x8(const T* const* planes, int64_t first, P* to, int64_t width,
-                                     int64_t next) {
+                                     int64_t next, int64_t apart) {
   __m256 a[8], b[8];
-  for (int i = 0; i < 8; ++i) a[i] = __m256(load_as_packed<P>(planes[i] + first, next));
+  for (int i = 0; i < 8; ++i) a[i] = __m256(load_as_packed<P>(planes[i] + first, next, apart));
   for (int i = 0; i < 8; i += 2) {
     b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
     b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
@@ -59,11 +66,13 @@ NEQ_TARGET inline void transpose_8x8(const T* const* planes, int64_t first, P* t
 }
 #endif
 
-// to[i * width + c] = planes[c][first + i], for c < n and i < count; n is at most 8 where the rows
-// are as narrow as that.
+// to[i * width + c] = planes[c][first + i * apart], for c < n and i < count; n is at most 8 where
+// the rows are as narrow as that. `apart` is 1, or 2 where every other element begins a pair with
+// its neighbour.
 template <class T, class P>
 NEQ_TARGET void interleave(const T* const* planes, int64_t n, int64_t first, int64_t count, P* to,
-                           int64_t width, int64_t next) {
+                           int64_t width, int64_t next, int64_t apart) {
+  if constexpr (!kIsPair<P>) apart = 1;
   int64_t c = 0;
 #ifdef NEQ_VECTOR_SHUFFLES
   if constexpr (sizeof(P) == 4) {
@@ -72,28 +81,30 @@ NEQ_TARGET void interleave(const T* const* planes, int64_t n, int64_t first, int
       for (int64_t j = 0; j < 8; ++j) eight[j] = planes[std::min(j, n - 1)];
       int64_t i = 0;
       // Whatever the last row stores past its end, there are rows left to overwrite it.
-      for (; i + 16 <= count; i += 8) transpose_8x8(eight, first + i, to + i * width, width, next);
+      for (; i + 16 <= count; i += 8) {
+        transpose_8x8(eight, first + i * apart, to + i * width, width, next, apart);
+      }
       for (; i < count; ++i) {
         for (int64_t j = 0; j < n; ++j)
-          to[i * width + j] = packed_element<P>(planes[j] + first + i, next);
+          to[i * width + j] = packed_element<P>(planes[j] + first + i * apart, next);
       }
       return;
     }
     for (; c + 8 <= n; c += 8) {
       int64_t i = 0;
       for (; i + 8 <= count; i += 8) {
-        transpose_8x8(planes + c, first + i, to + i * width + c, width, next);
+        transpose_8x8(planes + c, first + i * apart, to + i * width + c, width, next, apart);
       }
       for (; i < count; ++i) {
         for (int64_t j = c; j < c + 8; ++j)
-          to[i * width + j] = packed_element<P>(planes[j] + first + i, next);
+          to[i * width + j] = packed_element<P>(planes[j] + first + i * apart, next);
       }
     }
   }
 #endif
   for (; c < n; ++c) {
     for (int64_t i = 0; i < count; ++i)
-      to[i * width + c] = packed_element<P>(planes[c] + first + i, next);
+      to[i * width + c] = packed_element<P>(planes[c] + first + i * apart, next);
   }
 }
 
