@@ -68,16 +68,10 @@ def linear(
         ValueError: ``channels`` does not fit ``weight``, or an unknown ``grad_input``.
         RuntimeError: in backward, when ``channels`` was changed after the forward.
     """
-    known = None if torch.compiler.is_compiling() else eager.call_key(input, weight, bias)
-    if known is not None:
-        key = (known, grad_input)
-        plan = channels.plans.get(key, eager.MISSING)
-        if plan is eager.MISSING:
-            plan = eager.plan_linear(input, weight, bias, channels, grad_input)
-            eager.keep(channels, key, plan)
+    if not torch.compiler.is_compiling():
+        plan = eager.planned(eager.plan_linear, channels, input, weight, bias, grad_input)
         if plan is not None:
-            output: Tensor = plan.run(input, weight, bias)
-            return output
+            return plan.run(input, weight, bias)
     if not learns(weight, bias):
         return F.linear(input, weight, bias)
     if left_to_pytorch(input, weight):
@@ -134,19 +128,11 @@ def conv(
     """
     arguments: tuple[Any, ...]
     arguments = (stride, padding, dilation, groups, transposed, output_padding)
-    known = None if torch.compiler.is_compiling() else eager.call_key(input, weight, bias)
-    if known is not None:
-        key = (known, arguments, grad_input)
-        try:
-            plan = channels.plans.get(key, eager.MISSING)
-        except TypeError:  # a list has no hash
-            plan = None
-        if plan is eager.MISSING:
-            plan = eager.plan_conv(input, weight, bias, channels, arguments, grad_input)
-            eager.keep(channels, key, plan)
+    if not torch.compiler.is_compiling():
+        called_with = (*arguments, grad_input)
+        plan = eager.planned(eager.plan_conv, channels, input, weight, bias, called_with)
         if plan is not None:
-            output: Tensor = plan.run(input, weight, bias)
-            return output
+            return plan.run(input, weight, bias)
     arguments = expanded(weight, arguments)
     if not learns(weight, bias):
         return convolve(input, weight, bias, *arguments)
@@ -253,6 +239,8 @@ def affine(
     if none_active(channels, either):
         return detached(weight), detached(bias)
     mask = channels.mask_on(either.device)
+    if not torch.compiler.is_compiling():
+        eager.plan_affine(channels, weight, bias, mask)
     return (
         None if weight is None else constant_where_frozen(weight, mask),
         None if bias is None else constant_where_frozen(bias, mask),

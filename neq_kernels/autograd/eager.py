@@ -3,7 +3,8 @@ changes.
 
 Between two changes of the set, a layer is called with the same shapes again and again. The first of
 these calls checks its arguments and chooses a kernel; the outcome is kept in ``channels.plans``,
-where the others find it.
+where the others find it. A call like the last one is recognised by the guards of ``torch.compile``,
+in one look: between layers, all that a key has to be made of falls out of the CPU's caches.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, get_num_threads, is_grad_enabled
+from torch import Tensor, get_num_threads, is_grad_enabled, where
 from torch._C import _is_any_autocast_enabled, _len_torch_dispatch_stack
 
 from neq_kernels import ops
@@ -29,6 +30,7 @@ from neq_kernels.autograd.call_state import (
     watched,
 )
 from neq_kernels.autograd.forward import convolution, detached, linear_forward
+from neq_kernels.autograd.likeness import Likeness
 from neq_kernels.backends.base import BackwardCall, Grads
 from neq_kernels.backends.problem import ConvGeometry
 from neq_kernels.channels import ActiveChannels
@@ -38,7 +40,36 @@ from neq_kernels.dispatch.selection import selector
 Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 MISSING = object()
+# In ``channels.plans``: what served the last call.
+LAST, AFFINE = "last", "affine"
 _MOST_PLANS = 64
+
+
+class AffinePlan:
+    """The scale and shift of a norm layer, some of whose entries are active."""
+
+    __slots__ = ("_likeness", "_mask")
+
+    def __init__(self, mask: Tensor, weight: Tensor, bias: Tensor) -> None:
+        self._mask, self._likeness = mask, Likeness(weight, bias)
+
+    def run(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Unchanged, with frozen entries as constants; None unless they are like those that the
+        plan was made for."""
+        if weight is None or bias is None or not self._likeness.fits(weight, bias):
+            return None
+        mask = self._mask
+        return where(mask, weight, weight.detach()), where(mask, bias, bias.detach())
+
+
+def plan_affine(
+    channels: ActiveChannels, weight: Tensor | None, bias: Tensor | None, mask: Tensor
+) -> None:
+    """Remember how scale and shift are masked in eager calls."""
+    if weight is None or bias is None or call_key(weight, bias, None) is None:
+        return
+    if weight.is_cpu:
+        channels.plans[AFFINE] = AffinePlan(mask, weight, bias)
 
 
 class LayerPlan:
@@ -52,12 +83,14 @@ class LayerPlan:
         autocast: the dtype that autocast casts the operands to; None: they are as they are.
 
     Attributes:
+        arguments: what else the layer was called with.
+        likeness: to that call; None on a GPU, whose calls may be captured.
         call: computes the gradients; None: PyTorch's own graph does.
     """
 
     __slots__ = (
-        *("again", "autocast", "call", "channels", "forward", "generation"),
-        *("none_active", "observed", "on_gpu"),
+        *("again", "arguments", "autocast", "call", "channels", "forward", "generation"),
+        *("likeness", "none_active", "observed", "on_gpu"),
     )
 
     def __init__(
@@ -74,6 +107,8 @@ class LayerPlan:
         self.forward, self.observed, self.again = forward, observed, again
         self.call: BackwardCall | None = None
         self.on_gpu, self.autocast = on_gpu, autocast
+        self.arguments: Hashable = None
+        self.likeness: Likeness | None = None
 
     def settle(self, call: BackwardCall) -> None:
         """Compute the gradients by ``call`` from now on."""
@@ -135,18 +170,53 @@ def _may_be_planned_on_a_gpu(input: Tensor, weight: Tensor) -> bool:
     return input.is_cuda and weight.is_cuda and not selector.rehearsal.captures(weight)
 
 
-def keep(channels: ActiveChannels, key: Hashable, plan: LayerPlan | None) -> None:
-    """Remember a plan, or that there is none, until the set of active channels changes."""
-    if len(channels.plans) >= _MOST_PLANS:
-        channels.plans.clear()
-    channels.plans[key] = plan
-
-
-def plan_linear(
+def planned(
+    make: Callable[..., LayerPlan | None],
+    channels: ActiveChannels,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    arguments: Hashable,
+) -> LayerPlan | None:
+    """How a call runs, as long as the set of active channels does not change; None where calls are
+    not planned.
+
+    Args:
+        make: makes a plan from the rest.
+        arguments: what else the layer is called with.
+    """
+    plans = channels.plans
+    last: LayerPlan | None = plans.get(LAST)
+    if last is not None and last.likeness is not None and last.arguments == arguments:
+        operands = (input, weight) if bias is None else (input, weight, bias)
+        if last.likeness.fits(*operands):
+            return last
+    known = call_key(input, weight, bias)
+    if known is None:
+        return None
+    key = (known, arguments)
+    try:
+        found = plans.get(key, MISSING)
+    except TypeError:  # a list has no hash
+        return None
+    plan: LayerPlan | None
+    plan = make(channels, input, weight, bias, arguments) if found is MISSING else found
+    if found is MISSING:
+        if len(plans) >= _MOST_PLANS:
+            plans.clear()
+        plans[key] = plan
+    if plan is not None and input.is_cpu:
+        if plan.likeness is None:
+            plan.likeness, plan.arguments = Likeness(input, weight, bias), arguments
+        plans[LAST] = plan
+    return plan
+
+
+def plan_linear(
     channels: ActiveChannels,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     grad_input: GradInput,
 ) -> LayerPlan | None:
     """Returns None for the approximate input gradient, and for tensors left to PyTorch."""
@@ -182,18 +252,17 @@ def plan_linear(
 
 
 def plan_conv(
+    channels: ActiveChannels,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    channels: ActiveChannels,
     arguments: tuple[Any, ...],
-    grad_input: GradInput,
 ) -> LayerPlan | None:
     """Returns None for the approximate input gradient, unbatched input, padding by name, and
     tensors left to PyTorch."""
     if left_to_pytorch(input, weight):
         return None
-    arguments = expanded(weight, arguments)
+    grad_input, arguments = arguments[-1], expanded(weight, arguments[:-1])
     stride, padding, dilation, groups, transposed, output_padding = arguments
     k = weight.shape[1] * groups if transposed else weight.shape[0]
     validate(input, weight, bias, channels, k, grad_input)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
 from neq_kernels import functional
+from neq_kernels.autograd import eager
 from neq_kernels.autograd.call_state import all_active, learns, transformed, watched
 from neq_kernels.layers.base import NeuronLayer, constructible
 
@@ -25,6 +27,11 @@ class _Norm(NeuronLayer):
             return self._traced(input)
         channels = self.channels
         weight, bias = self._learned()
+        if not torch.compiler.is_compiling():
+            plan: eager.AffinePlan | None = channels.plans.get(eager.AFFINE)
+            masked = None if plan is None else plan.run(weight, bias)
+            if masked is not None:
+                return self._anchored(self._normalize(input, *masked))
         if not learns(weight, bias):
             return self._anchored(self._normalize(input, weight, bias))
         if all_active(channels, input) and not transformed():
