@@ -96,11 +96,12 @@ def without_wgrads(model: nn.Module, names: Sequence[str]) -> nn.Module:
     them."""
     token = torch.zeros(1, requires_grad=True)
 
-    def keep_alive(module: nn.Module, args: object, output: Tensor) -> Tensor:
+    def keep_alive(module: nn.Module, args: object, output: Any) -> Any:
+        if isinstance(output, tuple):  # of attention, with its weights
+            return keep_alive(module, args, output[0]), *output[1:]
         if output.requires_grad or not torch.is_grad_enabled():
             return output
-        alive: Tensor = _Alive.apply(output, token)
-        return alive
+        return _Alive.apply(output, token)
 
     for name in names:
         layer = model.get_submodule(name)

@@ -214,3 +214,14 @@ def test_backprop_passes_layers_without_a_weight_gradient():
     assert len(arrived) == 1
     assert model[0].weight.grad is None
     assert model[2].weight.grad is not None
+
+
+def test_backprop_comes_down_to_attention_that_learns_nothing():
+    attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    model = comparison.without_wgrads(torch.nn.ModuleList([attention]), ["0"])
+    x = torch.randn(2, 3, 8)
+    output, weights = model[0](x, x, x)
+    assert output.requires_grad
+    assert not weights.requires_grad
+    output.sum().backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
