@@ -47,7 +47,7 @@ OTHER_TENSORS = {
     "dtype": lambda x, w, b: (x.double(), w, b),
     "subclass": lambda x, w, b: (x.as_subclass(Other), w, b),
     "meta": lambda x, w, b: (x.to("meta"), w, b),
-    "conjugate": lambda x, w, b: (torch.complex(x, x).imag, w, b),
+    "a negative view": lambda x, w, b: (torch._neg_view(x), w, b),
     "inference": lambda x, w, b: (inference(x), w, b),
     "requires_grad": lambda x, w, b: (x.requires_grad_(), w, b),
     "weight's shape": lambda x, w, b: (x, nn.Parameter(w[:, :, :1]), b),
@@ -114,6 +114,7 @@ TRANSFORMS = {
 def test_nor_is_one_in_a_transform_or_a_trace(transform):
     tensors = operands()
     likeness, seen = Likeness(*tensors), []
+    assert likeness.fits(*tensors)
 
     def function(t):
         seen.append(likeness.fits(*tensors))  # of which the transform knows nothing
@@ -167,6 +168,8 @@ def test_norms_mask_the_parameters_they_have_now(norm):
     model = neq.convert(nn.Sequential(norm, nn.Conv2d(4, 4, 1)))
     layer = model[0]
     layer.channels.set([1, 3])
+    layer(IMAGES)
+    assert eager.AFFINE in layer.channels.plans
     for value in (1.0, 2.0, 3.0):
         if value == 2.0:
             layer.weight.data = torch.full((4,), value)
