@@ -18,6 +18,8 @@ namespace neq {
 // As many pixels are summed in registers before they join the others. Of few pixels PyTorch's
 // kernels sum even fewer at a time, and what is summed in one go is less exact.
 constexpr int64_t kPixelsPerUnit = 256, kPixelsPerSmallUnit = 128, kFewPixels = 1024;
+constexpr int64_t kLeastBytesOfPlane = 128, kMostDotBlocks = 5;
+constexpr int64_t kBytesOfPlane = 2048;          // of a unit, where nothing is copied
 constexpr int64_t kPixelsPerPart = 512;          // what a sum of its own is worth
 constexpr int64_t kProductsPerPart = 1 << 17;    // of dy and x
 constexpr int64_t kParts = 16, kMostParts = 64;  // the most while all sums stay in the second cache
@@ -42,17 +44,21 @@ class Operands {
         x_(p, input, channels_last),
         channels_last_(channels_last),
         k_(direct_kernels<T, P>()),
-        blocks_(channel_blocks(p, sizeof(P), k_.tile_limits.rows)),
+        planes_(!channels_last && is_worth_planes(p)),
+        blocks_(channel_blocks(p, sizeof(P), planes_ ? k_.dot_rows : k_.tile_limits.rows)),
+        active_lines_(lines_of(p)),
         taps_as_channels_(p.input_channels < kLanes),
-        panels_(!std::is_same_v<T, P> || !channels_last ||
-                p.taps() * static_cast<int64_t>(blocks_.size()) >= kUsesWorthAPanel),
+        panels_(!planes_ &&
+                (!std::is_same_v<T, P> || !channels_last ||
+                 (!lies_side_by_side() &&
+                  p.taps() * static_cast<int64_t>(blocks_.size()) >= kUsesWorthAPanel))),
         step_h_(takes_steps(p.h) ? p.h.stride : 1),
         step_w_(takes_steps(p.w) ? p.w.stride : 1),
         apart_(kIsPair<P> && (taps_as_channels_ || (takes_steps(p.h) && takes_steps(p.w))) ? 2 : 1),
         channels_(p.input_channels * (taps_as_channels_ ? p.taps() : 1)),
         padded_(taps_as_channels_ ? divided_up(channels_, kLanes) * kLanes
                                   : std::max(channels_, kLanes)),
-        tiles_(channel_tiles(padded_, kLanes, p.n, reads_in_place(), k_.tile_limits)),
+        tiles_(tiles_of_channels()),
         parts_(number_of_parts()),
         band_rows_(rows_of_band()),
         bands_(divided_up(p.h.output, band_rows_)),
@@ -113,6 +119,18 @@ class Operands {
   // Whether the last pixel of a row makes a pair with the first one of the next row.
   bool pairs_cross_rows() const {
     return !taps_as_channels_ && (takes_all_pixels() || !channels_last_);
+  }
+
+  // Whether nothing is copied: pixels lie side by side and have a single tap, so what is added up
+  // is dot products of planes.
+  bool takes_planes() const { return planes_; }
+
+  // A channel of a unit's first image, from its first pixel on.
+  const T* grad_plane(const Unit& unit, int64_t channel) const {
+    return grad_ + (unit.image * p_.output_channels + channel) * p_.h.output + unit.top;
+  }
+  const T* input_plane(const Unit& unit, int64_t channel) const {
+    return x_.data() + (unit.image * p_.input_channels + channel) * p_.h.output + unit.top;
   }
 
   // Whether channels of x are read where they lie.
@@ -199,8 +217,10 @@ class Operands {
             nullptr};
   }
 
-  // The active channels of each block, side by side in every element; block after block.
-  void pack_grad(const Unit& unit, int64_t first, int64_t last, Scratch<P>& packed) const {
+  // The active channels of each block, side by side in every element; block after block. Of pixels
+  // that are new to the caches, some are fetched ahead.
+  void pack_grad(const Unit& unit, int64_t first, int64_t last, bool are_new,
+                 Scratch<P>& packed) const {
     const int64_t plane = p_.h.output * p_.w.output, from = unit.top * p_.w.output;
     const int64_t count = (unit.bottom - unit.top) * p_.w.output;
     const int64_t channels =
@@ -209,7 +229,8 @@ class Operands {
     const Pairing pairs{1, apart_};
     P* to = packed.at_least(elements_of(unit) * channels + kSlack);
     if (channels_last_) {
-      gather_grad(grad_ + (unit.image * plane + from) * p_.output_channels, runs, first, last, to);
+      gather_grad(grad_ + (unit.image * plane + from) * p_.output_channels, runs, first, last,
+                  are_new, to);
       return;
     }
     const int64_t run = std::min(runs.pixels, count);
@@ -237,6 +258,23 @@ class Operands {
       for (int64_t run = 0; run < runs.count; ++run) {
         k_.sum_pixels(dy, block.size, runs.pixels, apart_, bias + block.first);
         dy += divided_up(runs.pixels, apart_) * block.size;
+      }
+    }
+  }
+
+  // The same of planes.
+  void add_bias(const Unit& unit, int64_t first, int64_t last, double* bias) const {
+    const int64_t begin = blocks_[first].first;
+    const int64_t end = blocks_[last - 1].first + blocks_[last - 1].size;
+    for (int64_t i = begin; i < end; ++i) {
+      const T* plane = grad_plane(unit, p_.active[i]);
+      for (int64_t image = 0; image < unit.images; ++image) {
+        double sum = 0;
+        for (int64_t at = 0; at < unit.bottom - unit.top; ++at) {
+          sum += static_cast<double>(static_cast<Compute<T>>(plane[at]));
+        }
+        bias[i] += sum;
+        plane += p_.output_channels * p_.h.output;
       }
     }
   }
@@ -277,7 +315,27 @@ class Operands {
  private:
   int64_t pixels() const { return p_.images * p_.h.output * p_.w.output; }
 
+  // Whether planes are multiplied where they lie: there has to be a single tap, of pixels in one
+  // row that fill registers, and copies that would be used often are quicker to multiply.
+  bool is_worth_planes(const ConvProblem& p) const {
+    const bool is_flat = p.taps() == 1 && p.h.input == p.h.output && p.h.padding == 0 &&
+                         p.w.input == 1 && p.w.padding == 0;
+    return k_.plane_dots && is_flat && p.input_channels >= kLanes &&
+           p.h.output * static_cast<int64_t>(sizeof(T)) >= kLeastBytesOfPlane &&
+           (kIsPair<P> || p.n <= kMostDotBlocks * k_.dot_rows);
+  }
+
+  std::vector<Tile> tiles_of_channels() const {
+    if (planes_) return channel_tiles(padded_, kLanes, 1, 1);
+    const TileLimits& limits = k_.tile_limits;
+    const int64_t rows = divided_up(p_.n, divided_up(p_.n, limits.rows));
+    return channel_tiles(padded_, kLanes,
+                         reads_in_place() ? limits.widest_in_cache(rows) : limits.widest(rows),
+                         limits.vectors_of_register);
+  }
+
   int64_t pixels_per_unit() const {
+    if (planes_) return kBytesOfPlane / static_cast<int64_t>(sizeof(T));
     return p_.images > 1 && pixels() <= kFewPixels ? kPixelsPerSmallUnit : kPixelsPerUnit;
   }
 
@@ -315,6 +373,13 @@ class Operands {
                               : rows * divided_up(panel_columns(), apart_);
   }
 
+  // Whether a panel would hold what lies in memory.
+  bool lies_side_by_side() const {
+    const int64_t rows = divided_up(p_.n, static_cast<int64_t>(blocks_.size()));
+    return p_.input_channels % kLanes == 0 &&
+           p_.input_channels <= k_.tile_limits.widest(rows) * kLanes;
+  }
+
   bool takes_all_pixels() const { return step_h_ == 1 && step_w_ == 1; }
 
   int64_t panel_columns() const { return step_w_ == 1 ? p_.w.input : p_.w.output; }
@@ -330,14 +395,30 @@ class Operands {
     end = std::clamp(last + 1, begin, std::max(begin, (p_.h.input - 1) / step_h_ + 1));
   }
 
+  // Of a pixel of dy, the first channel of each line that has active ones.
+  static std::vector<int64_t> lines_of(const ConvProblem& p) {
+    constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
+    std::vector<int64_t> lines;
+    for (int64_t i = 0; i < p.n; ++i) lines.push_back(p.active[i] / kLine * kLine);
+    std::sort(lines.begin(), lines.end());
+    lines.erase(std::unique(lines.begin(), lines.end()), lines.end());
+    return lines;
+  }
+
   // A few pixels of all blocks at a time: they lie in the first cache.
-  void gather_grad(const T* pixels, const Runs& runs, int64_t first, int64_t last, P* to) const {
+  void gather_grad(const T* pixels, const Runs& runs, int64_t first, int64_t last, bool are_new,
+                   P* to) const {
     const Pairing pairs{1, apart_};
     const int64_t of_run = pairs.elements(runs.pixels), whole = pairs.whole<P>(runs.pixels);
     const int64_t elements = runs.count * of_run, together = kPixelsTogether / apart_;
     const int64_t pixel = p_.output_channels;
     int64_t begin = 0;
+    const int64_t far = rows_ahead(pixel * static_cast<int64_t>(sizeof(T))) * pixel;
     const auto gather = [&](int64_t i, int64_t some, int64_t next) {
+      const T* ahead = pixels + i * apart_ * pixel + far;
+      for (int64_t row = 0; are_new && row < some * apart_; ++row, ahead += pixel) {
+        for (const int64_t line : active_lines_) __builtin_prefetch(ahead + line);
+      }
       P* packed = to;
       for (int64_t b = first; b < last; ++b) {
         const Block& block = blocks_[b];
@@ -393,7 +474,9 @@ class Operands {
   const SideBySide<T, P> x_;
   bool channels_last_;
   const DirectKernels<T, P>& k_;
+  bool planes_;
   std::vector<Block> blocks_;
+  std::vector<int64_t> active_lines_;
   bool taps_as_channels_, panels_;
   int64_t step_h_, step_w_, apart_;
   int64_t channels_, padded_;

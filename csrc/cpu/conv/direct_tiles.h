@@ -16,12 +16,9 @@ struct Tile {
   int64_t first, vectors, skip;
 };
 
-// `wide`: the sums are in the first cache, for tiles that x is read by where it lies; else they are
-// in registers.
-inline std::vector<Tile> channel_tiles(int64_t channels, int64_t lanes, int64_t n, bool wide,
-                                       const TileLimits& limits) {
-  const int64_t rows = divided_up(n, divided_up(n, limits.rows));
-  const int64_t widest = wide ? limits.widest_in_cache(rows) : limits.widest(rows);
+// Of at most `widest` vectors, as many as make whole registers.
+inline std::vector<Tile> channel_tiles(int64_t channels, int64_t lanes, int64_t widest,
+                                       int64_t vectors_of_register) {
   std::vector<Tile> tiles;
   for (int64_t c = 0; c < channels;) {
     const int64_t left = channels - c;
@@ -31,8 +28,8 @@ inline std::vector<Tile> channel_tiles(int64_t channels, int64_t lanes, int64_t 
     }
     // Of about the same width, of whole registers if they can. Two and one are slower than three.
     const int64_t all = left / lanes, even = divided_up(all, divided_up(all, widest));
-    const int64_t registers = divided_up(even, limits.vectors_of_register);
-    const int64_t vectors = std::min(all, registers * limits.vectors_of_register);
+    const int64_t registers = divided_up(even, vectors_of_register);
+    const int64_t vectors = std::min(all, registers * vectors_of_register);
     tiles.push_back({c, all == 3 ? 3 : vectors, 0});
     c += tiles.back().vectors * lanes;
   }

@@ -40,6 +40,10 @@ std::vector<Range> tap_ranges(const Axis& axis) {
   return ranges;
 }
 
+// Calls among which the fetching of the next unit is divided: what fewer would fetch at a time is
+// more than the CPU waits for at once.
+constexpr int64_t kCallsToFetchIn = 4;
+
 // Adds up dy[n] x[channels], pixel by pixel, for every tap of the kernel: elements of T, packed as
 // elements of P, into a gradient of G.
 template <class T, class P, class G>
@@ -56,6 +60,7 @@ class Direct {
       : p_(p),
         o_(p, grad, input, channels_last),
         gradient_(gradient),
+        channels_last_(channels_last),
         taps_inside_(taps_inside && p.taps() > 1),
         taps_h_(tap_ranges(p.h)),
         taps_w_(tap_ranges(p.w)),
@@ -165,13 +170,15 @@ class Direct {
  private:
   // Of units, for the channels of some blocks and tiles.
   void add_units(Range units, Range blocks, Range tiles, C* const* targets, double* bias) const {
+    if (o_.takes_planes()) return add_planes(units, blocks, tiles, targets, bias);
     static thread_local Copies<P> copies;
     for (int64_t u = units.begin; u < units.end; ++u) {
       const Unit unit = o_.unit_at(u), next = o_.unit_at(std::min(u + 1, units.end - 1));
-      o_.pack_grad(unit, blocks.begin, blocks.end, copies.grad);
+      const int64_t calls = (blocks.end - blocks.begin) * (tiles.end - tiles.begin);
+      const bool fetches_next = !channels_last_ || calls >= kCallsToFetchIn;
+      o_.pack_grad(unit, blocks.begin, blocks.end, !fetches_next, copies.grad);
       if (bias) o_.add_bias(unit, blocks.begin, blocks.end, copies.grad, bias);
       if (o_.taps_as_channels()) o_.fill_taps(unit, copies);
-      const int64_t calls = (blocks.end - blocks.begin) * (tiles.end - tiles.begin);
       Prefetcher<T> next_grad(o_.region_of_grad(next, blocks.begin, blocks.end), calls);
       Prefetcher<T> next_input(o_.region_of_input(next, tiles.begin, tiles.end), calls);
       for (int64_t t = tiles.begin, some = 0; t < tiles.end; t += some) {
@@ -183,8 +190,10 @@ class Direct {
         for (int64_t b = blocks.begin; b < blocks.end; ++b) {
           const Block& block = o_.blocks()[b];
           for (int64_t i = 0; i < some; ++i) {
-            add(unit, dy, block, copies.tiles[i], o_.tiles()[t + i], targets, u == units.begin);
-            if (u + 1 < units.end) {
+            const bool x_is_new = o_.reads_in_place() && b == blocks.begin;
+            add(unit, dy, block, copies.tiles[i], o_.tiles()[t + i], targets, u == units.begin,
+                x_is_new);
+            if (u + 1 < units.end && fetches_next) {
               next_grad.fetch_some();
               if (!o_.reads_in_place()) next_input.fetch_some();
             }
@@ -195,9 +204,43 @@ class Direct {
     }
   }
 
+  // The same, of what is multiplied where it lies.
+  void add_planes(Range units, Range blocks, Range tiles, C* const* targets, double* bias) const {
+    const int64_t plane = p_.h.output;
+    for (int64_t u = units.begin; u < units.end; ++u) {
+      const Unit unit = o_.unit_at(u), next = o_.unit_at(std::min(u + 1, units.end - 1));
+      if (bias) o_.add_bias(unit, blocks.begin, blocks.end, bias);
+      Prefetcher<T> next_grad(o_.region_of_grad(next, blocks.begin, blocks.end),
+                              (blocks.end - blocks.begin) * (tiles.end - tiles.begin));
+      for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+        const Tile& tile = o_.tiles()[t];
+        for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+          const Block& block = o_.blocks()[b];
+          const T* dy[kMostRows];
+          for (int64_t k = 0; k < block.size; ++k) {
+            dy[k] = o_.grad_plane(unit, p_.active[block.first + k]);
+          }
+          const PlaneDots<T, P> o{unit.images,
+                                  unit.bottom - unit.top,
+                                  dy,
+                                  o_.input_plane(unit, tile.first),
+                                  p_.output_channels * plane,
+                                  p_.input_channels * plane,
+                                  plane,
+                                  targets + block.first,
+                                  tile.first,
+                                  u == units.begin,
+                                  b == blocks.begin};
+          o_.kernels().plane_dots(o, block.size, tile.skip, tile.vectors * kLanes);
+          if (u + 1 < units.end) next_grad.fetch_some();
+        }
+      }
+    }
+  }
+
   // Adds one unit to targets[n][tap][channel], for one block and the channels of one tile.
   void add(const Unit& unit, const P* dy, const Block& block, const Pixels<P>& x, const Tile& tile,
-           C* const* targets, bool fresh) const {
+           C* const* targets, bool fresh, bool x_is_new) const {
     const int64_t at = tile.first;
     if (o_.taps_as_channels() || o_.apart() > 1) {
       const Runs runs = o_.runs_of(unit);
@@ -208,7 +251,8 @@ class Direct {
                               block.size,  x.data,
                               0,           elements * x.pixel,
                               x.pixel,     targets + block.first,
-                              at,          fresh};
+                              at,          fresh,
+                              false};
       o_.kernels().outer_product(o, block.size, tile.vectors, tile.skip);
       return;
     }
@@ -239,7 +283,8 @@ class Direct {
                           stride_w * x.pixel,
                           targets + block.first,
                           sums,
-                          fresh};
+                          fresh,
+                          x_is_new && r == 0 && s == 0};
         if constexpr (kIsPair<P>) {
           join_loops_of_pairs(o, o_.next_pixel() * x.pixel, o_.pairs_cross_rows());
           o.dy_column *= 2;
@@ -367,7 +412,7 @@ class Direct {
   const ConvProblem& p_;
   const Operands<T, P> o_;
   G* gradient_;
-  bool taps_inside_;
+  bool channels_last_, taps_inside_;
   std::vector<Range> taps_h_, taps_w_;
   Split units_;
   int64_t threads_;

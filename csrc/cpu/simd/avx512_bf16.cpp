@@ -17,6 +17,7 @@
 #include "gather.h"
 #include "outer_product.h"
 #include "packing.h"
+#include "plane_dots.h"
 
 namespace neq {
 
@@ -27,11 +28,13 @@ const DirectKernels<BFloat16, Pair>* pair_kernels() {
       outer_product<Pair>,
       sum_pixels<Pair>,
       gather_columns<BFloat16, Pair>,
-      copy_pixels<BFloat16, Pair>,
-      copy_pixels<Pair, Pair>,
+      copy_pixels<BFloat16, Pair, true>,
+      copy_pixels<Pair, Pair, false>,
       interleave<BFloat16, Pair>,
       take_steps<BFloat16>,
       pair_up,
+      plane_dots<BFloat16, Pair>,
+      kDotRows,
   };
   return &table;
 }

@@ -61,6 +61,13 @@ struct ColumnGather {
 
 constexpr int64_t kVectorBytes = 32;
 
+// Rows from the one that is read to the one that is fetched: far enough ahead for the memory to
+// answer, of short rows and of long ones.
+constexpr int64_t kRowsAhead = 8, kBytesAhead = 4096;
+constexpr int64_t rows_ahead(int64_t row_bytes) {
+  return std::max(kRowsAhead, kBytesAhead / std::max<int64_t>(row_bytes, 1));
+}
+
 // `rows` x `columns` vectors of dy and of x; vectors of a row lie `step` elements apart in both.
 template <class C>
 struct Correlation {
@@ -119,7 +126,21 @@ struct OuterProduct {
   int64_t x_image, x_row, x_column;
   SumOf<P>* const* sums;  // of each output channel; the first one meant is element `at`
   int64_t at;
-  bool fresh;  // the sums are stored, not added
+  bool fresh;     // the sums are stored, not added
+  bool x_is_new;  // to the caches
+};
+
+// Planes of dy, one for each output channel, and neighbouring ones of x, at some pixels of some
+// images; the sums as above.
+template <class T, class P>
+struct PlaneDots {
+  int64_t images, pixels;
+  const T* const* dy;
+  const T* x;
+  int64_t dy_image, x_image, x_plane;
+  SumOf<P>* const* sums;
+  int64_t at;
+  bool fresh, x_is_new;
 };
 
 template <class T>
@@ -160,6 +181,9 @@ struct DirectKernels {
   void (*take_steps)(const T* from, int64_t from_row, int64_t step, T* to, int64_t to_row,
                      int64_t rows, int64_t count);
   void (*pair_up)(P* elements, int64_t count, int64_t next);  // of pairs only
+  // None where elements are converted before they are multiplied.
+  void (*plane_dots)(const PlaneDots<T, P>& o, int64_t n, int64_t begin, int64_t end);
+  int dot_rows;
 };
 
 // Of the word's size, whatever its type.

@@ -2,6 +2,10 @@
 // once per instruction set.
 #pragma once
 
+#ifdef NEQ_PAIRS
+#include <immintrin.h>
+#endif
+
 #include "kernels.h"
 
 namespace neq::NEQ_ISA {
@@ -76,6 +80,42 @@ NEQ_TARGET inline __attribute__((always_inline)) typename Register<P, kBytes>::T
         sign | (is_small ? reinterpret_cast<Words>(small) : reinterpret_cast<Words>(normal)));
   }
 }
+
+template <class Vector, class C>
+NEQ_TARGET inline __attribute__((always_inline)) Vector load_as(const C* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
+
+// Read once: the compiler would rather read an operand of every instruction from memory again.
+template <class Vector>
+NEQ_TARGET inline __attribute__((always_inline)) void keep_in_register(Vector& vector) {
+#ifdef NEQ_VECTOR_SHUFFLES
+  asm("" : "+v"(vector));
+#endif
+}
+
+template <class Vector>
+NEQ_TARGET inline __attribute__((always_inline)) void multiply_add(Vector& total, const Vector& d,
+                                                                   const Vector& pixel) {
+  total += d * pixel;
+}
+
+#ifdef NEQ_PAIRS
+using PairsOfWhole = typename Register<Pair, 64>::Type;
+using PairsOfHalf = typename Register<Pair, 32>::Type;
+
+NEQ_TARGET inline __attribute__((always_inline)) void multiply_add(
+    typename Register<float, 64>::Type& total, const PairsOfWhole& d, const PairsOfWhole& pixel) {
+  total = _mm512_dpbf16_ps(total, __m512bh(d), __m512bh(pixel));
+}
+
+NEQ_TARGET inline __attribute__((always_inline)) void multiply_add(
+    typename Register<float, 32>::Type& total, const PairsOfHalf& d, const PairsOfHalf& pixel) {
+  total = _mm256_dpbf16_ps(total, __m256bh(d), __m256bh(pixel));
+}
+#endif
 
 template <class P, class T>
 inline P packed_element(const T* from, int64_t next = 0) {

@@ -1,49 +1,9 @@
 // The inner loops of the direct wgrad. Included once per instruction set.
 
-#ifdef NEQ_PAIRS
-#include <immintrin.h>
-#endif
-
 #include "kernels.h"
 #include "lanes.h"
 
 namespace neq::NEQ_ISA {
-
-template <class Vector, class C>
-NEQ_TARGET inline __attribute__((always_inline)) Vector load_as(const C* from) {
-  Vector vector;
-  std::memcpy(&vector, from, sizeof(vector));
-  return vector;
-}
-
-// Read once: the compiler would rather read an operand of every instruction from memory again.
-template <class Vector>
-NEQ_TARGET inline __attribute__((always_inline)) void keep_in_register(Vector& vector) {
-#ifdef NEQ_VECTOR_SHUFFLES
-  asm("" : "+v"(vector));
-#endif
-}
-
-template <class Vector>
-NEQ_TARGET inline __attribute__((always_inline)) void multiply_add(Vector& total, const Vector& d,
-                                                                   const Vector& pixel) {
-  total += d * pixel;
-}
-
-#ifdef NEQ_PAIRS
-using PairsOfWhole = typename Register<Pair, 64>::Type;
-using PairsOfHalf = typename Register<Pair, 32>::Type;
-
-NEQ_TARGET inline __attribute__((always_inline)) void multiply_add(
-    typename Register<float, 64>::Type& total, const PairsOfWhole& d, const PairsOfWhole& pixel) {
-  total = _mm512_dpbf16_ps(total, __m512bh(d), __m512bh(pixel));
-}
-
-NEQ_TARGET inline __attribute__((always_inline)) void multiply_add(
-    typename Register<float, 32>::Type& total, const PairsOfHalf& d, const PairsOfHalf& pixel) {
-  total = _mm256_dpbf16_ps(total, __m256bh(d), __m256bh(pixel));
-}
-#endif
 
 // The first elements of some pairs, beside zeros.
 NEQ_TARGET inline const Pair* without_partners(const Pair* from, int64_t count, Pair* to) {
@@ -77,8 +37,14 @@ NEQ_TARGET inline __attribute__((always_inline)) void store_lanes(const Vector& 
   }
 }
 
+// How many sums of each result are in registers, each of every so manieth pixel: a multiplication
+// waits for the one before of the same sum, and so many others are done meanwhile.
+constexpr int kSumsAtOnce = 8, kMostChains = 4;
+constexpr int number_of_chains(int sums) { return std::clamp(kSumsAtOnce / sums, 1, kMostChains); }
+
+// The sums of kRows output channels and kVectors vectors of input channels.
 template <class P, int kRows, int kVectors>
-NEQ_TARGET void outer_product_tile(const OuterProduct<P>& o, int64_t first, int64_t skip) {
+struct TileSums {
   using C = SumOf<P>;
   using Whole = Register<C, NEQ_REGISTER_BYTES>;
   using Half = Register<C, kVectorBytes>;
@@ -86,10 +52,70 @@ NEQ_TARGET void outer_product_tile(const OuterProduct<P>& o, int64_t first, int6
   using HalfVector = typename Half::Type;
   using Packed = typename Register<P, NEQ_REGISTER_BYTES>::Type;
   using HalfPacked = typename Register<P, kVectorBytes>::Type;
+  static constexpr int kWhole = kVectors / kVectorsOfRegister, kMost = std::max(kWhole, 1);
+  static constexpr bool kHasHalf = kVectors % kVectorsOfRegister != 0;
+  static constexpr int kRegisters = kRows * (kWhole + kHasHalf);
+
+  Vector total[kRows][kMost];
+  HalfVector half_total[kRows];
+
+  NEQ_TARGET inline __attribute__((always_inline)) void clear() {
+#pragma GCC unroll 8
+    for (int k = 0; k < kRows; ++k) {
+      half_total[k] = HalfVector{};
+#pragma GCC unroll 8
+      for (int v = 0; v < kMost; ++v) total[k][v] = Vector{};
+    }
+  }
+
+  NEQ_TARGET inline __attribute__((always_inline)) void add(const TileSums& other) {
+#pragma GCC unroll 8
+    for (int k = 0; k < kRows; ++k) {
+      if constexpr (kHasHalf) half_total[k] += other.half_total[k];
+#pragma GCC unroll 8
+      for (int v = 0; v < kWhole; ++v) total[k][v] += other.total[k][v];
+    }
+  }
+
+  // Of x, what lies `far` ahead is fetched, if it is new.
+  NEQ_TARGET inline __attribute__((always_inline)) void add_pixel(const P* dy, const P* x,
+                                                                  bool is_new, int64_t far) {
+    if (is_new) {
+      constexpr int64_t kLine = 64 / sizeof(P);
+#pragma GCC unroll 8
+      for (int64_t c = 0; c < kVectors * Half::count; c += kLine) __builtin_prefetch(x + far + c);
+    }
+    Packed pixel[kMost];
+    HalfPacked half_pixel;
+#pragma GCC unroll 8
+    for (int v = 0; v < kWhole; ++v) {
+      pixel[v] = load_as<Packed>(x + v * Whole::count);
+      if constexpr (kRows > 1 && kKeepsPixels) keep_in_register(pixel[v]);
+    }
+    if constexpr (kHasHalf) half_pixel = load_as<HalfPacked>(x + kWhole * Whole::count);
+#pragma GCC unroll 8
+    for (int k = 0; k < kRows; ++k) {
+      // Minus, not plus: x - 0 is x whatever its sign, and costs no instruction.
+      const Packed d = element(dy[k]) - Packed{};
+#pragma GCC unroll 8
+      for (int v = 0; v < kWhole; ++v) multiply_add(total[k][v], d, pixel[v]);
+      if constexpr (kHasHalf) {
+        multiply_add(half_total[k], element(dy[k]) - HalfPacked{}, half_pixel);
+      }
+    }
+  }
+};
+
+template <class P, int kRows, int kVectors>
+NEQ_TARGET void outer_product_tile(const OuterProduct<P>& o, int64_t first, int64_t skip) {
+  using Sums = TileSums<P, kRows, kVectors>;
+  using C = typename Sums::C;
+  using Whole = typename Sums::Whole;
+  using Half = typename Sums::Half;
+  constexpr int kWhole = Sums::kWhole, kChains = number_of_chains(Sums::kRegisters);
   constexpr int64_t kPixels = kIsPair<P> ? 2 : 1;
-  constexpr int kWhole = kVectors / kVectorsOfRegister, kMost = std::max(kWhole, 1);
-  constexpr bool kHasHalf = kVectors % kVectorsOfRegister != 0;
   const bool fresh = o.fresh;
+  const int64_t far = rows_ahead(o.x_column * static_cast<int64_t>(sizeof(P))) * o.x_column;
   C* sums[kRows];
 #pragma GCC unroll 8
   for (int k = 0; k < kRows; ++k) {
@@ -97,54 +123,46 @@ NEQ_TARGET void outer_product_tile(const OuterProduct<P>& o, int64_t first, int6
     __builtin_prefetch(sums[k], 1);
   }
   [[maybe_unused]] P last_dy[kRows], last_x[kVectors * Half::count];
-  Vector total[kRows][kMost];
-  HalfVector half_total[kRows];
+  Sums chains[kChains];
 #pragma GCC unroll 8
-  for (int k = 0; k < kRows; ++k) {
-    half_total[k] = HalfVector{};
-#pragma GCC unroll 8
-    for (int v = 0; v < kMost; ++v) total[k][v] = Vector{};
-  }
+  for (int i = 0; i < kChains; ++i) chains[i].clear();
   for (int64_t image = 0; image < o.images; ++image) {
     for (int64_t row = 0; row < o.rows; ++row) {
       const P* dy = o.dy + image * o.dy_image + row * o.dy_row + first;
       const P* x = o.x + image * o.x_image + row * o.x_row;
-      for (int64_t column = 0; column < o.columns; column += kPixels) {
+      int64_t column = 0;
+      if constexpr (kChains > 1) {
+        for (; column + kChains * kPixels <= o.columns; column += kChains * kPixels) {
+#pragma GCC unroll 8
+          for (int i = 0; i < kChains; ++i) {
+            chains[i].add_pixel(dy, x, o.x_is_new, far);
+            dy += o.dy_column;
+            x += o.x_column;
+          }
+        }
+      }
+      for (; column < o.columns; column += kPixels) {
         if constexpr (kIsPair<P>) {
           if (column + 1 == o.columns) {
             dy = without_partners(dy, kRows, last_dy);
             x = without_partners(x, kVectors * Half::count, last_x);
           }
         }
-        Packed pixel[kMost];
-        HalfPacked half_pixel;
-#pragma GCC unroll 8
-        for (int v = 0; v < kWhole; ++v) {
-          pixel[v] = load_as<Packed>(x + v * Whole::count);
-          if constexpr (kRows > 1 && kKeepsPixels) keep_in_register(pixel[v]);
-        }
-        if constexpr (kHasHalf) half_pixel = load_as<HalfPacked>(x + kWhole * Whole::count);
-#pragma GCC unroll 8
-        for (int k = 0; k < kRows; ++k) {
-          // Minus, not plus: x - 0 is x whatever its sign, and costs no instruction.
-          const Packed d = element(dy[k]) - Packed{};
-#pragma GCC unroll 8
-          for (int v = 0; v < kWhole; ++v) multiply_add(total[k][v], d, pixel[v]);
-          if constexpr (kHasHalf) {
-            multiply_add(half_total[k], element(dy[k]) - HalfPacked{}, half_pixel);
-          }
-        }
+        chains[0].add_pixel(dy, x, o.x_is_new, far);
         dy += o.dy_column;
         x += o.x_column;
       }
     }
   }
 #pragma GCC unroll 8
+  for (int i = 1; i < kChains; ++i) chains[0].add(chains[i]);
+#pragma GCC unroll 8
   for (int k = 0; k < kRows; ++k) {
 #pragma GCC unroll 8
     for (int v = 0; v < kWhole; ++v) {
       C* to = sums[k] + v * Whole::count;
-      const Vector sum = fresh ? total[k][v] : load_as<Vector>(to) + total[k][v];
+      auto sum = chains[0].total[k][v];
+      if (!fresh) sum += load_as<typename Sums::Vector>(to);
       if constexpr (kVectors == 1) {
         if (skip > 0) {
           store_lanes(sum, skip, to);
@@ -153,9 +171,10 @@ NEQ_TARGET void outer_product_tile(const OuterProduct<P>& o, int64_t first, int6
       }
       std::memcpy(to, &sum, sizeof(sum));
     }
-    if constexpr (kHasHalf) {
+    if constexpr (Sums::kHasHalf) {
       C* to = sums[k] + kWhole * Whole::count;
-      const HalfVector sum = fresh ? half_total[k] : load_as<HalfVector>(to) + half_total[k];
+      auto sum = chains[0].half_total[k];
+      if (!fresh) sum += load_as<typename Sums::HalfVector>(to);
       if constexpr (kVectors == 1) {
         if (skip > 0) {
           store_lanes(sum, skip, to);
@@ -171,7 +190,7 @@ NEQ_TARGET void outer_product_tile(const OuterProduct<P>& o, int64_t first, int6
 // so x is read in long stretches, which the CPU foresees.
 template <class C, int kRows, int kPixels>
 NEQ_TARGET inline void add_pixels(const C* dy, int64_t dy_column, const C* x, int64_t x_column,
-                                  int64_t vectors,
+                                  int64_t far, int64_t vectors,
                                   C (*sums)[kSumsInCache / kRows * Lanes<C>::count]) {
   using Whole = Register<C, NEQ_REGISTER_BYTES>;
   using Half = Register<C, kVectorBytes>;
@@ -189,6 +208,7 @@ NEQ_TARGET inline void add_pixels(const C* dy, int64_t dy_column, const C* x, in
 #pragma GCC unroll 8
     for (int i = 0; i < kPixels; ++i) {
       pixel[i] = load_as<Vector>(x + i * x_column + v * Whole::count);
+      __builtin_prefetch(x + i * x_column + v * Whole::count + far);
     }
 #pragma GCC unroll 8
     for (int k = 0; k < kRows; ++k) {
@@ -225,6 +245,7 @@ NEQ_TARGET void outer_product_wide(const OuterProduct<C>& o, int64_t vectors) {
   using Vector = typename Lanes<C>::Vector;
   constexpr int64_t kLanes = Lanes<C>::count;
   constexpr int kPixels = pixels_in_registers(kRows);
+  const int64_t far = rows_ahead(o.x_column * static_cast<int64_t>(sizeof(C))) * o.x_column;
   alignas(64) C sums[kRows][kSumsInCache / kRows * kLanes];
   for (int k = 0; k < kRows; ++k) std::memset(sums[k], 0, vectors * sizeof(Vector));
   for (int64_t image = 0; image < o.images; ++image) {
@@ -233,12 +254,12 @@ NEQ_TARGET void outer_product_wide(const OuterProduct<C>& o, int64_t vectors) {
       const C* x = o.x + image * o.x_image + row * o.x_row;
       int64_t column = 0;
       for (; column + kPixels <= o.columns; column += kPixels) {
-        add_pixels<C, kRows, kPixels>(dy, o.dy_column, x, o.x_column, vectors, sums);
+        add_pixels<C, kRows, kPixels>(dy, o.dy_column, x, o.x_column, far, vectors, sums);
         dy += kPixels * o.dy_column;
         x += kPixels * o.x_column;
       }
       for (; column < o.columns; ++column) {
-        add_pixels<C, kRows, 1>(dy, o.dy_column, x, o.x_column, vectors, sums);
+        add_pixels<C, kRows, 1>(dy, o.dy_column, x, o.x_column, far, vectors, sums);
         dy += o.dy_column;
         x += o.x_column;
       }

@@ -9,23 +9,23 @@
 
 namespace neq::NEQ_ISA {
 
-// `vectors` vectors at to[i * to_stride] = those at from[i * stride], for i < count. What lies
-// behind them in memory is expected to be read soon. Elements that are packed as another type are
-// new to the caches: those of the next rows are fetched.
-template <class T, class P>
+// `vectors` vectors at to[i * to_stride] = those at from[i * stride], for i < count. What is new to
+// the caches is fetched some rows ahead.
+template <class T, class P, bool kIsNew>
 NEQ_TARGET void copy_pixels(const T* from, int64_t stride, int64_t vectors, int64_t count, P* to,
                             int64_t to_stride, int64_t next) {
-  constexpr int64_t kLanes = Lanes<P>::count, kLine = 64 / sizeof(T), kAhead = 8;
+  constexpr int64_t kLanes = Lanes<P>::count, kLine = 64 / sizeof(T);
+  const int64_t far = rows_ahead(stride * static_cast<int64_t>(sizeof(T))) * stride;
   for (int64_t i = 0; i < count; ++i, from += stride, to += to_stride) {
     int64_t v = 0;
-    if constexpr (std::is_same_v<T, P>) {
-      __builtin_prefetch(from + vectors * kLanes);
-    } else {
-      const T* ahead = from + kAhead * stride;
+    if constexpr (kIsNew) {
+      const T* ahead = from + far;
       for (int64_t c = 0; c < vectors * kLanes; c += kLine) {
         __builtin_prefetch(ahead + c);
         if (kIsPair<P> && next != stride) __builtin_prefetch(ahead + next + c);
       }
+    }
+    if constexpr (!std::is_same_v<T, P>) {
       for (; v + kVectorsOfRegister <= vectors; v += kVectorsOfRegister) {
         const auto pixel = load_as_packed<P, NEQ_REGISTER_BYTES>(from + v * kLanes, next);
         std::memcpy(to + v * kLanes, &pixel, sizeof(pixel));

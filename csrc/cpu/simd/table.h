@@ -10,6 +10,7 @@
 #include "kernels.h"
 #include "outer_product.h"
 #include "packing.h"
+#include "plane_dots.h"
 #include "row_steps.h"
 
 namespace neq::NEQ_ISA {
@@ -34,12 +35,30 @@ const Kernels<T>& kernels() {
 }
 
 template <class T>
+constexpr auto plane_dots_of()
+    -> void (*)(const PlaneDots<T, Compute<T>>&, int64_t, int64_t, int64_t) {
+  if constexpr (std::is_same_v<T, Compute<T>>) {
+    return plane_dots<T, T>;
+  } else {
+    return nullptr;
+  }
+}
+
+template <class T>
 const DirectKernels<T>& direct_kernels() {
   using C = Compute<T>;
   static constexpr DirectKernels<T> table{
-      kTileLimits,          outer_product<C>,  sum_pixels<C>,
-      gather_columns<T, C>, copy_pixels<T, C>, copy_pixels<C, C>,
-      interleave<T, C>,     take_steps<T>,     nullptr,
+      kTileLimits,
+      outer_product<C>,
+      sum_pixels<C>,
+      gather_columns<T, C>,
+      copy_pixels<T, C, true>,
+      copy_pixels<C, C, false>,
+      interleave<T, C>,
+      take_steps<T>,
+      nullptr,
+      plane_dots_of<T>(),
+      kDotRows,
   };
   return table;
 }
