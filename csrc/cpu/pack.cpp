@@ -21,8 +21,9 @@ void gather_columns(const void* source, void* target, const int64_t* order, int6
   const MemoryShares shares(view.outer, n, sizeof(Word), false, torch::stable::get_num_threads());
   for_each_share(shares.shares(), [&](int64_t i) {
     const Range share = shares.share(i);
-    gather(plan.get(), static_cast<const Word*>(source) + share.begin / n * view.channels,
-           view.channels, static_cast<Word*>(target) + share.begin, n, share.size() / n);
+    gather(plan.get(0, 0, far_ahead<Word>(view.channels)),
+           static_cast<const Word*>(source) + share.begin / n * view.channels, view.channels,
+           static_cast<Word*>(target) + share.begin, n, share.size() / n);
   });
 }
 

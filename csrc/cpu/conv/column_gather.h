@@ -15,10 +15,11 @@ class ColumnGatherPlan {
                    int64_t soon = 0);
 
   // Behind the last row, `room` words may be overwritten. Pairs are made of words `next` apart.
-  ColumnGather get(int64_t room = 0, int64_t next = 0) const {
+  // What lies `far` words ahead is fetched.
+  ColumnGather get(int64_t room = 0, int64_t next = 0, int64_t far = 0) const {
     return {columns_,    n_,          windows_.data(), static_cast<int64_t>(windows_.size()),
             one_vector_, soon_first_, soon_last_,      room,
-            next};
+            next,        far};
   }
 
  private:

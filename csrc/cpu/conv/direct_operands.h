@@ -46,7 +46,6 @@ class Operands {
         k_(direct_kernels<T, P>()),
         planes_(!channels_last && is_worth_planes(p)),
         blocks_(channel_blocks(p, sizeof(P), planes_ ? k_.dot_rows : k_.tile_limits.rows)),
-        active_lines_(lines_of(p)),
         taps_as_channels_(p.input_channels < kLanes),
         panels_(!planes_ &&
                 (!std::is_same_v<T, P> || !channels_last ||
@@ -395,16 +394,6 @@ class Operands {
     end = std::clamp(last + 1, begin, std::max(begin, (p_.h.input - 1) / step_h_ + 1));
   }
 
-  // Of a pixel of dy, the first channel of each line that has active ones.
-  static std::vector<int64_t> lines_of(const ConvProblem& p) {
-    constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
-    std::vector<int64_t> lines;
-    for (int64_t i = 0; i < p.n; ++i) lines.push_back(p.active[i] / kLine * kLine);
-    std::sort(lines.begin(), lines.end());
-    lines.erase(std::unique(lines.begin(), lines.end()), lines.end());
-    return lines;
-  }
-
   // A few pixels of all blocks at a time: they lie in the first cache.
   void gather_grad(const T* pixels, const Runs& runs, int64_t first, int64_t last, bool are_new,
                    P* to) const {
@@ -413,16 +402,12 @@ class Operands {
     const int64_t elements = runs.count * of_run, together = kPixelsTogether / apart_;
     const int64_t pixel = p_.output_channels;
     int64_t begin = 0;
-    const int64_t far = rows_ahead(pixel * static_cast<int64_t>(sizeof(T))) * pixel;
+    const int64_t far = are_new ? far_ahead<T>(apart_ * pixel) : 0;
     const auto gather = [&](int64_t i, int64_t some, int64_t next) {
-      const T* ahead = pixels + i * apart_ * pixel + far;
-      for (int64_t row = 0; are_new && row < some * apart_; ++row, ahead += pixel) {
-        for (const int64_t line : active_lines_) __builtin_prefetch(ahead + line);
-      }
       P* packed = to;
       for (int64_t b = first; b < last; ++b) {
         const Block& block = blocks_[b];
-        k_.gather(block.plan.get((elements - begin - i - some) * block.size, next),
+        k_.gather(block.plan.get((elements - begin - i - some) * block.size, next, far),
                   pixels + i * apart_ * pixel, apart_ * pixel, packed + (begin + i) * block.size,
                   block.size, some);
         packed += elements * block.size;
@@ -476,7 +461,6 @@ class Operands {
   const DirectKernels<T, P>& k_;
   bool planes_;
   std::vector<Block> blocks_;
-  std::vector<int64_t> active_lines_;
   bool taps_as_channels_, panels_;
   int64_t step_h_, step_w_, apart_;
   int64_t channels_, padded_;

@@ -74,8 +74,8 @@ class PixelCopy {
 
   void operator()(const T* from, int64_t from_row, int64_t pixel, int64_t stride, Compute<T>* to,
                   int64_t to_row, int64_t rows, int64_t count) const {
-    const ColumnGather gather = plan_.get();
     const int64_t pixel_stride = stride * pixel_channels_;
+    const ColumnGather gather = plan_.get(0, 0, far_ahead<T>(pixel_stride));
     from += pixel * pixel_channels_;
     for (int64_t row = 0; row < rows; ++row, from += from_row, to += to_row) {
       if constexpr (sizeof(T) == 2) {

@@ -99,6 +99,14 @@ NEQ_TARGET int64_t gather_vector(const ColumnGather& gather, const T* from, int6
         __builtin_prefetch(source + gather.next + gather.soon_last);
       }
     }
+    if (gather.far > 0) {
+#pragma GCC unroll 8
+      for (int w = 0; w < kWindows; ++w) {
+        const T* ahead = source + gather.far + gather.windows[w].from;
+        __builtin_prefetch(ahead);
+        if (kMakesPairs<T, P> && !overlap) __builtin_prefetch(ahead + gather.next);
+      }
+    }
     __m256i words;
     if constexpr (kMakesPairs<T, P>) {
       const __m256i first =
@@ -151,6 +159,7 @@ NEQ_TARGET void gather_columns(const ColumnGather& gather, const T* from, int64_
       }
       for (int64_t w = 0; w < gather.n_windows; ++w) {
         const Window& window = gather.windows[w];
+        if (gather.far > 0) __builtin_prefetch(source + gather.far + window.from);
         shuffle_window(source + window.from, target + window.to, window, gather.next);
       }
     }
@@ -162,8 +171,10 @@ NEQ_TARGET void gather_columns(const ColumnGather& gather, const T* from, int64_
     for (int64_t column = gather.soon_first; column <= gather.soon_last; column += kCacheLine) {
       __builtin_prefetch(source + column);
     }
-    for (int64_t i = 0; i < gather.n; ++i)
+    for (int64_t i = 0; i < gather.n; ++i) {
+      if (gather.far > 0) __builtin_prefetch(source + gather.far + gather.columns[i]);
       target[i] = packed_element<P>(source + gather.columns[i], gather.next);
+    }
   }
 }
 

@@ -57,15 +57,18 @@ struct ColumnGather {
   int64_t soon_first, soon_last;  // columns of the same row to prefetch; none when first > last
   int64_t room;                   // words behind the last row that may be written
   int64_t next;                   // words from the first element of a pair to the second
+  int64_t far;                    // words from a row to the one that is fetched meanwhile; 0: none
 };
 
 constexpr int64_t kVectorBytes = 32;
 
-// Rows from the one that is read to the one that is fetched: far enough ahead for the memory to
-// answer, of short rows and of long ones.
+// From the element that is read to the one that is fetched, of rows that lie `row` elements apart:
+// far enough ahead for the memory to answer.
 constexpr int64_t kRowsAhead = 8, kBytesAhead = 4096;
-constexpr int64_t rows_ahead(int64_t row_bytes) {
-  return std::max(kRowsAhead, kBytesAhead / std::max<int64_t>(row_bytes, 1));
+template <class T>
+constexpr int64_t far_ahead(int64_t row) {
+  constexpr int64_t kElements = kBytesAhead / static_cast<int64_t>(sizeof(T));
+  return row == 0 ? 0 : std::max(kRowsAhead, kElements / row) * row;
 }
 
 // `rows` x `columns` vectors of dy and of x; vectors of a row lie `step` elements apart in both.

@@ -115,7 +115,7 @@ NEQ_TARGET void outer_product_tile(const OuterProduct<P>& o, int64_t first, int6
   constexpr int kWhole = Sums::kWhole, kChains = number_of_chains(Sums::kRegisters);
   constexpr int64_t kPixels = kIsPair<P> ? 2 : 1;
   const bool fresh = o.fresh;
-  const int64_t far = rows_ahead(o.x_column * static_cast<int64_t>(sizeof(P))) * o.x_column;
+  const int64_t far = far_ahead<P>(o.x_column);
   C* sums[kRows];
 #pragma GCC unroll 8
   for (int k = 0; k < kRows; ++k) {
@@ -245,7 +245,7 @@ NEQ_TARGET void outer_product_wide(const OuterProduct<C>& o, int64_t vectors) {
   using Vector = typename Lanes<C>::Vector;
   constexpr int64_t kLanes = Lanes<C>::count;
   constexpr int kPixels = pixels_in_registers(kRows);
-  const int64_t far = rows_ahead(o.x_column * static_cast<int64_t>(sizeof(C))) * o.x_column;
+  const int64_t far = far_ahead<C>(o.x_column);
   alignas(64) C sums[kRows][kSumsInCache / kRows * kLanes];
   for (int k = 0; k < kRows; ++k) std::memset(sums[k], 0, vectors * sizeof(Vector));
   for (int64_t image = 0; image < o.images; ++image) {

@@ -15,7 +15,7 @@ template <class T, class P, bool kIsNew>
 NEQ_TARGET void copy_pixels(const T* from, int64_t stride, int64_t vectors, int64_t count, P* to,
                             int64_t to_stride, int64_t next) {
   constexpr int64_t kLanes = Lanes<P>::count, kLine = 64 / sizeof(T);
-  const int64_t far = rows_ahead(stride * static_cast<int64_t>(sizeof(T))) * stride;
+  const int64_t far = far_ahead<T>(stride);
   for (int64_t i = 0; i < count; ++i, from += stride, to += to_stride) {
     int64_t v = 0;
     if constexpr (kIsNew) {

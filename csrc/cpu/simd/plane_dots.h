@@ -46,8 +46,9 @@ NEQ_TARGET inline __attribute__((always_inline)) void write_lane_sums(const Vect
 #pragma GCC unroll 8
     for (int i = 0; i < 4; ++i) {
 #if NEQ_REGISTER_BYTES == 64
-      half[i] =
-          _mm512_castps512_ps256(__m512(total[i])) + _mm512_maskz_extractf32x8_ps(0xFF, __m512(total[i]), 1);
+      const __m512 whole = __m512(total[i]);
+      half[i] = _mm512_maskz_extractf32x8_ps(0xFF, whole, 0) +
+                _mm512_maskz_extractf32x8_ps(0xFF, whole, 1);
 #else
       half[i] = __m256(total[i]);
 #endif
