@@ -151,7 +151,7 @@ class Account:
         dgrad = passed.of(NODES, name)
         dense_us = 1e6 * (dense.of(NODES, name) - dgrad)
         neq_us = 1e6 * (ours.of(NODES, name) - dgrad)
-        moved, floor = self._floor(name, n / k)
+        moved, floor = self._floor(name, layer.channels.mask)
         floor_us = 1e6 * floor
         allowed = min(max(dense_us * n / k, floor_us), dense_us)
         return row | {
@@ -165,12 +165,15 @@ class Account:
             "miss_us": neq_us - allowed + forward,
         }
 
-    def _floor(self, name: str, share: float) -> tuple[Row, float]:
-        """Bytes that the weight gradients of a module have to move, and the seconds that takes."""
+    def _floor(self, name: str, mask: Tensor) -> tuple[Row, float]:
+        """Bytes that the weight gradients of a module have to move, of dY whole cache lines, and
+        the seconds that takes."""
         parts = [part for part in self._shares.layers if _is_of(part, name)]
         moved = {
             "input_bytes": sum(part.input_bytes or 0 for part in parts),
-            "active_grad_output_bytes": share * sum(part.grad_output_bytes or 0 for part in parts),
+            "active_grad_output_bytes": sum(
+                part.grad_output_share(mask) * (part.grad_output_bytes or 0) for part in parts
+            ),
             "grad_weight_bytes": sum(part.grad_weight_bytes or 0 for part in parts),
         }
         return moved, _seconds(self._shares, **moved)

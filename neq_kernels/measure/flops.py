@@ -91,10 +91,12 @@ class FlopCount:
     ``layers`` in the order of their first call: layers, and whatever else multiplies by a
     parameter. ``not_called`` names conv, linear and norm modules that the forward never used (an
     auxiliary head that only runs in training, for instance): nothing of theirs is in the totals.
+    ``masks`` are those of the rows that neurons own and that learn, by name: bool[neurons].
     """
 
     layers: tuple[LayerFlops, ...]
     not_called: tuple[str, ...] = ()
+    masks: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def macs(self) -> int:
@@ -152,12 +154,13 @@ class FlopCount:
         return self.paper if convention == "paper" else self.executed
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, totals included, ready for JSON."""
+        """Everything but the masks, totals included, ready for JSON."""
         totals = {
             name: getattr(self, name)
             for name in ("macs", "paper", "forward", "dgrad", "wgrad", "executed")
         }
-        return totals | asdict(self)
+        layers = tuple(asdict(layer) for layer in self.layers)
+        return totals | {"layers": layers, "not_called": self.not_called}
 
 
 def count(model: nn.Module, example: Any) -> FlopCount:
@@ -197,7 +200,8 @@ def run_recorded(model: nn.Module, example: Any, recorder: Recorder) -> Any:
 
 def summed(model: nn.Module, calls: Sequence[LayerCall], images: int) -> FlopCount:
     """The calls of one forward of ``images``, by layer, for one image."""
-    return FlopCount(tuple(_rows(model, calls, images)), tuple(_not_called(model, calls)))
+    rows = tuple(_rows(model, calls, images))
+    return FlopCount(rows, tuple(_not_called(model, calls)), _masks(model, calls))
 
 
 def images_in(example: Any) -> int:
@@ -285,13 +289,26 @@ def _neurons(call: LayerCall, owners: Owners) -> tuple[int, int]:
     """Neurons, and active neurons, of what a call multiplies by."""
     parameter, weight = call.parameter, call.weight
     if parameter is not None and parameter in owners:
-        channels = max((c for c, _ in owners[parameter]), key=lambda c: c.n_active / len(c))
+        channels = _most_active(owners[parameter])
         return len(channels), channels.n_active if parameter.requires_grad else 0
     if weight is None:
         return 0, 0
     rows = (weight if parameter is None else parameter).shape[:1].numel()
     neurons = getattr(call.owner, "out_channels", rows)
     return neurons, neurons if weight.requires_grad else 0
+
+
+def _masks(model: nn.Module, calls: Sequence[LayerCall]) -> dict[str, Tensor]:
+    owners = neuron_owners(model)
+    return {
+        call.name: _most_active(owners[call.parameter]).mask
+        for call in reversed(calls)  # of several calls the first counts, as in the rows
+        if call.parameter in owners and call.parameter.requires_grad
+    }
+
+
+def _most_active(sharing: Iterable[tuple[ActiveChannels, NeuronLayout]]) -> ActiveChannels:
+    return max((channels for channels, _ in sharing), key=lambda c: c.n_active / len(c))
 
 
 def active_share(sharing: Iterable[tuple[ActiveChannels, NeuronLayout]]) -> float:

@@ -22,6 +22,7 @@ from neq_kernels.conversion.convert import revert
 from neq_kernels.layers.traversal import neuron_owners, unwrap
 from neq_kernels.machine import Machine, machine
 from neq_kernels.measure.bandwidth import read_bandwidth, write_bandwidth
+from neq_kernels.measure.cache_lines import ChannelLines
 from neq_kernels.measure.flops import FlopCount
 from neq_kernels.measure.products import PRODUCTS
 from neq_kernels.measure.recorder import LayerCall, Recorder
@@ -29,6 +30,7 @@ from neq_kernels.measure.timing import PHASES, Loss, PhaseClock, Quantiles, Vari
 
 OPERANDS = ("input", "weight", "bias")
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+Moved = tuple[int, int, int, ChannelLines | None]  # the last four fields of LayerShare
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class LayerShare:
     """Shares of the dense step: ``wgrad``, and ``dgrad``, all the rest of the layer's backward
     that a stop of backprop would save (0 for a layer that has no input gradient anyway); and the
     bytes of its input, of its output's gradient and of its weight's gradient in one step (None
-    where nobody measured)."""
+    where nobody measured). ``lines`` is how that gradient of its output lies in memory, whose
+    format is taken to be the output's (None where channels lie in planes of their own, where calls
+    differ, and where nobody measured)."""
 
     name: str
     wgrad: float
@@ -44,6 +48,24 @@ class LayerShare:
     input_bytes: int | None = None
     grad_output_bytes: int | None = None
     grad_weight_bytes: int | None = None
+    lines: ChannelLines | None = None
+
+    def grad_output_share(self, mask: Tensor) -> float:
+        """Of the bytes of its output's gradient, the least that a wgrad of the active channels
+        reads: the lines that they lie in.
+
+        Args:
+            mask: bool[K] on the CPU, True where active.
+        """
+        if self.lines is None or self.lines.channels != len(mask):
+            return float(mask.double().mean())
+        return self.lines.touched(mask)
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> LayerShare:
+        """What ``asdict`` wrote."""
+        lines = saved.get("lines")
+        return cls(**saved | {"lines": None if lines is None else ChannelLines(**lines)})
 
 
 @dataclass(frozen=True)
@@ -66,15 +88,12 @@ class StepShares:
         """Share of all weight gradients."""
         return sum(layer.wgrad for layer in self.layers)
 
-    def floor(self, layer: LayerShare, active_share: float) -> float:
-        """The least that the wgrad of ``active_share`` of a layer's neurons can cost, as a share of
-        the dense step: reading its input once, and that share of its output's gradient, at
-        ``read_bandwidth``, and writing the whole gradient of its weight, zeros included, at
-        ``write_bandwidth``. 0 with none active, at most the dense wgrad.
-
-        Channels that share a cache line are read together, so where they lie innermost (linear
-        layers, channels_last) more is touched than is counted here; and what still lies in a cache
-        is read and written faster.
+    def floor(self, layer: LayerShare, read_share: float) -> float:
+        """The least that a layer's wgrad can cost, as a share of the dense step: reading its input
+        once, and ``read_share`` of its output's gradient
+        (:meth:`LayerShare.grad_output_share`), at ``read_bandwidth``, and writing the whole
+        gradient of its weight, zeros included, at ``write_bandwidth``. 0 where nothing is read, at
+        most the dense wgrad. What still lies in a cache is read and written faster.
 
         Raises:
             ValueError: bandwidths or bytes were not measured.
@@ -83,9 +102,9 @@ class StepShares:
         x, dy, dw = layer.input_bytes, layer.grad_output_bytes, layer.grad_weight_bytes
         if reads is None or writes is None or x is None or dy is None or dw is None:
             raise ValueError("shares: expected bytes and bandwidths, got ones saved without")
-        if active_share == 0:
+        if read_share == 0:
             return 0.0
-        seconds = (x + active_share * dy) / reads + dw / writes
+        seconds = (x + read_share * dy) / reads + dw / writes
         return min(layer.wgrad, seconds / self.seconds.median)
 
     def rescaled(self, seconds: Quantiles, phases: Mapping[str, float], wgrad: float) -> StepShares:
@@ -122,7 +141,7 @@ class StepShares:
         """The shares that :meth:`to_dict` wrote."""
         return cls(
             seconds=Quantiles(**saved["seconds"]),
-            layers=tuple(LayerShare(**layer) for layer in saved["layers"]),
+            layers=tuple(LayerShare.from_dict(layer) for layer in saved["layers"]),
             machine=Machine(**saved["machine"]),
             read_bandwidth=saved.get("read_bandwidth"),
             write_bandwidth=saved.get("write_bandwidth"),
@@ -183,7 +202,8 @@ def bound(
         frozen_parameters: ``f``, the share of parameters the optimizer need not touch
             (:func:`frozen_parameter_fraction`).
         floor: the tighter bound, in which no layer's wgrad costs less than reading what it needs
-            (:meth:`StepShares.floor`).
+            (:meth:`StepShares.floor`): of its output's gradient the lines that hold channels active
+            in ``now.masks``, or for a layer without a mask there its ``active_share``.
 
     Raises:
         ValueError: the two do not describe the same layers, ``frozen_parameters`` is not in 0..1,
@@ -201,7 +221,10 @@ def bound(
         row = counted[layer.name]
         needed = layer.wgrad * row.active_share
         if floor:
-            needed = max(needed, shares.floor(layer, row.active_share))
+            read = row.active_share
+            if (mask := now.masks.get(layer.name)) is not None:
+                read = row.share_if(layer.grad_output_share(mask))
+            needed = max(needed, shares.floor(layer, read))
         saved += layer.wgrad - needed
         if row.dgrad_macs == 0:
             saved += layer.dgrad
@@ -226,7 +249,7 @@ def _measure(variant: Variant, batches: Sequence[Any], warmup: int, repeats: int
     steps, layers = PhaseClock(variant.device), PhaseClock(variant.device)
     arrivals: list[dict[str, float]] = []
     has_dgrad: dict[str, bool] = {}
-    bytes_moved: dict[str, tuple[int, int, int]] = {}
+    moved: dict[str, Moved] = {}
     for i in range(warmup + repeats):
         if i == warmup:
             steps, layers = PhaseClock(variant.device), PhaseClock(variant.device)
@@ -236,7 +259,7 @@ def _measure(variant: Variant, batches: Sequence[Any], warmup: int, repeats: int
         traced = _TracedStep(variant, batch)
         arrivals.append(traced.backward_by_layer())
         traced.replay_weight_gradients(layers)
-        has_dgrad, bytes_moved = traced.has_dgrad, traced.bytes_moved
+        has_dgrad, moved = traced.has_dgrad, traced.moved
         del traced  # the next step is to find the memory that a step of its own kind leaves
     if not any(arrivals[0].keys() & has_dgrad.keys()):
         raise ValueError("model: no convolution, linear or norm layer got a gradient")
@@ -253,8 +276,8 @@ def _measure(variant: Variant, batches: Sequence[Any], warmup: int, repeats: int
         whole = scale * _median(arrivals, name)
         more = Quantiles.of(layers.samples[name]).median if name in layers.samples else 0.0
         wgrad = min(max(more, 0.0), whole) if propagates else whole
-        moved = bytes_moved.get(name, (0, 0, 0))
-        shares.append(LayerShare(name, wgrad / total, (whole - wgrad) / total, *moved))
+        bytes_moved = moved.get(name, (0, 0, 0, None))
+        shares.append(LayerShare(name, wgrad / total, (whole - wgrad) / total, *bytes_moved))
     return StepShares(
         seconds=step,
         forward=medians["forward"] / total,
@@ -283,7 +306,7 @@ class _TracedStep:
         self._arrived: list[tuple[str, float]] = []
         self._products: list[_Product] = []
         self.has_dgrad: dict[str, bool] = {}
-        self.bytes_moved: dict[str, tuple[int, int, int]] = {}
+        self.moved: dict[str, Moved] = {}
         recorder = Recorder(variant.model, on_call=self._watch)
         with recorder.watching(batch):
             self._loss = variant.loss(variant.model, batch)
@@ -339,10 +362,13 @@ class _TracedStep:
         self.has_dgrad[call.name] = self.has_dgrad.get(call.name, False) or call.input_needs_grad
         weight = call.weight
         if func in PRODUCTS and weight is not None and weight.requires_grad:
-            x, dy, dw = self.bytes_moved.get(call.name, (0, 0, 0))
+            # Linear layers have their channels last, convolutions before the dimensions of a plane.
+            lines = ChannelLines.of(output, 1 - weight.dim()) if weight.dim() > 1 else None
+            x, dy, dw, known = self.moved.get(call.name, (0, 0, 0, lines))
             input, cast = args[0] if args else kwargs["input"], _autocast_dtype(output)
             x += input.numel() * (cast or input.dtype).itemsize
-            self.bytes_moved[call.name] = (x, dy + output.nbytes, dw + weight.nbytes)
+            same = lines if lines == known else None
+            self.moved[call.name] = (x, dy + output.nbytes, dw + weight.nbytes, same)
             propagates = call.input_needs_grad
             product = _Product(call.name, func, args, kwargs, _autocast_dtype(output), propagates)
             self._products.append(product)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -286,6 +287,19 @@ def test_frozen_fraction_follows_the_masks_without_counting_again():
     assert flops.frozen_fraction(model, count) == 0
     model.head.channels.set([])
     assert flops.frozen_fraction(model, count) == pytest.approx(TINY_MACS["head"] / count.macs)
+
+
+def test_a_count_keeps_the_masks_of_its_moment_out_of_json():
+    model = freeze(Tiny(), {"conv": [1], "head": [0]})
+    model.grouped.weight.requires_grad_(False)
+    count = flops.count(model, torch.randn(1, 2, 6, 6))
+    assert model.conv.channels.n_active == 1
+    model.conv.channels.reset()
+    assert count.masks["conv"].nonzero().tolist() == [[1]]
+    assert count.masks.keys() == {"conv", "norm", "head"}
+    saved = json.loads(json.dumps(count.to_dict()))
+    assert "masks" not in saved
+    assert saved["layers"][0]["active"] == 1
 
 
 def test_dgrad_stops_below_a_wholly_frozen_prefix_and_only_there():

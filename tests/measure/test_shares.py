@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import neq_kernels as neq
 from benchmarks.common.models import CifarResNet
 from neq_kernels.layers.traversal import named_neuron_layers
 from neq_kernels.measure import flops
+from neq_kernels.measure.cache_lines import ChannelLines
 from neq_kernels.measure.flops import FlopCount, LayerFlops
 from neq_kernels.measure.shares import (
     LayerShare,
@@ -179,6 +181,69 @@ def test_hand_worked_floors(active, stopped, saved):
     now = counted(active, stopped)
     assert bound(READ, now, floor=True) == pytest.approx(1 / (1 - saved))
     assert bound(READ, now, floor=True) <= bound(READ, now) + 1e-12
+
+
+READ_B = replace(READ, layers=READ.layers[1:2])
+LINED = replace(
+    READ, layers=(replace(READ.layers[1], lines=ChannelLines(pixels=2, channels=10, line=5)),)
+)
+
+
+@pytest.mark.parametrize(
+    ("active", "lines"), [([0], 0.5), ([0, 1, 4], 0.5), ([4, 5], 1.0), ([], 0.0)]
+)
+def test_the_floor_reads_whole_lines(active, lines):
+    mask = torch.zeros(10, dtype=torch.bool)
+    mask[active] = True
+    now = replace(counted({"b": len(active)}), masks={"b": mask})
+    # b: 0.080 + lines * 0.050 + 0.020, and nothing with none active
+    floor = 0.1 + lines * 0.05 if active else 0.0
+    assert bound(LINED, now, floor=True) == pytest.approx(1 / (1 - (0.2 - floor)))
+    assert bound(LINED, now, floor=True) <= bound(LINED, now)
+    assert bound(LINED, now, floor=True) <= bound(READ_B, now, floor=True)
+    # A mask of other channels, as of a product of several calls, says nothing of lines.
+    other = replace(now, masks={"b": mask.repeat(2)})
+    assert bound(LINED, other, floor=True) == bound(READ_B, now, floor=True)
+
+
+def test_shares_saved_without_lines_have_the_floor_of_planes():
+    saved = json.loads(json.dumps(LINED.to_dict()))
+    assert StepShares.from_dict(saved) == LINED
+    for layer in saved["layers"]:
+        del layer["lines"]
+    older = StepShares.from_dict(saved)
+    assert older == READ_B
+    mask = torch.arange(10) == 3
+    now = replace(counted({"b": 1}), masks={"b": mask})
+    assert bound(older, now, floor=True) == pytest.approx(1 / (1 - (0.2 - 0.105)))
+
+
+@pytest.mark.parametrize(
+    ("format", "touched"), [(torch.channels_last, 1.0), (torch.contiguous_format, 1 / 16)]
+)
+def test_the_memory_format_decides_what_is_read(format, touched):
+    model = neq.convert(nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(576, 32)))
+    model.to(memory_format=format)
+    batches = [(x.contiguous(memory_format=format), y) for x, y in BATCHES]
+    shares = backward_shares(model, batches, cross_entropy, warmup=0, repeats=1)
+    conv, linear = sorted(shares.layers, key=lambda layer: layer.name)
+    model[0].channels.set([5])
+    model[2].channels.set(range(16, 32))
+    now = flops.count(model, BATCHES[0])
+    assert conv.grad_output_share(now.masks["0"]) == touched
+    assert linear.grad_output_share(now.masks["2"]) == 0.5
+    assert bound(shares, now, floor=True) <= bound(shares, now)
+    assert StepShares.from_dict(json.loads(json.dumps(shares.to_dict()))) == shares
+
+
+def test_a_layer_whose_calls_differ_has_no_lines():
+    def lines(rows: int) -> ChannelLines | None:
+        twice = lambda model, x: model(x).sum() + model(x[:rows]).sum()  # noqa: E731
+        model, batches = nn.Sequential(nn.Linear(32, 32)), [torch.randn(4, 32)]
+        return backward_shares(model, batches, twice, warmup=0, repeats=1).layers[0].lines
+
+    assert lines(4) == ChannelLines(pixels=4, channels=32, line=16)
+    assert lines(2) is None
 
 
 def test_rescaled_to_another_measurement():

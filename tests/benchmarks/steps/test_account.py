@@ -26,14 +26,16 @@ def _fast(monkeypatch):
     monkeypatch.setattr(cpu, "BF16_WORKLOADS", {"tiny": HALF})
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_layer_and_what_it_moves(tmp_path, capsys, dtype):
-    arguments = ["--out", str(tmp_path), "--account", "tiny", "nhwc", "0.5", dtype]
+@pytest.mark.parametrize(
+    ("layout", "dtype"), [("nhwc", "float32"), ("nhwc", "bfloat16"), ("nchw", "float32")]
+)
+def test_every_layer_and_what_it_moves(tmp_path, capsys, layout, dtype):
+    arguments = ["--out", str(tmp_path), "--account", "tiny", layout, "0.5", dtype]
     assert cpu.main(arguments) == 0
-    name = account.name_of("tiny", "nhwc", dtype, 0.5)
+    name = account.name_of("tiny", layout, dtype, 0.5)
     assert f"{name}.csv" in capsys.readouterr().out
     header, rows = load(tmp_path / f"{name}.jsonl")
-    assert header["settings"] == {"model": "tiny", "layout": "nhwc", "dtype": dtype, "r": 0.5}
+    assert header["settings"] == {"model": "tiny", "layout": layout, "dtype": dtype, "r": 0.5}
     assert [str(row["layer"]) for row in load_csv(tmp_path / f"{name}.csv")[1]] == [
         row["layer"] for row in rows
     ]
@@ -44,7 +46,9 @@ def test_every_layer_and_what_it_moves(tmp_path, capsys, dtype):
     assert (first["active"], first["channels"]) == (4, 8)
     item = 4 if dtype == "float32" else 2
     assert first["input_bytes"] == 4 * 3 * 8 * 8 * item
-    assert first["active_grad_output_bytes"] == 4 * 4 * 8 * 8 * item
+    # A line holds all 8 channels of two pixels or more.
+    touched = 8 if layout == "nhwc" else 4
+    assert first["active_grad_output_bytes"] == 4 * touched * 8 * 8 * item
     assert first["grad_weight_bytes"] == 8 * 3 * 3 * 3 * 4
     for row in layers:
         if row["kind"] == "product":
