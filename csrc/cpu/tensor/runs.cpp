@@ -44,7 +44,6 @@ std::vector<Run> find_runs(const int64_t* order, int64_t begin, int64_t end, int
 }
 
 void Pieces::add(const Blocks& blocks, const std::vector<Run>& runs) {
-  pieces_.reserve(pieces_.size() + runs.size());
   const int64_t row_stride = blocks.per_group * blocks.inner;
   for (size_t r = 0; r < runs.size();) {
     const int64_t group = runs[r].group, first_piece = static_cast<int64_t>(pieces_.size());
