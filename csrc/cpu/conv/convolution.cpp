@@ -49,4 +49,17 @@ ConvProblem checked_problem(const Tensor& grad_output, const Tensor& input,
           want_bias};
 }
 
+void flatten_pixels(ConvProblem& p, bool channels_last) {
+  for (const Axis* axis : {&p.h, &p.w}) {
+    if (axis->kernel != 1 || axis->stride != 1 || axis->padding != 0) return;
+  }
+  int64_t pixels = p.h.output * p.w.output;
+  if (channels_last) {
+    pixels *= p.images;
+    p.images = 1;
+  }
+  p.h = {pixels, pixels, 1, 1, 0, 1};
+  p.w = {1, 1, 1, 1, 0, 1};
+}
+
 }  // namespace neq

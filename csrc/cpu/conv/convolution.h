@@ -69,4 +69,7 @@ ConvProblem checked_problem(const Tensor& grad_output, const Tensor& input,
                             const std::vector<int64_t>& dilation, const Tensor& order, int64_t n,
                             bool want_bias);
 
+// A 1x1 convolution is a product of matrices: the pixels of an image, or of all images, form a row.
+void flatten_pixels(ConvProblem& p, bool channels_last);
+
 }  // namespace neq

@@ -11,6 +11,7 @@
 #include "convolution.h"
 #include "direct_tiles.h"
 #include "direct_units.h"
+#include "planes.h"
 #include "side_by_side.h"
 
 namespace neq {
@@ -18,8 +19,6 @@ namespace neq {
 // As many pixels are summed in registers before they join the others. Of few pixels PyTorch's
 // kernels sum even fewer at a time, and what is summed in one go is less exact.
 constexpr int64_t kPixelsPerUnit = 256, kPixelsPerSmallUnit = 128, kFewPixels = 1024;
-constexpr int64_t kLeastBytesOfPlane = 128, kMostDotBlocks = 5;
-constexpr int64_t kBytesOfPlane = 2048;          // of a unit, where nothing is copied
 constexpr int64_t kPixelsPerPart = 512;          // what a sum of its own is worth
 constexpr int64_t kProductsPerPart = 1 << 17;    // of dy and x
 constexpr int64_t kParts = 16, kMostParts = 64;  // the most while all sums stay in the second cache
@@ -44,7 +43,7 @@ class Operands {
         x_(p, input, channels_last),
         channels_last_(channels_last),
         k_(direct_kernels<T, P>()),
-        planes_(!channels_last && is_worth_planes(p)),
+        planes_(Planes<T, P>::serve(p, channels_last)),
         blocks_(channel_blocks(p, sizeof(P), planes_ ? k_.dot_rows : k_.tile_limits.rows)),
         taps_as_channels_(p.input_channels < kLanes),
         panels_(!planes_ &&
@@ -120,17 +119,8 @@ class Operands {
     return !taps_as_channels_ && (takes_all_pixels() || !channels_last_);
   }
 
-  // Whether nothing is copied: pixels lie side by side and have a single tap, so what is added up
-  // is dot products of planes.
+  // Whether planes are multiplied where they lie: nothing is copied.
   bool takes_planes() const { return planes_; }
-
-  // A channel of a unit's first image, from its first pixel on.
-  const T* grad_plane(const Unit& unit, int64_t channel) const {
-    return grad_ + (unit.image * p_.output_channels + channel) * p_.h.output + unit.top;
-  }
-  const T* input_plane(const Unit& unit, int64_t channel) const {
-    return x_.data() + (unit.image * p_.input_channels + channel) * p_.h.output + unit.top;
-  }
 
   // Whether channels of x are read where they lie.
   bool reads_in_place() const { return !panels_ && !taps_as_channels_; }
@@ -261,23 +251,6 @@ class Operands {
     }
   }
 
-  // The same of planes.
-  void add_bias(const Unit& unit, int64_t first, int64_t last, double* bias) const {
-    const int64_t begin = blocks_[first].first;
-    const int64_t end = blocks_[last - 1].first + blocks_[last - 1].size;
-    for (int64_t i = begin; i < end; ++i) {
-      const T* plane = grad_plane(unit, p_.active[i]);
-      for (int64_t image = 0; image < unit.images; ++image) {
-        double sum = 0;
-        for (int64_t at = 0; at < unit.bottom - unit.top; ++at) {
-          sum += static_cast<double>(static_cast<Compute<T>>(plane[at]));
-        }
-        bias[i] += sum;
-        plane += p_.output_channels * p_.h.output;
-      }
-    }
-  }
-
   // For the output pixels of a unit the channels that its taps read, tap after tap, zeros where
   // they read beside the input.
   void fill_taps(const Unit& unit, Copies<P>& copies) const {
@@ -313,16 +286,6 @@ class Operands {
 
  private:
   int64_t pixels() const { return p_.images * p_.h.output * p_.w.output; }
-
-  // Whether planes are multiplied where they lie: there has to be a single tap, of pixels in one
-  // row that fill registers, and copies that would be used often are quicker to multiply.
-  bool is_worth_planes(const ConvProblem& p) const {
-    const bool is_flat = p.taps() == 1 && p.h.input == p.h.output && p.h.padding == 0 &&
-                         p.w.input == 1 && p.w.padding == 0;
-    return k_.plane_dots && is_flat && p.input_channels >= kLanes &&
-           p.h.output * static_cast<int64_t>(sizeof(T)) >= kLeastBytesOfPlane &&
-           (kIsPair<P> || p.n <= kMostDotBlocks * k_.dot_rows);
-  }
 
   std::vector<Tile> tiles_of_channels() const {
     if (planes_) return channel_tiles(padded_, kLanes, 1, 1);

@@ -14,23 +14,10 @@
 #include "direct_schedule.h"
 #include "gradient_shares.h"
 #include "joined_loops.h"
+#include "planes.h"
 
 namespace neq {
 namespace {
-
-// A 1x1 convolution is a product of matrices: the pixels of an image, or of all images, form a row.
-void flatten_pixels(ConvProblem& p, bool channels_last) {
-  for (const Axis* axis : {&p.h, &p.w}) {
-    if (axis->kernel != 1 || axis->stride != 1 || axis->padding != 0) return;
-  }
-  int64_t pixels = p.h.output * p.w.output;
-  if (channels_last) {
-    pixels *= p.images;
-    p.images = 1;
-  }
-  p.h = {pixels, pixels, 1, 1, 0, 1};
-  p.w = {1, 1, 1, 1, 0, 1};
-}
 
 // The output rows, or columns, that read inside the input by each tap.
 std::vector<Range> tap_ranges(const Axis& axis) {
@@ -59,6 +46,7 @@ class Direct {
          bool taps_inside, int64_t threads)
       : p_(p),
         o_(p, grad, input, channels_last),
+        planes_(p, grad, input),
         gradient_(gradient),
         channels_last_(channels_last),
         taps_inside_(taps_inside && p.taps() > 1),
@@ -206,32 +194,15 @@ class Direct {
 
   // The same, of what is multiplied where it lies.
   void add_planes(Range units, Range blocks, Range tiles, C* const* targets, double* bias) const {
-    const int64_t plane = p_.h.output;
+    const int64_t calls = (blocks.end - blocks.begin) * (tiles.end - tiles.begin);
     for (int64_t u = units.begin; u < units.end; ++u) {
       const Unit unit = o_.unit_at(u), next = o_.unit_at(std::min(u + 1, units.end - 1));
-      if (bias) o_.add_bias(unit, blocks.begin, blocks.end, bias);
-      Prefetcher<T> next_grad(o_.region_of_grad(next, blocks.begin, blocks.end),
-                              (blocks.end - blocks.begin) * (tiles.end - tiles.begin));
+      Prefetcher<T> next_grad(o_.region_of_grad(next, blocks.begin, blocks.end), calls);
       for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-        const Tile& tile = o_.tiles()[t];
         for (int64_t b = blocks.begin; b < blocks.end; ++b) {
           const Block& block = o_.blocks()[b];
-          const T* dy[kMostRows];
-          for (int64_t k = 0; k < block.size; ++k) {
-            dy[k] = o_.grad_plane(unit, p_.active[block.first + k]);
-          }
-          const PlaneDots<T, P> o{unit.images,
-                                  unit.bottom - unit.top,
-                                  dy,
-                                  o_.input_plane(unit, tile.first),
-                                  p_.output_channels * plane,
-                                  p_.input_channels * plane,
-                                  plane,
-                                  targets + block.first,
-                                  tile.first,
-                                  u == units.begin,
-                                  b == blocks.begin};
-          o_.kernels().plane_dots(o, block.size, tile.skip, tile.vectors * kLanes);
+          planes_.add(unit, block, o_.tiles()[t], targets, u == units.begin, b == blocks.begin);
+          if (bias && t == tiles.begin) planes_.add_bias(unit, block, bias);
           if (u + 1 < units.end) next_grad.fetch_some();
         }
       }
@@ -411,6 +382,7 @@ class Direct {
 
   const ConvProblem& p_;
   const Operands<T, P> o_;
+  const Planes<T, P> planes_;
   G* gradient_;
   bool channels_last_, taps_inside_;
   std::vector<Range> taps_h_, taps_w_;

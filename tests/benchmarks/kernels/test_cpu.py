@@ -12,8 +12,10 @@ from benchmarks.kernels import comparison, cpu, goals, layer_shapes, peers, wgra
 from benchmarks.kernels.layer_shapes import Shape
 from benchmarks.suite import __main__ as suite
 from benchmarks.suite import figures, page, summary
-from neq_kernels.backends.problem import ConvGeometry, Problem
-from neq_kernels.dispatch import backward, trial
+from neq_kernels.backends.problem import ConvGeometry, KernelChoice, Problem, Strategy
+from neq_kernels.dispatch import backward, contests, trial
+from neq_kernels.dispatch.cost_model import CostModel
+from neq_kernels.dispatch.selection import selector
 from neq_kernels.machine import cpu_class
 
 CONV = Problem(
@@ -114,6 +116,30 @@ def test_a_wrong_gradient_is_not_timed(tmp_path, monkeypatch, capsys):
     assert {(row["provider"], row["layer"]) for row in wrong} == {("neq", "c")}
     assert not any("seconds_median" in row for row in wrong)
     assert "wrong: neq on net c" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("own_folder")
+@pytest.mark.parametrize("problem", [CONV, LINEAR], ids=["conv", "linear"])
+def test_what_is_timed_is_what_a_layer_calls_once_it_has_chosen(problem, monkeypatch):
+    monkeypatch.setattr(contests, "ALLOWED_SECONDS", 1e9)
+    monkeypatch.setattr(CostModel, "strategy", lambda *_: Strategy.CUSTOM)
+    monkeypatch.setattr(CostModel, "in_doubt", lambda *_: [Strategy.CUSTOM, Strategy.PACK])
+    monkeypatch.setattr(contests.Contest, "_winner", lambda self: KernelChoice(Strategy.PACK))
+    decisions = []
+    decide = selector.decide
+
+    def noted(*arguments):
+        decisions.append(decide(*arguments))
+        return decisions[-1]
+
+    monkeypatch.setattr(selector, "decide", noted)
+    channels = trial.spread(6, problem.neurons)
+    call = cpu._ours(problem, channels, *trial.operands(problem))
+    assert not selector.contests
+    decisions.clear()
+    for _ in range(3):
+        call()
+    assert decisions == [(KernelChoice(Strategy.PACK), None)]
 
 
 def test_a_peer_with_a_missing_row_is_caught():
